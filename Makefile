@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+MINUTES ?= 20
+
+.PHONY: demo test test-all test-faults lint bench env clean
+
+env: .venv/.installed
+
+# uv where it is there, else venv + pip: the same locked versions either way.
+.venv/.installed: pyproject.toml requirements.lock
+	@if command -v uv >/dev/null 2>&1; then \
+	  [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) .venv; \
+	  uv pip install -q --python $(BIN)/python -r requirements.lock && uv pip install -q --python $(BIN)/python --no-deps -e .; \
+	else \
+	  [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv; \
+	  $(BIN)/python -m pip install -q -r requirements.lock && $(BIN)/python -m pip install -q --no-deps -e .; \
+	fi
+	@touch $@
+
+# The main job on the embedded data set: train, evaluate teacher and student, draw what the teacher sees.
+demo: env
+	$(BIN)/pais-ray train quickstart run.name=demo
+	$(BIN)/pais-ray predict runs/demo --out runs/demo/predictions
+
+test: env
+	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest -m "not slow" tests
+
+test-all: env lint
+	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest tests
+
+test-faults: env
+	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest tests/ray -k kill
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: env
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

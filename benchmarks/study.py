@@ -1,0 +1,161 @@
+"""One run of the learning study, without Ray: `python benchmarks/study.py OUT.json WORDS...`, one process, one thread.
+
+The words are those of `pais-ray train`; the step, the plan, the views and the evaluation are those of a run
+with one worker. ``--holdout N`` keeps N images of the training part (and nothing of the validation images) for
+choosing settings: they are labeled nowhere and only scored. The report holds AP of teacher and student over
+time and, since the hidden truth is known here, precision and recall of the pseudo-labels at every evaluation.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pais_ray import analysis, evaluate
+from pais_ray.config import Config, compose, flatten, run_schedule
+from pais_ray.data import sources, splits
+from pais_ray.data.images import decode
+from pais_ray.data.plan import StepPlan
+from pais_ray.data.views import Sample, make_batch, make_views
+from pais_ray.inference import predict_sample
+from pais_ray.structures import Masks, Targets
+from pais_ray.train.launch import embedded
+from pais_ray.train.step import StepSettings, train_step
+from pais_ray.train.worker import build_state
+
+
+def sample_of(record: sources.LabeledRecord, labeled: bool) -> Sample:
+    image = torch.from_numpy(decode(Path(record.path).read_bytes(), record.path)).permute(2, 0, 1).contiguous()
+    if not labeled:
+        return Sample(image=image, image_id=record.image_id, row=0, slot=0)
+    masks = sources.decode_rle(record.rles, record.height, record.width)
+    return Sample(
+        image=image,
+        image_id=record.image_id,
+        row=0,
+        slot=0,
+        boxes=torch.from_numpy(record.boxes),
+        labels=torch.from_numpy(record.labels),
+        masks=torch.from_numpy(masks),
+    )
+
+
+def at(sample: Sample, row: int, slot: int) -> Sample:
+    return Sample(**{**vars(sample), "row": row, "slot": slot})
+
+
+class Study:
+    """The data of one run in memory, its state, and what it measures."""
+
+    def __init__(self, config: Config, holdout: int) -> None:
+        self.config = config = embedded(config) if config.data.train is None else config
+        assert config.data.train and config.data.val
+        train = sources.read_coco(config.data.train, config.data.train_images or config.data.images or "")
+        records = list(train.records)
+        if holdout:
+            # A part of the training images takes the place of the validation images.
+            self.scored, records = records[-holdout:], records[:-holdout]
+            self.truth = config.data.train
+        else:
+            val = sources.read_coco(config.data.val, config.data.val_images or config.data.images or "")
+            self.scored, self.truth = list(val.records), config.data.val
+        split = splits.split([r.image_id for r in records], config.data.labeled, config.data.fold)
+        by_id = {r.image_id: r for r in records}
+        self.labeled = [sample_of(by_id[i], True) for i in split.labeled_ids]
+        self.hidden = [by_id[i] for i in split.unlabeled_ids]
+        self.unlabeled = [sample_of(r, False) for r in self.hidden]
+        self.categories = [c.id for c in train.categories]
+        self.schedule = run_schedule(config)
+        self.state = build_state(config, self.schedule, len(self.categories), torch.device("cpu"))
+        self.plan = StepPlan(
+            seed=config.train.seed,
+            num_labeled=len(self.labeled),
+            num_unlabeled=len(self.unlabeled),
+            labeled=config.batch.labeled,
+            unlabeled=config.batch.unlabeled,
+        )
+
+    def run(self, every: int, micro: int) -> dict[str, Any]:
+        config, state = self.config, self.state
+        settings = StepSettings(schedule=self.schedule, clip_norm=config.optim.clip_norm, seed=config.train.seed)
+        history: list[dict[str, Any]] = []
+        started = time.perf_counter()
+        while state.step < self.schedule.steps:
+            batches = [self.batch(state.g_next + i) for i in range(micro)]
+            result = train_step(state, state.student, batches, config.method, settings)
+            state.g_next += micro
+            if state.step % every == 0 or state.step == self.schedule.steps:
+                row = {"step": state.step, "loss": float(result.metrics["loss"]), **self.measure()}
+                row["minutes"] = (time.perf_counter() - started) / 60
+                history.append(row)
+                print(json.dumps(row), flush=True)
+        return {"config": flatten(config), "skipped": state.skipped, "history": history}
+
+    def batch(self, g: int) -> Any:
+        labeled, unlabeled = self.plan.row(g)
+        return make_batch(
+            [at(self.labeled[i], g, slot) for slot, i in enumerate(labeled)],
+            [at(self.unlabeled[i], g, len(labeled) + slot) for slot, i in enumerate(unlabeled)],
+            self.config.views,
+            self.config.train.seed,
+            torch.device("cpu"),
+        )
+
+    def measure(self) -> dict[str, float]:
+        """AP of both roles on the scored images; precision and recall of pseudo-labels on 60 unlabeled ones."""
+        values: dict[str, float] = {}
+        truth = evaluate.load_ground_truth(self.truth, [r.image_id for r in self.scored])
+        for role, module in (("teacher", self.state.teacher.segmentor), ("student", self.state.student)):
+            module.eval()
+            results = [
+                entry
+                for record in self.scored
+                for entry in predict_sample(
+                    module, sample_of(record, False), self.config, self.categories, torch.device("cpu")
+                )
+            ]
+            scores = evaluate.score(truth, results)
+            values |= {f"{role}/segm_{k}": scores["segm"][k] for k in ("AP", "AP50", "AP75")}
+            values[f"{role}/bbox_AP"] = scores["bbox"]["AP"]
+        self.state.student.train()
+        if self.config.method.uses_unlabeled:
+            values |= self.pseudo_label_quality(60)
+        return values
+
+    def pseudo_label_quality(self, images: int) -> dict[str, Any]:
+        kept, truth, sizes = [], [], []
+        for record in self.hidden[:images]:
+            views = make_views([sample_of(record, False)], self.config.views, 0, "test", "cpu")
+            predictions = self.state.teacher.predict(views)[0]
+            kept.append(predictions[self.config.method.keeps(predictions)])
+            masks = torch.from_numpy(sources.decode_rle(record.rles, record.height, record.width))
+            whole = Targets(
+                boxes=torch.from_numpy(record.boxes),
+                labels=torch.from_numpy(record.labels),
+                masks=Masks.full(masks),
+            )
+            truth.append(whole.warp(views.matrix[0], views.sizes[0]))
+            sizes.append(tuple(views.sizes[0].tolist()))
+        found = analysis.precision_recall(kept, truth, sizes)
+        return {f"pseudo/{k}": v for k, v in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("words", nargs="+")
+    parser.add_argument("--holdout", type=int, default=0)
+    parser.add_argument("--every", type=int, default=250)
+    parser.add_argument("--micro", type=int, default=1, help="micro-batches a step, each a row of the plan")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    report = Study(compose(arguments.words), arguments.holdout).run(arguments.every, arguments.micro)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`pais-ray` verbs. Everything heavy is imported inside the verbs: `--help` answers at once."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+OK, FAILED, WRONG_INPUT = 0, 1, 2
+json_option = click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the result here.")
+WORDS = """WORDS are names of files in configs/ (or paths to YAML files), applied left to right, then dotted
+settings: `coco mask_rcnn pais data.labeled=0.01 train.seed=1`."""
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Exit codes: 0 success, 1 failure of the work, 2 wrong usage or input; one clear line first."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(FAILED)
+        except (ValueError, FileNotFoundError) as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(WRONG_INPUT)
+        except Exception as error:
+            click.echo(f"error: {type(error).__name__}: {error}", err=True)
+            traceback.print_exc()
+            sys.exit(FAILED)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
+
+
+@main.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
+@click.argument("words", nargs=-1)
+@click.option("--force", is_flag=True, help="Resume even though identity settings differ from the run's start.")
+@json_option
+@verb
+def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
+    from pais_ray.config import compose
+
+    config = compose(words or ("quickstart",))
+    from pais_ray.train import launch
+
+    result = launch.train(config, force=force)
+    write_json(json_path, result.to_json())
+    click.echo(launch.summary(result, config))
+
+
+@main.command(help="Resolved config, schedule and batch arithmetic.\n\n" + WORDS)
+@click.argument("words", nargs=-1)
+@json_option
+@verb
+def show(words: tuple[str, ...], json_path: str | None) -> None:
+    from pais_ray.config import compose, dump, run_schedule
+
+    config = compose(words)
+    schedule = run_schedule(config)
+    click.echo(dump(config), nl=False)
+    click.echo("# " + schedule.explain().replace("\n", "\n# "))
+    write_json(json_path, {"config": config.model_dump(mode="json"), "schedule": vars(schedule)})
+
+
+@main.command()
+@click.argument("run", required=False, type=click.Path(exists=True, file_okay=False))
+@click.option("--annotations", type=click.Path(exists=True, dir_okay=False), help="COCO ground truth JSON.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False), help="The ground truth's images.")
+@click.option("--predictions", type=click.Path(exists=True, dir_okay=False), help="COCO results JSON to score.")
+@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@json_option
+@verb
+def evaluate(
+    run: str | None,
+    annotations: str | None,
+    images: str | None,
+    predictions: str | None,
+    role: str,
+    checkpoint: str,
+    device: str | None,
+    json_path: str | None,
+) -> None:
+    """COCO AP of a RUN's checkpoint on its validation images (or on --annotations with --images), or of any
+    results file: --annotations GT.json --predictions RESULTS.json."""
+    from pais_ray.evaluate import score, table
+
+    if predictions is not None:
+        if annotations is None or run is not None:
+            raise click.UsageError("--predictions goes with --annotations and without RUN")
+        scores = score(annotations, predictions)
+    elif run is not None:
+        from pais_ray.inference import Predictor
+
+        predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
+        scores = predictor.evaluate(annotations, images)
+    else:
+        raise click.UsageError("give RUN, or --annotations with --predictions")
+    click.echo(table(scores))
+    write_json(json_path, scores)
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.argument("images", nargs=-1, type=click.Path(exists=True))
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for results and overlays.")
+@click.option("--score", default=0.5, show_default=True, help="Detections below it are not drawn (all are written).")
+@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@json_option
+@verb
+def predict(
+    run: str,
+    images: tuple[str, ...],
+    out: str,
+    score: float,
+    role: str,
+    checkpoint: str,
+    device: str | None,
+    json_path: str | None,
+) -> None:
+    """Instances in IMAGES (files or folders; default: the run's validation images): OUT/results.json (COCO results), OUT/images.json (which id is which
+    file) and a picture each in OUT/overlays/."""
+    from pais_ray.inference import Predictor
+
+    predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
+    summary = predictor.predict([Path(i) for i in images], Path(out), draw_above=score)
+    click.echo(f"{summary['images']} images, {summary['instances']} instances: {out}")
+    write_json(json_path, summary)
+
+
+def write_json(path: str | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

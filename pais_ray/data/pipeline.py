@@ -1,0 +1,189 @@
+"""Records -> Ray Data -> one stream of step rows per rank.
+
+Encoded bytes travel through the object store; pixels exist only in the worker, decoded in its collate
+threads. The tasks that read bytes import this module, so it must not import torch at the top: that costs
+seconds in every one of Ray's task processes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data.collate_fn import ArrowBatchCollateFn
+
+from pais_ray.data.images import decode
+from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.sources import LabeledRecord, Record, decode_rle
+from pais_ray.data.validate import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pais_ray.data.photometric import Photometric
+    from pais_ray.data.views import Sample
+
+ROWS_PER_BLOCK = 16  # a block of 16 rows x 4 images x ~0.15 MB is ~10 MB: a few MB are best (docs/architecture.md)
+READ_TASK_CPUS = 0.25  # reading waits for the disk; with whole CPUs two streams starve on a two-CPU machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """A run's data in the object store: one table a part. The unlabeled table *has no* label columns."""
+
+    plan: StepPlan
+    labeled: "ray.ObjectRef[pa.Table]"
+    unlabeled: "ray.ObjectRef[pa.Table]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One step row as a rank receives it: decoded, on the CPU."""
+
+    g: int
+    labeled: list["Sample"]
+    unlabeled: list["Sample"]
+
+
+def make_feed(plan: StepPlan, labeled: Sequence[LabeledRecord], unlabeled: Sequence[Record]) -> Feed:
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store."""
+    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)))
+
+
+def step_rows(
+    feed: Feed,
+    *,
+    start: int,
+    total: int,
+    world: int,
+    rank: int,
+    prefetch: int = 4,
+    photometric: "Photometric | None" = None,
+) -> Iterator[Row]:
+    """Rows ``start + rank, start + rank + world, ...`` of the plan, ``total`` rows over all ranks, in order.
+
+    ``photometric`` (seeded image -> image) is applied to labeled images where they are decoded.
+    """
+    rows = rows_of(start, total, world, rank)
+    if len(rows) == 0:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True  # else collate threads deliver batches as they finish
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    images = feed.plan.images_per_row
+    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // ROWS_PER_BLOCK)).map_batches(
+        _read_rows,
+        batch_format="pyarrow",
+        batch_size=ROWS_PER_BLOCK,
+        num_cpus=READ_TASK_CPUS,
+        fn_kwargs={"feed": feed, "first": rows.start, "step": rows.step},
+    )
+    batches = stream.iterator().iter_torch_batches(
+        batch_size=images,
+        prefetch_batches=prefetch,
+        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric),
+        device="cpu",
+    )
+    yield from batches
+
+
+def _table(records: Sequence[Record]) -> pa.Table:
+    columns = {
+        "image_id": pa.array([r.image_id for r in records], pa.int64()),
+        "path": pa.array([os.path.abspath(r.path) for r in records], pa.string()),
+        "height": pa.array([r.height for r in records], pa.int32()),
+        "width": pa.array([r.width for r in records], pa.int32()),
+    }
+    labeled = [r for r in records if isinstance(r, LabeledRecord)]
+    if labeled:
+        columns["boxes"] = pa.array([r.boxes.ravel().tolist() for r in labeled], pa.list_(pa.float32()))
+        columns["labels"] = pa.array([r.labels.tolist() for r in labeled], pa.list_(pa.int64()))
+        columns["rles"] = pa.array([list(r.rles) for r in labeled], pa.list_(pa.binary()))
+    return pa.table(columns)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("g", pa.int64()),
+        ("slot", pa.int32()),
+        ("image_id", pa.int64()),
+        ("path", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("bytes", pa.large_binary()),  # 32-bit offsets overflow at 2 GB (ray#29492)
+        ("boxes", pa.list_(pa.float32())),  # null in unlabeled rows, as the next two
+        ("labels", pa.list_(pa.int64())),
+        ("rles", pa.list_(pa.binary())),
+    ]
+)
+
+
+def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> pa.Table:
+    """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
+    labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
+    out: list[dict[str, Any]] = []
+    for index in ids["id"].to_pylist():
+        g = first + index * step
+        of_labeled, of_unlabeled = feed.plan.row(g)
+        picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
+        for slot, (table, i) in enumerate(picked):
+            record = table.slice(int(i), 1).to_pylist()[0]
+            with open(record["path"], "rb") as file:
+                out.append({"g": g, "slot": slot, "bytes": file.read(), **record})
+    return pa.Table.from_pylist(out, schema=_SCHEMA)
+
+
+class _Collate(ArrowBatchCollateFn):
+    """Decodes one step row. Runs in several threads at once, so it keeps no state."""
+
+    def __init__(self, *, seed: int, photometric: "Photometric | None") -> None:
+        self.seed = seed
+        self.photometric = photometric
+
+    def __call__(self, batch: pa.Table) -> Row:
+        labeled: list[Sample] = []
+        unlabeled: list[Sample] = []
+        g = batch["g"][0].as_py()
+        for i in range(batch.num_rows):
+            is_labeled = batch["boxes"][i].is_valid
+            (labeled if is_labeled else unlabeled).append(self._sample(batch, i))
+        return Row(g=g, labeled=labeled, unlabeled=unlabeled)
+
+    def _sample(self, batch: pa.Table, i: int) -> "Sample":
+        import torch
+
+        from pais_ray.data.views import Sample, view_seed
+
+        g, slot, image_id = (batch[name][i].as_py() for name in ("g", "slot", "image_id"))
+        image = decode(batch["bytes"][i].as_buffer(), batch["path"][i].as_py())
+        if not batch["boxes"][i].is_valid:
+            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
+        height, width = batch["height"][i].as_py(), batch["width"][i].as_py()
+        if image.shape[:2] != (height, width):
+            raise DataError(
+                "image-size",
+                batch["path"][i].as_py(),
+                f"the upright image is {image.shape[1]} x {image.shape[0]} px, its annotations say {width} x {height}",
+                "give the annotations of this very file",
+            )
+        if self.photometric is not None:
+            image = self.photometric.apply(image, view_seed(self.seed, g, slot, "photometric"))
+        return Sample(
+            image=_planes(image),
+            image_id=image_id,
+            row=g,
+            slot=slot,
+            boxes=torch.tensor(batch["boxes"][i].as_py(), dtype=torch.float32).reshape(-1, 4),
+            labels=torch.tensor(batch["labels"][i].as_py(), dtype=torch.int64),
+            masks=torch.from_numpy(decode_rle(batch["rles"][i].as_py(), height, width)),
+        )
+
+
+def _planes(image: "np.ndarray") -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

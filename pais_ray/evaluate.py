@@ -1,0 +1,278 @@
+"""Predictions to COCO results, and COCO results to average precision, with pycocotools as the reference.
+
+Everything that reaches pycocotools' C code is checked first: it trusts sizes and run lengths, and a wrong one
+there reads foreign memory, never returns or ends the process (landscape E.5).
+"""
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pais_ray.data.validate import DataError, check_box, check_rle, check_segmentation, check_size
+from pais_ray.structures import Predictions
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+IOU_TYPES = ("segm", "bbox")
+
+Json = dict[str, Any]
+
+
+def to_results(
+    predictions: Predictions, image_id: int, size: tuple[int, int], category_ids: Sequence[int]
+) -> list[Json]:
+    """COCO results of one image of ``size`` = (h, w) px, best first, from predictions in that image's frame.
+
+    Call it image by image: full-size masks are large. ``category_ids`` leads from labels to the ids of the
+    annotation file. Each entry holds image_id, category_id, bbox (XYWH px), score, segmentation (compressed
+    RLE, ``counts`` a str) and mask_iou, the predicted IoU of the mask.
+    """
+    predictions = predictions.to("cpu")
+    if len(predictions) == 0:
+        return []
+    masks = predictions.masks.paste(size).numpy()  # (N, H, W)
+    rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    x1, y1, x2, y2 = predictions.boxes.double().unbind(dim=1)
+    boxes = zip(x1.tolist(), y1.tolist(), (x2 - x1).tolist(), (y2 - y1).tolist(), strict=True)
+    columns = (predictions.labels.tolist(), predictions.scores.tolist(), predictions.ious.tolist())
+    return [
+        {
+            "image_id": int(image_id),
+            "category_id": int(category_ids[label]),
+            "bbox": list(box),
+            "score": score,
+            "mask_iou": iou,
+            "segmentation": {"size": [int(size[0]), int(size[1])], "counts": rle["counts"].decode("ascii")},
+        }
+        for box, label, score, iou, rle in zip(boxes, *columns, rles, strict=True)
+    ]
+
+
+def load_ground_truth(source: Json | str | Path, image_ids: Collection[int] | None = None) -> Json:
+    """The COCO dict to score against: the file as it is, crowd and all, or only its images ``image_ids``.
+
+    ``iscrowd``, ``area`` and ``bbox`` are filled in where the file has none, and annotations are numbered
+    anew from one: COCOeval takes an annotation with id 0 for "not matched". Raises DataError naming the
+    annotation.
+    """
+    where, data = _read(source, "ground truth")
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "categories")):
+        raise DataError("file-json", where, "expected COCO annotations with 'images' and 'categories'")
+    images = {image.get("id"): image for image in data["images"]}
+    for key, image in images.items():
+        check_size(image.get("height"), image.get("width"), f"{where}: image {key}")
+    categories = {category["id"] for category in data["categories"]}
+    wanted = set(images) if image_ids is None else set(image_ids)
+    if unknown := sorted(wanted - set(images)):
+        raise DataError("id-unknown", where, f"has no image {unknown[0]}", "ask for images of this file")
+    annotations: list[Json] = []
+    for annotation in data.get("annotations", []):
+        here = f"{where}: annotation {annotation.get('id')}"
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if annotation.get(key) not in known:
+                raise DataError("id-unknown", here, f"{key} {annotation.get(key)!r} is not in the file")
+        if annotation["image_id"] in wanted:
+            whole = _whole_annotation(annotation, images[annotation["image_id"]], here)
+            annotations.append(whole | {"id": len(annotations) + 1})
+    kept = [image for image in data["images"] if image["id"] in wanted]
+    return {"images": kept, "categories": data["categories"], "annotations": annotations}
+
+
+def score(
+    ground_truth: Json | str | Path,
+    results: list[Json] | str | Path,
+    iou_types: Sequence[str] | None = None,
+) -> dict[str, Json]:
+    """COCO figures, unrounded: {"segm": {"AP": ..., "AP50": ..., "per_class": {name: AP}}, "bbox": {...}}.
+
+    Both arguments are files or their content. None stands for a figure without any object to find
+    (pycocotools' -1). ``iou_types`` defaults to both, or ``bbox`` alone where the results hold no masks;
+    boxes that are missing are taken from the masks. Small, medium and large are areas of masks for ``segm``
+    also where the results name boxes. Equal scores keep the order of the file, as in pycocotools.
+    Raises DataError (a ValueError) naming file, entry, rule and remedy.
+    """
+    truth = load_ground_truth(ground_truth)
+    where, entries = _read(results, "results")
+    if not isinstance(entries, list):
+        remedy = "write image_id, category_id, score and segmentation of each detection"
+        raise DataError("file-json", where, f"expected a list of COCO results, got {entries!r:.60}", remedy)
+    if iou_types is None:
+        boxes_only = bool(entries) and not any(isinstance(e, dict) and "segmentation" in e for e in entries)
+        iou_types = ("bbox",) if boxes_only else IOU_TYPES
+    for iou_type in iou_types:
+        if iou_type not in IOU_TYPES:
+            raise ValueError(f"iou_types: expected some of {', '.join(IOU_TYPES)}, got {iou_type!r}")
+    _check_results(entries, where, truth, needs_mask="segm" in iou_types)
+    return {iou_type: _score(truth, entries, iou_type) for iou_type in iou_types}
+
+
+def table(scores: Mapping[str, Json]) -> str:
+    """Scores as text: one line a kind of IoU, then the AP of each class; "-" where there is none."""
+
+    def cell(value: float | None, width: int = 7) -> str:
+        return f"{'-' if value is None else f'{value:.3f}':>{width}}"
+
+    lines = [" " * 6 + "".join(f"{name:>7}" for name in FIGURES)]
+    lines += [f"{kind:<6}" + "".join(cell(figures[name]) for name in FIGURES) for kind, figures in scores.items()]
+    names = list(dict.fromkeys(name for figures in scores.values() for name in figures["per_class"]))
+    widest = max(map(len, [*names, "class"]))
+    lines += ["", f"{'class':<{widest}}" + "".join(f"{f'{kind} AP':>10}" for kind in scores)]
+    for name in names:
+        lines.append(f"{name:<{widest}}" + "".join(cell(f["per_class"].get(name), 10) for f in scores.values()))
+    return "\n".join(lines)
+
+
+def _score(truth: Json, entries: list[Json], iou_type: str) -> Json:
+    key = "segmentation" if iou_type == "segm" else "bbox"
+    missing = next((a for a in truth["annotations"] if key not in a), None)
+    if missing is not None:
+        here = f"ground truth: image {missing['image_id']}"
+        raise DataError("key-missing", here, f"an annotation without {key!r}, which {iou_type} AP needs")
+    detections = _detections(entries, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            # COCOeval writes RLE and flags into what it is given.
+            _coco({**truth, "annotations": [dict(a) for a in truth["annotations"]]}),
+            _coco({**truth, "annotations": detections}),
+            iou_type,
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures: Json = {name: _figure(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recalls, classes)
+    names = _names(truth["categories"])
+    figures["per_class"] = {
+        names[category]: _figure(_mean(precision[:, :, i])) for i, category in enumerate(evaluation.params.catIds)
+    }
+    return figures
+
+
+def _detections(entries: list[Json], iou_type: str) -> list[Json]:
+    """What COCO.loadRes makes of results, with only the geometry that is scored: it would measure a mask by
+    its box where both are given, and it fails on an empty list."""
+    detections = []
+    for i, entry in enumerate(entries):
+        common = {
+            "id": i + 1,
+            "image_id": entry["image_id"],
+            "category_id": entry["category_id"],
+            "score": float(entry["score"]),
+            "iscrowd": 0,
+        }
+        # One mask a call: on a list, pycocotools 2.0.11 with NumPy 2 fails from the 256th mask on.
+        if iou_type == "segm":
+            rle = _compressed(entry["segmentation"])
+            detections.append(common | {"segmentation": rle, "area": float(mask_utils.area(rle))})
+        else:
+            given = entry["bbox"] if "bbox" in entry else mask_utils.toBbox(_compressed(entry["segmentation"]))
+            box = [float(value) for value in given]
+            detections.append(common | {"bbox": box, "area": box[2] * box[3]})
+    return detections
+
+
+def _check_results(entries: Iterable[Any], where: str, truth: Json, needs_mask: bool) -> None:
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    categories = {category["id"] for category in truth["categories"]}
+    for index, entry in enumerate(entries):
+        here = f"{where}: entry {index}"
+        if not isinstance(entry, dict):
+            raise DataError("key-type", here, f"expected an object, got {entry!r:.60}")
+        here = f"{here} (image {entry.get('image_id')!r})"
+        if missing := {"image_id", "category_id", "score"} - set(entry):
+            raise DataError("key-missing", here, f"no {sorted(missing)[0]!r}")
+        if type(entry["image_id"]) is not int or entry["image_id"] not in sizes:
+            remedy = "score against the annotations that the predictions were made for"
+            raise DataError("id-unknown", here, "the ground truth has no such image", remedy)
+        if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
+            known = ", ".join(map(str, sorted(categories)[:10])) + ", ..." * (len(categories) > 10)
+            message = f"expected one of the ground truth's category_id {known}, got {entry['category_id']!r}"
+            raise DataError("id-unknown", here, message, "use the ids of that file, not labels 0..C-1")
+        if type(entry["score"]) not in (int, float) or not math.isfinite(entry["score"]):
+            raise DataError("key-type", here, f"expected a finite score, got {entry['score']!r:.60}", "drop it")
+        if "bbox" in entry:
+            check_box(entry["bbox"], here)
+        if "segmentation" in entry:
+            if not isinstance(entry["segmentation"], Mapping):
+                message = f"expected RLE as segmentation of a result, got {entry['segmentation']!r:.60}"
+                raise DataError("segmentation-type", here, message, "write an object with size and counts")
+            check_rle(entry["segmentation"], *sizes[entry["image_id"]], here)
+        elif needs_mask or "bbox" not in entry:
+            remedy = "add the mask" if needs_mask else "add a box or a mask"
+            raise DataError("key-missing", here, "no 'segmentation'", remedy)
+
+
+def _whole_annotation(annotation: Json, image: Json, where: str) -> Json:
+    """The annotation, checked, with ``iscrowd``, ``area`` and ``bbox``."""
+    whole = {"iscrowd": 0, **annotation}
+    size = (image["height"], image["width"])
+    shape = whole.get("segmentation") or None
+    if shape is None:
+        whole.pop("segmentation", None)
+    else:
+        check_segmentation(shape, *size, where)
+    if "bbox" in whole:
+        check_box(whole["bbox"], where)
+    elif shape is None:
+        raise DataError("key-missing", where, "neither 'segmentation' nor 'bbox'")
+    if shape is not None and not ("area" in whole and "bbox" in whole):
+        rle = _compressed(shape) if isinstance(shape, dict) else _merged(shape, size)
+        whole = {"area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()} | whole
+    whole.setdefault("area", whole["bbox"][2] * whole["bbox"][3])
+    if type(whole["area"]) not in (int, float) or not math.isfinite(whole["area"]):
+        raise DataError("key-type", where, f"expected a finite area, got {whole['area']!r:.60}")
+    return whole
+
+
+def _merged(polygons: list[list[float]], size: tuple[int, int]) -> Json:
+    return mask_utils.merge(mask_utils.frPyObjects(polygons, *size))
+
+
+def _compressed(rle: Json) -> Json:
+    return mask_utils.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
+
+
+def _coco(dataset: Json) -> COCO:
+    coco = COCO()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
+
+
+def _names(categories: list[Json]) -> dict[int, str]:
+    """Category id -> name; a name that two categories share is told apart by the id."""
+    names = [category.get("name", str(category["id"])) for category in categories]
+    return {
+        category["id"]: name if names.count(name) == 1 else f"{name} ({category['id']})"
+        for category, name in zip(categories, names, strict=True)
+    }
+
+
+def _mean(precision: np.ndarray) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def _figure(value: float) -> float | None:
+    return float(value) if value > -1 else None
+
+
+def _read(source: Any, name: str) -> tuple[str, Any]:
+    """Where the data come from, for messages, and the data."""
+    if not isinstance(source, str | Path):
+        return name, source
+    path = Path(source)
+    try:
+        return str(path), json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError("file-missing", str(path), f"cannot read the {name} ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError("file-json", str(path), f"the {name} is not JSON ({error})", "write it anew") from None

@@ -1,0 +1,89 @@
+"""3x3 matrices between pixel frames, and boxes and points carried by them.
+
+Coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1) and its centre is
+(j + 0.5, i + 0.5), so a flip is x -> W - x. Matrices act on column vectors (x, y, 1) and are named by
+direction: ``weak_to_strong``. Boxes are (N, 4) XYXY in pixels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def identity() -> Tensor:
+    """The 3x3 matrix that changes nothing, float64."""
+    return torch.eye(3, dtype=torch.float64)
+
+
+def scale(sx: float, sy: float) -> Tensor:
+    """x -> sx * x, y -> sy * y."""
+    return torch.diag(torch.tensor([sx, sy, 1.0], dtype=torch.float64))
+
+
+def translate(tx: float, ty: float) -> Tensor:
+    """Moves by (tx, ty) px."""
+    matrix = identity()
+    matrix[0, 2], matrix[1, 2] = tx, ty
+    return matrix
+
+
+def flip_horizontal(width: float) -> Tensor:
+    """x -> width - x: its own inverse."""
+    matrix = identity()
+    matrix[0, 0], matrix[0, 2] = -1.0, width
+    return matrix
+
+
+def rotate(degrees: float, center: tuple[float, float]) -> Tensor:
+    """Rotates about ``center`` (x, y); positive turns clockwise on the screen (y points down)."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
+    return about(turn, center)
+
+
+def shear(factor_x: float, factor_y: float, center: tuple[float, float]) -> Tensor:
+    """Shear along x by ``factor_x`` then along y by ``factor_y``, both about ``center`` (x, y)."""
+    along_x = torch.tensor([[1, factor_x, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    along_y = torch.tensor([[1, 0, 0], [factor_y, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    return about(along_y @ along_x, center)
+
+
+def about(matrix: Tensor, center: tuple[float, float]) -> Tensor:
+    """``matrix`` with its origin moved to ``center`` (x, y)."""
+    return translate(*center) @ matrix @ translate(-center[0], -center[1])
+
+
+def invert(matrix: Tensor) -> Tensor:
+    """Inverse of affine matrices (..., 3, 3), in closed form: no solver call, no device sync."""
+    a, b, tx = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 0, 2]
+    c, d, ty = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
+    det = a * d - b * c
+    rows = torch.stack(
+        [d, -b, b * ty - d * tx, -c, a, c * tx - a * ty, torch.zeros_like(a), torch.zeros_like(a), det],
+        dim=-1,
+    )
+    return (rows / det[..., None]).reshape(matrix.shape)
+
+
+def transform_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """Points (..., 2) xy carried by one matrix (3, 3) or by matrices that broadcast as (..., 3, 3)."""
+    matrix = matrix.to(points)
+    return (matrix[..., :2, :2] @ points[..., None])[..., 0] + matrix[..., :2, 2]
+
+
+def transform_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
+    """Axis-aligned envelope (N, 4) of the boxes' four transformed corners (method 1.3)."""
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+    moved = transform_points(corners, matrix)
+    return torch.cat([moved.amin(dim=1), moved.amax(dim=1)], dim=1)
+
+
+def clip_boxes(boxes: Tensor, size: Tensor) -> Tensor:
+    """Boxes clipped to a view of ``size`` = (h, w) px."""
+    height, width = size.to(boxes).unbind()
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    zero = boxes.new_zeros(())
+    return torch.stack(
+        [x1.clamp(zero, width), y1.clamp(zero, height), x2.clamp(zero, width), y2.clamp(zero, height)], dim=1
+    )

@@ -1,0 +1,179 @@
+"""A checkpoint and images -> COCO results, in the images' own frame. No Ray: used by workers and by the CLI."""
+
+import json
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from pais_ray import evaluate, geometry, plots, plugins
+from pais_ray.config import Config, load
+from pais_ray.data.images import decode, upright_size
+from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_coco, read_folder
+from pais_ray.data.splits import SplitManifest
+from pais_ray.data.validate import DataError
+from pais_ray.data.views import Sample, make_views
+from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
+from pais_ray.train.step import autocast
+
+AHEAD = 4  # images decoded ahead of the network
+
+
+def predict_records(
+    segmentor: nn.Module,
+    records: Iterable[Record],
+    config: Config,
+    category_ids: list[int],
+    device: torch.device,
+) -> Iterator[dict[str, Any]]:
+    """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
+
+    def read(record: Record) -> Sample:
+        image = torch.from_numpy(decode(Path(record.path).read_bytes(), record.path)).permute(2, 0, 1)
+        return Sample(image=image, image_id=record.image_id, row=0, slot=0)
+
+    with ThreadPoolExecutor(2) as pool:
+        ahead: deque[Future[Sample]] = deque()
+        for record in records:
+            ahead.append(pool.submit(read, record))
+            if len(ahead) > AHEAD:
+                yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+        while ahead:
+            yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+
+
+def predict_sample(
+    segmentor: nn.Module, sample: Sample, config: Config, category_ids: list[int], device: torch.device
+) -> list[dict[str, Any]]:
+    """COCO results of one image in its own frame."""
+    views = make_views([sample], config.views, config.train.seed, "test", device)
+    with torch.no_grad(), autocast(device, config.train.precision):
+        prediction = segmentor.predict(views)[0].to("cpu")  # type: ignore[operator]
+    height, width = sample.image.shape[-2:]
+    there = prediction.warp(geometry.invert(views.matrix[0].cpu()), torch.tensor([height, width]))
+    return evaluate.to_results(there, sample.image_id, (height, width), category_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """One role of one checkpoint, ready to look at images."""
+
+    segmentor: nn.Module
+    config: Config
+    categories: list[dict[str, Any]]  # id and name as in the data set, by label
+    device: torch.device
+
+    @classmethod
+    def open(cls, run: Path, *, role: str = "teacher", checkpoint: str = "best", device: str | None = None) -> Self:
+        """The ``best`` or ``last`` checkpoint of a run directory, or the checkpoint directory named."""
+        if not (run / "config.yaml").exists():
+            raise ValueError(f"{run}: expected a run directory with config.yaml; `pais-ray train` makes them")
+        config = load(run / "config.yaml")
+        categories = [
+            {"id": c.id, "name": c.name} for c in SplitManifest.from_json((run / "split.json").read_text()).classes
+        ]
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bare = config.segmentor.model_copy(update={"weights": None})  # the checkpoint has them
+        segmentor = plugins.segmentor(config.segmentor.name)(len(categories), bare)
+        load_segmentor(segmentor, choose_checkpoint(run, role, checkpoint), role)
+        return cls(segmentor=segmentor.to(where).eval(), config=config, categories=categories, device=where)
+
+    def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
+        """COCO results of images, with a progress bar on a terminal."""
+        ids = [c["id"] for c in self.categories]
+        with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+            return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
+
+    def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
+        """COCO AP on the run's validation images, or on other annotated ones."""
+        dataset = self.validation(annotations, images)
+        return evaluate.score(dataset.path, self.results(dataset.records, "evaluating"))
+
+    def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
+        """The run's validation set, or other annotations with the same categories."""
+        if annotations is None:
+            dataset = read_coco(*self.config.data.part("val"))
+        elif images is None:
+            raise ValueError(f"--images: expected the folder of {annotations}'s images")
+        else:
+            dataset = read_coco(annotations, images)
+        if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
+            raise DataError(
+                "categories",
+                dataset.path,
+                "has other categories than the run was trained on",
+                "map them first",
+            )
+        return dataset
+
+    def predict(self, sources: Sequence[Path], out: Path, draw_above: float) -> dict[str, Any]:
+        """Writes results.json, images.json and overlays/ for image files and folders, or for the run's
+        validation images where none are named."""
+        records = image_records(sources) if sources else self.validation().records
+        results = self.results(records, "predicting")
+        (out / "overlays").mkdir(parents=True, exist_ok=True)
+        listing = [{"id": r.image_id, "file_name": r.path, "height": r.height, "width": r.width} for r in records]
+        (out / "results.json").write_text(json.dumps(results))
+        (out / "images.json").write_text(json.dumps({"images": listing, "categories": self.categories}, indent=1))
+        of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for result in results:
+            if result["score"] >= draw_above:
+                of_image[result["image_id"]].append(result)
+        names = {c["id"]: c["name"] for c in self.categories}
+        for record in records:
+            picture = draw_results(record, of_image[record.image_id], names)
+            stem = f"{record.image_id:06d}_{Path(record.path).stem}"
+            Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)
+        drawn = sum(len(v) for v in of_image.values())
+        return {
+            "images": len(records),
+            "instances": drawn,
+            "results": str(out / "results.json"),
+            "out": str(out),
+        }
+
+
+def image_records(sources: Sequence[Path]) -> Sequence[Record]:
+    """Records of image files and of all images in folders, ids by position."""
+    found: list[tuple[str, int, int]] = []
+    for source in sources:
+        if source.is_dir():
+            found += [(r.path, r.height, r.width) for r in read_folder(str(source))]
+        else:
+            found.append((str(source), *upright_size(str(source))))
+    return [Record(image_id=i, path=p, height=h, width=w) for i, (p, h, w) in enumerate(found)]
+
+
+def draw_results(record: Record, results: Sequence[dict[str, Any]], names: dict[int, str]) -> np.ndarray:
+    """The image (H, W, 3) uint8 with COCO results drawn over it."""
+    image = decode(Path(record.path).read_bytes(), record.path)
+    rles = [r["segmentation"]["counts"].encode() for r in results]
+    boxes = np.array([r["bbox"] for r in results], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    ids = sorted(names)
+    labels = np.array([ids.index(r["category_id"]) for r in results], dtype=np.int64)
+    scores = np.array([r["score"] for r in results], dtype=np.float32)
+    masks = decode_rle(rles, record.height, record.width).astype(bool)
+    return plots.overlay(image, boxes, labels, scores, masks, [names[i] for i in ids])
+
+
+def choose_checkpoint(run: Path, role: str, which: str) -> Path:
+    """The directory of the ``best`` checkpoint of ``role``, of the ``last`` good one, or the one named."""
+    last, refused = newest_verified(run)
+    if last is None:
+        raise CheckpointError(f"{run}: no usable checkpoint ({'; '.join(refused) or 'none was written yet'})")
+    if which == "last":
+        return last
+    if which != "best":
+        return Path(which)
+    best = json.loads((last / "state.json").read_text())["best"].get(role)
+    return last if best is None else checkpoint_folder(run, int(best["step"]))

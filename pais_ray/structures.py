@@ -1,0 +1,269 @@
+"""What the layers say to each other: views in, predictions out, targets back, weights inside the targets.
+
+Legend: B images, N instances, P boxes asked of the masks, C classes, H x W pixels of *this* view.
+Labels are contiguous, 0..C-1, without background. Boxes are (N, 4) XYXY px of the view they belong to;
+pixel coordinates are continuous (see geometry.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from pais_ray import geometry
+
+Normaliser = Literal["mean", "pos", "pos_neg", "weight_sum"]
+T = TypeVar("T", "Predictions", "Targets", "Views")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Masks:
+    """N soft masks of one image, each on its own grid with its own affine to the view's pixels.
+
+    One type serves 28x28-in-box, stride-4 and full-size masks. Carrying masks to another view multiplies
+    matrices and touches no pixel; pixels are read once, at the resolution that is asked for.
+    """
+
+    grids: Tensor  # (N, h, w) in [0, 1]; bool and uint8 {0, 1} are accepted and read as float
+    affine: Tensor  # (N, 3, 3) float32: grid px -> view px
+    upright: bool = True  # no flip, rotation or shear in ``affine``: known without a look at the device
+
+    @classmethod
+    def full(cls, masks: Tensor) -> Self:
+        """Full-size masks (N, H, W): the grid is the view."""
+        return cls.strided(masks, 1)
+
+    @classmethod
+    def strided(cls, masks: Tensor, stride: float) -> Self:
+        """Masks (N, H / stride, W / stride) whose cells are ``stride`` px of the view wide."""
+        if masks.ndim != 3:
+            raise ValueError(f"Masks: expected a (N, H, W) tensor, got shape {tuple(masks.shape)}")
+        one = torch.diag(torch.tensor([stride, stride, 1.0], device=masks.device))
+        return cls(grids=masks, affine=one.expand(len(masks), 3, 3))
+
+    @classmethod
+    def in_boxes(cls, masks: Tensor, boxes: Tensor) -> Self:
+        """Masks (N, h, w), each stretched over its own box (N, 4)."""
+        affine = boxes.new_zeros(len(boxes), 3, 3)
+        affine[:, 0, 0] = (boxes[:, 2] - boxes[:, 0]) / masks.shape[2]
+        affine[:, 1, 1] = (boxes[:, 3] - boxes[:, 1]) / masks.shape[1]
+        affine[:, 0, 2], affine[:, 1, 2], affine[:, 2, 2] = boxes[:, 0], boxes[:, 1], 1.0
+        return cls(grids=masks, affine=affine)
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        return dataclasses.replace(self, grids=self.grids[index], affine=self.affine[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        return dataclasses.replace(
+            self,
+            grids=self.grids.to(device, non_blocking=True),
+            affine=self.affine.to(device, non_blocking=True),
+        )
+
+    def warp(self, matrix: Tensor) -> Self:
+        """The same masks in another view: ``matrix`` (3, 3) takes this view's px to that one's."""
+        affine = matrix.to(self.affine) @ self.affine
+        return dataclasses.replace(self, affine=affine, upright=False)
+
+    def crop_resize(self, boxes: Tensor, size: int, index: Tensor | None = None) -> Tensor:
+        """Soft masks (P, size, size) inside ``boxes`` (P, 4); ``index`` (P,) says whose mask each box wants.
+
+        Upright masks go through RoIAlign, which averages every pixel under a cell and copies no grid; warped
+        ones are sampled at up to 4x4 points a cell.
+        """
+        if index is None:
+            index = torch.arange(len(boxes), device=boxes.device)
+        if len(boxes) == 0 or len(self) == 0:
+            return boxes.new_zeros(len(boxes), size, size)
+        if self.upright:
+            shift, step = self.affine[index, :2, 2], self.affine[index][:, [0, 1], [0, 1]]
+            in_grid = (boxes - shift.repeat(1, 2)) / step.repeat(1, 2)
+            rois = torch.cat([index[:, None].to(in_grid), in_grid], dim=1)
+            return roi_align(self.grids[:, None].to(in_grid), rois, (size, size), aligned=True)[:, 0]
+        crop = Masks.in_boxes(boxes.new_zeros(len(boxes), size, size), boxes).affine
+        return self._sample(crop, (size, size), index)
+
+    def to_grid(self, stride: int, size: tuple[int, int]) -> Tensor:
+        """Soft masks (N, ceil(H / stride), ceil(W / stride)) of a view of ``size`` = (H, W) px."""
+        height, width = -(-size[0] // stride), -(-size[1] // stride)
+        cells = Masks.strided(self.grids.new_zeros(len(self), 1, 1), stride).affine
+        return self._sample(cells.to(self.affine), (height, width), torch.arange(len(self), device=cells.device))
+
+    def paste(self, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+        """Full-size bool masks (N, H, W). For evaluation and pictures, one image at a time, on the CPU:
+        each mask is sampled in its own window only, and the loop over instances waits for the device."""
+        height, width = size
+        out = torch.zeros(len(self), height, width, dtype=torch.bool, device=self.grids.device)
+        if len(self) == 0:
+            return out
+        rows, cols = self.grids.shape[1:]
+        corners = self.affine.new_tensor([[0, 0], [cols, 0], [cols, rows], [0, rows]])
+        spots = geometry.transform_points(corners[None], self.affine[:, None])  # (N, 4, 2)
+        low, high = spots.amin(dim=1).floor().long().tolist(), spots.amax(dim=1).ceil().long().tolist()
+        for i, ((x1, y1), (x2, y2)) in enumerate(zip(low, high, strict=True)):
+            x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
+            if x2 <= x1 or y2 <= y1:
+                continue
+            window = geometry.translate(x1, y1).to(self.affine)[None]
+            soft = self[i : i + 1]._sample(window, (y2 - y1, x2 - x1), torch.zeros(1, dtype=torch.long), dense=True)
+            out[i, y1:y2, x1:x2] = soft[0] > threshold
+        return out
+
+    def _sample(self, cells: Tensor, shape: tuple[int, int], index: Tensor, dense: bool = False) -> Tensor:
+        """Soft values (P, *shape) at cells whose affine (P, 3, 3) leads to view px; zero outside the grids."""
+        rows, cols = self.grids.shape[1:]
+        # How many points a cell is averaged over: from shapes alone, because scales live on the device.
+        points = 1 if dense else min(4, max(1, round(max(rows / shape[0], cols / shape[1]))))
+        height, width = shape[0] * points, shape[1] * points
+        to_grid = geometry.invert(self.affine)[index] @ cells
+        ys = (torch.arange(height, device=cells.device, dtype=cells.dtype) + 0.5) / points
+        xs = (torch.arange(width, device=cells.device, dtype=cells.dtype) + 0.5) / points
+        x = (
+            to_grid[:, 0, 0, None, None] * xs
+            + to_grid[:, 0, 1, None, None] * ys[:, None]
+            + to_grid[:, 0, 2, None, None]
+        )
+        y = (
+            to_grid[:, 1, 0, None, None] * xs
+            + to_grid[:, 1, 1, None, None] * ys[:, None]
+            + to_grid[:, 1, 2, None, None]
+        )
+        where = torch.stack([2 * x / cols - 1, 2 * y / rows - 1], dim=-1)  # (P, height, width, 2)
+        source = self.grids[index][:, None].to(where)
+        soft = F.grid_sample(source, where, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return F.avg_pool2d(soft, points)[:, 0] if points > 1 else soft[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """What a segmentor sees in one image, best first."""
+
+    boxes: Tensor  # (N, 4)
+    labels: Tensor  # (N,) int64 in 0..C-1
+    scores: Tensor  # (N,) in [0, 1]: c^h, the probability of the predicted class
+    ious: Tensor  # (N,) in [0, 1]: s, the predicted IoU of the mask; ones without a mask-IoU branch
+    masks: Masks
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice) -> "Predictions":
+        return _select(self, index)
+
+    def to(self, device: torch.device | str) -> "Predictions":
+        return _move(self, device)
+
+    def warp(self, matrix: Tensor, size: Tensor) -> "Predictions":
+        """Carried by ``matrix`` (3, 3) to a view of ``size`` = (h, w) px; nothing is dropped."""
+        boxes = geometry.clip_boxes(geometry.transform_boxes(self.boxes, matrix), size)
+        return dataclasses.replace(self, boxes=boxes, masks=self.masks.warp(matrix))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """What a segmentor shall learn from one image. Ground truth is a target whose weights are one."""
+
+    boxes: Tensor  # (N, 4)
+    labels: Tensor  # (N,) int64 in 0..C-1
+    masks: Masks
+    class_weight: Tensor = None  # type: ignore[assignment]  # (N,) defaults to ones, as the next three
+    box_weight: Tensor = None  # type: ignore[assignment]  # (N,)
+    mask_weight: Tensor = None  # type: ignore[assignment]  # (N,)
+    proposal_weight: Tensor = None  # type: ignore[assignment]  # (N,) 0 keeps a box out of the RPN's loss
+    negative_weight: float = 1.0  # of every background sample in the class loss
+    normaliser: Normaliser = "mean"  # what the weighted sums are divided by, see losses.py
+
+    def __post_init__(self) -> None:
+        num = len(self.boxes)
+        for name in ("class_weight", "box_weight", "mask_weight", "proposal_weight"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.ones(num, device=self.boxes.device))
+            elif len(getattr(self, name)) != num:
+                raise ValueError(f"Targets.{name}: expected {num} weights, one a box, got {len(getattr(self, name))}")
+        if not (len(self.labels) == len(self.masks) == num):
+            raise ValueError(
+                f"Targets: {num} boxes, {len(self.labels)} labels and {len(self.masks)} masks; expected as many of each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice) -> "Targets":
+        return _select(self, index)
+
+    def to(self, device: torch.device | str) -> "Targets":
+        return _move(self, device)
+
+    def warp(self, matrix: Tensor, size: Tensor, min_size: float = 1.0) -> "Targets":
+        """Carried by ``matrix`` (3, 3) to a view of ``size`` = (h, w) px. Boxes are the envelopes of the old
+        ones, clipped; instances left with a side below ``min_size`` px are dropped."""
+        boxes = geometry.clip_boxes(geometry.transform_boxes(self.boxes, matrix), size)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        moved = dataclasses.replace(self, boxes=boxes, masks=self.masks.warp(matrix))
+        return moved[(sides >= min_size).all(dim=1)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Views:
+    """B images of one kind (labeled, weak or strong), padded bottom and right to a multiple of 32 px."""
+
+    images: Tensor  # (B, 3, H, W) float in [0, 1], RGB
+    sizes: Tensor  # (B, 2) int64: the valid (h, w) of each
+    matrix: Tensor  # (B, 3, 3) float32: px of the decoded, upright original -> px of this view
+    image_ids: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64: the global row g that each came from
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "Views":
+        """On ``device``, but for the ids, which stay where they are: nothing on the device needs them."""
+        return dataclasses.replace(_move(self, device), image_ids=self.image_ids, rows=self.rows)
+
+    @classmethod
+    def of(cls, images: Tensor) -> Self:
+        """Plain images (B, 3, H, W) as views of themselves: no padding, no transform."""
+        num, _, height, width = images.shape
+        index = torch.arange(num, device=images.device)
+        sizes = torch.tensor([[height, width]], device=images.device).expand(num, 2)
+        matrix = torch.eye(3, device=images.device).expand(num, 3, 3)
+        return cls(images=images, sizes=sizes, matrix=matrix, image_ids=index, rows=index)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One rank's images for one step. ``weak`` and ``strong`` show the same images in the same order."""
+
+    labeled: Views
+    targets: list[Targets]
+    weak: Views | None = None
+    strong: Views | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            labeled=self.labeled.to(device),
+            targets=[t.to(device) for t in self.targets],
+            weak=None if self.weak is None else self.weak.to(device),
+            strong=None if self.strong is None else self.strong.to(device),
+        )
+
+
+def _select(item: T, index: Tensor | slice) -> T:
+    return _map(item, lambda value: value[index])
+
+
+def _move(item: T, device: torch.device | str) -> T:
+    return _map(item, lambda v: v.to(device) if isinstance(v, Masks) else v.to(device, non_blocking=True))
+
+
+def _map(item: T, function: Callable[[Any], Any]) -> T:
+    fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    return dataclasses.replace(item, **{k: function(v) for k, v in fields.items() if isinstance(v, Tensor | Masks)})

@@ -1,0 +1,429 @@
+"""train(): from a resolved Config to a finished run. The only place that builds a TorchTrainer."""
+
+import json
+import logging
+import os
+import queue
+import shlex
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pais_ray import plots, tracking
+from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
+from pais_ray.data import pipeline, sources, splits, synthetic
+from pais_ray.data.plan import StepPlan
+from pais_ray.optim import Schedule
+from pais_ray.train import worker
+from pais_ray.train.state import newest_verified
+
+SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
+ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A run's data, read and split."""
+
+    train: sources.CocoDataset
+    labeled: tuple[sources.LabeledRecord, ...]
+    unlabeled: tuple[sources.Record, ...]
+    val: tuple[sources.Record, ...]
+    val_json: str
+    manifest: splits.SplitManifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to; the content of ``--json``."""
+
+    run_id: str | None
+    run_dir: str
+    step: int
+    steps: int
+    stopped: bool
+    best_checkpoint: str | None
+    last_checkpoint: str | None
+    scores: dict[str, float]  # the last evaluation, ``teacher/segm_AP`` ...
+
+    def to_json(self) -> dict[str, Any]:
+        head = {k: v for k, v in vars(self).items() if k != "scores"}
+        return {**head, "teacher/segm_AP": None, "student/segm_AP": None, **self.scores}
+
+
+class WrongInput(ValueError):
+    """What a worker found wrong with the user's input, in its words."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training ended itself, with the reason as its message."""
+
+
+@ray.remote(num_cpus=0, max_concurrency=4)
+class Monitor:
+    """Between driver and workers: progress one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self.rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.stop = False
+
+    def progress(self, row: dict[str, Any]) -> None:
+        self.rows.put(row)
+
+    def drain(self) -> list[dict[str, Any]]:
+        return [self.rows.get() for _ in range(self.rows.qsize())]
+
+    def fatal(self, message: str, wrong_input: bool) -> None:
+        self.rows.put({"fatal": message, "wrong_input": wrong_input})
+
+    def request_stop(self) -> None:
+        self.stop = True
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+
+def prepare(config: Config) -> tuple[Config, Data]:
+    """Reads annotations, makes the split, and generates the embedded data set where none is given."""
+    if config.data.train is None:
+        config = embedded(config)
+    data = config.data
+    train = sources.read_coco(*data.part("train"))
+    val = sources.read_coco(*data.part("val"))
+    if [(c.id, c.name) for c in train.categories] != [(c.id, c.name) for c in val.categories]:
+        raise sources.DataError(
+            "categories",
+            val.path,
+            f"has other categories than {train.path}",
+            "give both files the same `categories` list",
+        )
+    split = splits.split([r.image_id for r in train.records], data.labeled, data.fold)
+    by_id = {r.image_id: r for r in train.records}
+    labeled = tuple(by_id[i] for i in split.labeled_ids)
+    if data.unlabeled is not None:
+        unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
+    else:
+        unlabeled = tuple(sources.unlabel(by_id[i]) for i in split.unlabeled_ids)
+    val_records = tuple(sources.unlabel(r) for r in val.records)
+    manifest = splits.manifest(split, train)
+    return config, Data(
+        train=train,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        val=val_records,
+        val_json=val.path,
+        manifest=manifest,
+    )
+
+
+def embedded(config: Config) -> Config:
+    """``config`` with the generated data set as its data; the set is made where it is not there yet."""
+    folder = Path(config.run.storage_path).absolute() / "synthetic"
+    synthetic.generate(str(folder))
+    paths = {
+        "train": str(folder / "train.json"),
+        "val": str(folder / "val.json"),
+        "images": str(folder / "images"),
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+def train(config: Config, *, force: bool = False) -> TrainResult:
+    """Trains, or resumes the run of that name, and returns what came out.
+
+    Raises ConfigError or DataError (wrong input) before anything starts, and ray.train.TrainingFailedError.
+    """
+    if "://" in config.run.storage_path:
+        raise ConfigError(
+            f"run.storage_path: expected a path that every node sees (local disk, NFS), got {config.run.storage_path!r}; "
+            "mount the bucket"
+        )
+    name = config.run.name or f"{config.segmentor.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    root = Path(config.run.storage_path).absolute() / name
+    schedule = run_schedule(config)
+    config, data = prepare(config)
+    check_resume(root, config, force)
+    last = min(schedule.steps, config.train.stop_at or schedule.steps)
+    done = steps_made(root)
+    say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
+    say(schedule.explain())
+    if done >= last:
+        say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
+        return result_of(root, schedule, run_id=read_run_id(root), stopped=False)
+    write_run_directory(root, config, data)
+    started_here = connect()
+    try:
+        return fit(root, config, data, schedule)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResult:
+    """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
+    run_id = tracking.open_run(
+        config.tracking,
+        Path(config.run.storage_path).absolute(),
+        root.name,
+        flatten(config),
+        run_tags(config, data),
+        read_run_id(root),
+    )
+    if run_id is not None:
+        (root / "mlflow_run_id").write_text(run_id)
+    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    plan = StepPlan(
+        seed=config.train.seed,
+        num_labeled=len(data.labeled),
+        num_unlabeled=len(data.unlabeled),
+        labeled=config.batch.labeled,
+        unlabeled=config.batch.unlabeled,
+    )
+    cpus, threads = worker_resources(config)
+    job = worker.Job(
+        config=config,
+        schedule=schedule,
+        root=root,
+        categories=data.train.categories,
+        feed=pipeline.make_feed(plan, data.labeled, data.unlabeled),
+        val=ray.put(data.val),
+        ground_truth=os.path.abspath(data.val_json),
+        monitor=monitor,
+        tracking_run=run_id,
+        threads=threads,
+    )
+    trainer = TorchTrainer(
+        worker.run,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.scaling.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
+            storage_path=str(root / ATTEMPT_FOLDER),
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+        ),
+    )
+    status = "FAILED"
+    try:
+        stopped = follow(trainer, monitor, root)
+        status = "KILLED" if stopped else "FINISHED"
+    finally:
+        close_tracking(root, config, run_id, status)
+    return result_of(root, schedule, run_id=run_id, stopped=stopped)
+
+
+def close_tracking(root: Path, config: Config, run_id: str | None, status: str) -> None:
+    """Curves of what there is, the run's papers as artifacts, and the end of the MLflow run."""
+    rows = metric_rows(root)
+    tracker = tracking.Tracker(config.tracking, root, run_id)
+    if rows:
+        plots.curves(rows, root / "figures" / "curves.png")
+        tracker.log_artifact(root / "figures" / "curves.png", "figures")
+    for name in ("config.yaml", "split.json"):
+        tracker.log_artifact(root / name)
+    tracker.close(status)
+
+
+def follow(trainer: TorchTrainer, monitor: Any, root: Path) -> bool:
+    """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one)
+    and prints what the workers say. Returns whether the user stopped it; raises what training raised."""
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    asked = 0
+    while thread.is_alive():
+        try:
+            thread.join(timeout=0.5)
+            show(ray.get(monitor.drain.remote()))
+        except KeyboardInterrupt:
+            asked += 1
+            if asked > 1:
+                raise
+            monitor.request_stop.remote()
+            say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
+    show(ray.get(monitor.drain.remote()))
+    if "error" in outcome:
+        raise outcome["error"]
+    if asked:
+        say(f"stopped with a checkpoint in {root / 'checkpoints'}; resume with:\n  {resume_command(root)}")
+    return bool(asked)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints progress; raises what a worker called fatal."""
+    for row in rows:
+        if "fatal" in row:
+            raise WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
+        say(progress_line(row))
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """One line a person can follow: where we are, how it learns, how fast, how long still."""
+    if "role" in row:
+        role = row["role"]
+        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
+        return f"  evaluation at {row['step']}: {role} {ap}"
+    labeled, unlabeled = (
+        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
+    )
+    kept = row.get("pseudo/kept_per_image")
+    minutes, seconds = divmod(int(row["eta"]), 60)
+    return (
+        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
+        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
+        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
+        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
+        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    )
+
+
+def worker_resources(config: Config) -> tuple[float, int]:
+    """(CPUs to reserve a worker, torch threads a worker). Reading tasks need a free CPU or the streams starve:
+    workers take at most what leaves one, half a CPU each on two."""
+    workers, total = config.scaling.num_workers, ray.cluster_resources().get("CPU", 1.0)
+    cpus = config.scaling.cpus_per_worker
+    if cpus is None:
+        cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
+        cpus = float(f"{cpus:.2f}")
+    if workers * cpus > total:
+        raise ConfigError(
+            f"scaling.num_workers: {workers} workers of {cpus} CPUs, and the cluster has {total:g}; "
+            "lower scaling.num_workers or scaling.cpus_per_worker"
+        )
+    per_node = max(1, -(-workers // max(1, len([n for n in ray.nodes() if n["Alive"]]))))
+    threads = config.train.threads_per_worker or max(1, (os.cpu_count() or 1) // per_node)
+    return cpus, threads
+
+
+def connect() -> bool:
+    """Joins the cluster of RAY_ADDRESS, or starts a local one. Returns whether it is ours to stop."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return False
+    ray.init(address="local", num_cpus=os.cpu_count(), **quiet)
+    return True
+
+
+def check_resume(root: Path, config: Config, force: bool) -> None:
+    """Refuses to go on with a run whose identity the new config would change."""
+    path = root / "config.yaml"
+    if not path.exists():
+        return
+    changed = changed_identity(load(path), config)
+    if changed and not force:
+        raise ConfigError(
+            f"{path}: this run was started with other values of {', '.join(changed)}; "
+            "give them as they were, choose another run.name, or insist with --force"
+        )
+    for key in changed:
+        say(f"forced: {key} differs from the run's start")
+    before, now = flatten(load(path)), flatten(config)
+    for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
+        say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
+
+
+def write_run_directory(root: Path, config: Config, data: Data) -> None:
+    """config.yaml and split.json; metrics.jsonl, checkpoints/ and figures/ follow."""
+    (root / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (root / "figures").mkdir(exist_ok=True)
+    for name, text in (("config.yaml", dump(config)), ("split.json", data.manifest.to_json())):
+        aside = root / f".{name}.{os.getpid()}.partial"
+        aside.write_text(text)
+        os.replace(aside, root / name)
+
+
+def steps_made(root: Path) -> int:
+    """Steps of the newest good checkpoint; 0 without one."""
+    folder, _ = newest_verified(root)
+    return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def read_run_id(root: Path) -> str | None:
+    path = root / "mlflow_run_id"
+    return path.read_text().strip() if path.exists() else None
+
+
+def run_tags(config: Config, data: Data) -> dict[str, str]:
+    return {
+        "labels_pct": f"{100 * data.manifest.split.labeled:g}",
+        "fold": str(data.manifest.split.fold),
+        "split_sha256": data.manifest.split.sha256,
+        "segmentor": config.segmentor.name,
+        "method": config.method.name,
+        "data_sha256": data.train.sha256,
+    }
+
+
+def metric_rows(root: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    path = root / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bool) -> TrainResult:
+    """What the run directory says of the run."""
+    last, _ = newest_verified(root)
+    state = {} if last is None else json.loads((last / "state.json").read_text())
+    scores: dict[str, float] = {}
+    for row in metric_rows(root):
+        scores |= {k: v for k, v in row.items() if k.startswith(("teacher/", "student/")) and "_class/" not in k}
+    best = state.get("best", {}).get("teacher")
+    return TrainResult(
+        run_id=run_id,
+        run_dir=str(root),
+        step=state.get("step", 0),
+        steps=schedule.steps,
+        stopped=stopped,
+        best_checkpoint=None if best is None else str(worker.checkpoint_folder(root, int(best["step"]))),
+        last_checkpoint=None if last is None else str(last),
+        scores=scores,
+    )
+
+
+def resume_command(root: Path) -> str:
+    """The command line that goes on with the run at ``root``: this one, with the run's name in it."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if not any(w.startswith("run.name=") for w in words):
+        words.append(f"run.name={root.name}")
+    return " ".join(shlex.quote(w) for w in words)
+
+
+def summary(result: TrainResult, config: Config) -> str:
+    """What a person wants to know at the end: the AP table, where the run lies, how to look at it."""
+    lines = []
+    if "teacher/segm_AP" in result.scores:
+        lines.append(f"{'':8}" + "".join(f"{name:>12}" for name in SUMMARY))
+        for role in worker.ROLES:
+            figures = [result.scores.get(f"{role}/{name.replace(' ', '_')}") for name in SUMMARY]
+            lines.append(f"{role:8}" + "".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in figures))
+    lines.append(f"run directory: {result.run_dir}")
+    lines.append(f"look at it:    {tracking.ui_command(config.tracking, Path(result.run_dir).parent)}")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

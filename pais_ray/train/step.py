@@ -1,0 +1,188 @@
+"""One optimiser step: Algorithm 1 of the paper, top to bottom. Read this first.
+
+Free of Ray: a list of batches drives it in a notebook. Under DDP every rank calls it with its own batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pais_ray import geometry
+from pais_ray.optim import Schedule, set_lr
+from pais_ray.structures import Batch, Predictions, Targets
+from pais_ray.train.state import TrainState
+
+Metrics = dict[str, Tensor | float]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Method(Protocol):
+    """What the step asks of a method (methods/*): frozen hyper-parameters and three small functions."""
+
+    @property
+    def uses_unlabeled(self) -> bool: ...
+    @property
+    def score_threshold(self) -> float: ...
+    @property
+    def labeled_weights(self) -> dict[str, float]: ...
+    @property
+    def unlabeled_weights(self) -> dict[str, float]: ...
+    def labeled_weight(self, step: int) -> float: ...
+    def unlabeled_weight(self, step: int) -> float: ...
+    def decay(self, step: int) -> float: ...
+    def keeps(self, predictions: Predictions) -> Tensor: ...
+    def pseudo_labels(self, predictions: Predictions) -> Targets: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step needs to know beside the state, the data and the method."""
+
+    schedule: Schedule
+    clip_norm: float | None = None
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did. All ranks agree on ``skipped`` and ``stop``."""
+
+    metrics: Metrics  # detached, on the device
+    skipped: bool  # a loss or gradient was not finite on some rank: nothing was changed
+    stop: bool  # some rank was asked to stop after this step
+
+
+def train_step(
+    state: TrainState,
+    network: nn.Module,
+    batches: Sequence[Batch],
+    method: Method,
+    settings: StepSettings,
+    stop: bool = False,
+) -> StepResult:
+    """Learns from one rank's micro-batches and lets the teacher follow.
+
+    ``network`` is ``state.student``, bare or wrapped in DDP. A step that is not finite on any rank is skipped
+    on all of them: neither student, teacher nor optimizer change, only the counters.
+    """
+    lr = set_lr(state.optimizer, settings.schedule, state.step)
+    state.optimizer.zero_grad(set_to_none=True)
+    metrics: Metrics = {}
+    for i, batch in enumerate(batches):
+        seed_step(settings.seed, int(batch.labeled.rows[0]))
+        last = i == len(batches) - 1
+        with nullcontext() if last else without_sync(network):
+            with autocast(batch.labeled.images.device, settings.precision):
+                losses, logs = batch_losses(network, state.teacher, batch, method, state.step)
+            total = torch.stack(list(losses.values())).sum() / len(batches)
+            state.scaler.scale(total).backward()
+        for name, value in {**losses, **logs, "loss": total.detach() * len(batches)}.items():
+            metrics[name] = metrics.get(name, 0.0) + torch.as_tensor(value).detach() / len(batches)
+
+    state.scaler.unscale_(state.optimizer)
+    limit = float("inf") if settings.clip_norm is None else settings.clip_norm
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(state.student.parameters(), limit)
+    bad, stop = agree(metrics, stop, grad_matters=not state.scaler.is_enabled())
+    if not bad:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        decay = method.decay(state.step)
+        follow(state.teacher, state.student, decay)
+        metrics["ema_decay"] = decay
+    metrics["lr"] = lr
+    state.step += 1
+    state.skipped_in_row = state.skipped_in_row + 1 if bad else 0
+    state.skipped += int(bad)
+    return StepResult(metrics=metrics, skipped=bad, stop=stop)
+
+
+def batch_losses(
+    network: nn.Module, teacher: nn.Module, batch: Batch, method: Method, step: int
+) -> tuple[dict[str, Tensor], Metrics]:
+    """The weighted loss terms of one micro-batch, ``labeled/<name>`` and ``unlabeled/<name>``, and its logs."""
+    labeled = network(batch.labeled, batch.targets)
+    lambda_labeled = method.labeled_weight(step)
+    losses = {f"labeled/{k}": v * (lambda_labeled * method.labeled_weights.get(k, 1.0)) for k, v in labeled.items()}
+    lambda_unlabeled = method.unlabeled_weight(step)
+    if batch.weak is None or batch.strong is None or lambda_unlabeled == 0:
+        return losses, {}
+
+    predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)  # type: ignore[operator]
+    weak_targets = [method.pseudo_labels(p) for p in predictions]
+    weak_to_strong = batch.strong.matrix @ geometry.invert(batch.weak.matrix)
+    strong_targets = [
+        t.warp(m, size) for t, m, size in zip(weak_targets, weak_to_strong, batch.strong.sizes, strict=True)
+    ]
+    unlabeled = network(batch.strong, strong_targets)
+    for name, value in unlabeled.items():
+        losses[f"unlabeled/{name}"] = value * (lambda_unlabeled * method.unlabeled_weights.get(name, 1.0))
+    return losses, pseudo_label_logs(predictions, weak_targets, strong_targets)
+
+
+def pseudo_label_logs(
+    predictions: Sequence[Predictions], weak: Sequence[Targets], strong: Sequence[Targets]
+) -> Metrics:
+    """Counts and sums of one micro-batch's pseudo-labels; a mean is a sum over ``pseudo/kept``, see worker.py."""
+    images = len(predictions)
+    zero = predictions[0].scores.new_zeros(())
+    return {
+        "pseudo/images": float(images),
+        "pseudo/over_tau_cls": float(sum(len(p) for p in predictions)),
+        "pseudo/kept": float(sum(len(t) for t in weak)),
+        "pseudo/in_strong": float(sum(len(t) for t in strong)),
+        "pseudo/empty_images": float(sum(len(t) == 0 for t in weak)),
+        "pseudo/score_sum": sum((p.scores.sum() for p in predictions), start=zero),
+        "pseudo/iou_sum": sum((p.ious.sum() for p in predictions), start=zero),
+        "pseudo/class_weight_sum": sum((t.class_weight.sum() for t in weak), start=zero),
+        "pseudo/mask_weight_sum": sum((t.mask_weight.sum() for t in weak), start=zero),
+    }
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, one fused update in fp32; integer buffers are copied."""
+    pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
+    floats = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in floats], [s.to(t.dtype) for t, s in floats], 1.0 - decay)
+    for t, s in pairs:
+        if not t.is_floating_point():
+            t.copy_(s)
+
+
+def agree(metrics: Metrics, stop: bool, *, grad_matters: bool) -> tuple[bool, bool]:
+    """(some rank's loss or gradient is not finite, some rank wants to stop), the same on every rank.
+
+    DDP has averaged the gradients, so their norm already agrees; the loss does not. With fp16 an infinite
+    gradient is the scaler's business, which skips such steps itself and lowers its scale.
+    """
+    loss, norm = torch.as_tensor(metrics["loss"]), torch.as_tensor(metrics["grad_norm"])
+    bad = ~torch.isfinite(loss) | (~torch.isfinite(norm) if grad_matters else torch.zeros_like(norm, dtype=torch.bool))
+    flags = torch.stack([bad.float(), torch.full_like(norm, float(stop))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad_anywhere, stop_anywhere = flags.tolist()  # the step's one wait for the device
+    return bool(bad_anywhere), bool(stop_anywhere)
+
+
+def seed_step(seed: int, row: int) -> None:
+    """Seeds the samplers of RPN and RoI heads by the global row, so that a resumed step draws what it drew."""
+    torch.manual_seed((seed * 1_000_003 + row * 7_919 + 1) % 2**63)
+
+
+@contextmanager
+def without_sync(network: nn.Module) -> Iterator[None]:
+    """Gradients of all but the last micro-batch stay local."""
+    with network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext():
+        yield
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast for ``precision`` on ``device``; fp32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "fp32")

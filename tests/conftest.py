@@ -1,0 +1,45 @@
+"""Fixtures: generated data, the real images beside the project where they are, one Ray cluster for the whole run."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data (real annotated images) is not there")
+    return SHARED.resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_coco(tmp_path_factory) -> Path:
+    """A generated data set small enough to train on in a test: 12 + 4 images of 96 px."""
+    from pais_ray.data import synthetic
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    synthetic.generate(str(folder), train=12, val=4, size=96, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One local Ray cluster of two CPUs for all tests that need one, stopped by its processes at the end."""
+    import ray
+
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+    context = ray.init(address="local", num_cpus=2, log_to_driver=False)
+    yield context.address_info
+    ray.shutdown()
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -1,0 +1,209 @@
+"""The main job on a real cluster: train, resume, kill, evaluate, predict. Every run here is a real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from pais_ray.cli import main
+from pais_ray.config import compose
+from pais_ray.train import launch
+from pais_ray.train.state import checkpoint_folder, checkpoints, newest_verified
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+STEPS = 8
+
+
+def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
+    """Two workers, 12 images of 96 px, a quarter of them labeled."""
+    return [
+        *("synthetic", "mask_rcnn", "pais"),
+        *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
+        *("data.image_size=64", "data.labeled=0.25", "batch.labeled=1", "batch.unlabeled=1"),
+        *("segmentor.preset=nano", "segmentor.weights=null", "method.burn_in=2", "method.tau_cls=0.05"),
+        *("optim.lr=0.02", f"train.steps={STEPS}", "train.eval_every=4", "train.checkpoint_every=2"),
+        *("train.log_every=1", "train.panel_every=6", "train.keep_checkpoints=9", "scaling.num_workers=2"),
+        *(f"run.storage_path={storage}", f"run.name={name}", f"tracking.uri=sqlite:///{storage}/mlflow.db"),
+        *more,
+    ]
+
+
+def weights(root: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = checkpoint_folder(root, step)
+    return {
+        f"{name}.{k}": v
+        for name in ("student", "teacher", "optimizer")
+        for k, v in load_file(folder / f"{name}.safetensors").items()
+    }
+
+
+def assert_same_end(root: Path, other: Path) -> None:
+    a, b = weights(root, STEPS), weights(other, STEPS)
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    states = [json.loads((checkpoint_folder(r, STEPS) / "state.json").read_text()) for r in (root, other)]
+    assert states[0] == states[1]
+
+
+def steps_logged(root: Path) -> list[int]:
+    return [row["step"] for row in launch.metric_rows(root) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tiny_coco, storage) -> Path:
+    result = launch.train(compose(words(tiny_coco, storage, "undisturbed")))
+    assert (result.step, result.stopped) == (STEPS, False)
+    return storage / "undisturbed"
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    assert {p.name for p in undisturbed.iterdir()} >= {
+        "config.yaml",
+        "split.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "figures",
+    }
+    assert steps_logged(undisturbed) == list(range(1, STEPS + 1))
+    rows = launch.metric_rows(undisturbed)
+    for role in ("teacher", "student"):
+        assert [r["step"] for r in rows if f"{role}/segm_AP" in r] == [4, STEPS]
+    logged = rows[STEPS // 2]
+    for name in (
+        "loss",
+        "labeled/mask",
+        "lr",
+        "ema_decay",
+        "grad_norm",
+        "time/img_per_s",
+        "time/data_wait_share",
+    ):
+        assert name in logged
+    assert any("pseudo/kept_per_image" in r for r in rows)
+    figures = {p.name for p in (undisturbed / "figures").iterdir()}
+    assert {"curves.png", "pseudo_labels_00000006.png"} <= figures
+
+
+def test_metrics_params_and_figures_are_in_mlflow(undisturbed, storage):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run((undisturbed / "mlflow_run_id").read_text().strip())
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.alpha"] == "4.0"
+    assert run.data.tags["method"] == "pais"
+    steps = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert steps == list(range(1, STEPS + 1))
+    assert {"teacher/segm_AP", "student/bbox_AP50"} <= run.data.metrics.keys()
+    assert "pseudo_labels_00000006.png" in {
+        Path(f.path).name for f in client.list_artifacts(run.info.run_id, "figures")
+    }
+
+
+def test_a_finished_run_says_so(undisturbed, tiny_coco, storage, capsys):
+    before = newest_verified(undisturbed)[0].stat().st_mtime_ns
+    result = launch.train(compose(words(tiny_coco, storage, "undisturbed")))
+    assert result.step == STEPS
+    assert "is finished" in capsys.readouterr().out
+    assert newest_verified(undisturbed)[0].stat().st_mtime_ns == before
+
+
+def test_changed_identity_is_refused_and_free_fields_are_not(undisturbed, tiny_coco, storage, capsys):
+    with pytest.raises(ValueError, match=r"method\.alpha"):
+        launch.train(compose(words(tiny_coco, storage, "undisturbed", "method.alpha=2")))
+    launch.train(compose(words(tiny_coco, storage, "undisturbed", "train.log_every=5")))
+    assert "train.log_every: 1 -> 5" in capsys.readouterr().out
+
+
+def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storage):
+    half = launch.train(compose(words(tiny_coco, storage, "halves", "train.stop_at=4")))
+    assert half.step == 4
+    launch.train(compose(words(tiny_coco, storage, "halves")))
+    assert_same_end(storage / "halves", undisturbed)
+    assert steps_logged(storage / "halves") == list(range(1, STEPS + 1))
+
+
+def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage):
+    root = storage / "worker_killed"
+    killed = []
+
+    def kill_one() -> None:
+        while not (root / "metrics.jsonl").exists() or 5 not in steps_logged(root):
+            time.sleep(0.02)  # waits for an event, the fifth step; the run's own timeout bounds it
+        actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], limit=100)
+        workers = [a for a in actors if "RayTrainWorker" in a.class_name]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        killed.append(workers[-1].pid)
+
+    thread = threading.Thread(target=kill_one, daemon=True)
+    thread.start()
+    slow = "train.panel_every=1"  # a picture a step: the kill lands within the run
+    launch.train(compose(words(tiny_coco, storage, "worker_killed", slow)))
+    assert killed
+    assert_same_end(root, undisturbed)
+    assert steps_logged(root) == list(range(1, STEPS + 1))
+
+
+def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_coco, storage, cluster):
+    root = storage / "driver_killed"
+    command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "driver_killed")]
+    env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
+    driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, stdout=subprocess.DEVNULL)
+    while len(checkpoints(root)) < 2 and driver.poll() is None:
+        time.sleep(0.02)  # waits for an event: the second checkpoint
+    assert driver.poll() is None
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "resumed at step" in again.stdout + again.stderr
+    assert_same_end(root, undisturbed)
+
+
+def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
+    out = storage / "evaluated.json"
+    done = CliRunner().invoke(
+        main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    scored = json.loads(out.read_text())["segm"]["AP"]
+    logged = [r["teacher/segm_AP"] for r in launch.metric_rows(undisturbed) if "teacher/segm_AP" in r]
+    assert scored == pytest.approx(logged[-1], abs=1e-9)
+    done = CliRunner().invoke(
+        main, ["predict", str(undisturbed), "--out", str(storage / "out"), "--score", "0.05"]
+    )
+    assert done.exit_code == 0, done.output
+    listing = json.loads((storage / "out" / "images.json").read_text())["images"]
+    assert len(list((storage / "out" / "overlays").iterdir())) == len(listing) == 4
+    results = storage / "out" / "results.json"
+    done = CliRunner().invoke(
+        main, ["evaluate", "--annotations", f"{tiny_coco}/val.json", "--predictions", str(results)]
+    )
+    assert done.exit_code == 0, done.output
+
+
+def test_a_truncated_image_ends_the_run_by_its_name(cluster, tiny_coco, storage, tmp_path):
+    import shutil
+
+    data = tmp_path / "broken"
+    shutil.copytree(tiny_coco, data)
+    victims = sorted((data / "images").iterdir())
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=victims[0].name[:3]):
+        launch.train(compose(words(data, storage, "broken")))

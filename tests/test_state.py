@@ -1,0 +1,123 @@
+"""Laws of checkpoints: what is loaded is what was saved, and what is damaged is refused by name."""
+
+import json
+
+import pytest
+import torch
+
+from pais_ray.methods.pais import PAIS
+from pais_ray.train.state import (
+    CheckpointError,
+    checkpoint_folder,
+    load_segmentor,
+    newest_verified,
+    retain,
+    verify,
+)
+from pais_ray.train.step import StepSettings, train_step
+from tests.tiny import state_of, tiny_batch, tiny_schedule
+
+SETTINGS = StepSettings(schedule=tiny_schedule(), seed=1)
+
+
+def trained(steps, state=None):
+    state = state or state_of()
+    while state.step < steps:
+        train_step(state, state.student, [tiny_batch(state.g_next)], PAIS(), SETTINGS)
+        state.g_next += 1
+    return state
+
+
+def everything(state):
+    slots = state.optimizer.state_dict()["state"]
+    moments = {
+        f"{i}.{k}": v for i, slot in slots.items() for k, v in slot.items() if isinstance(v, torch.Tensor)
+    }
+    return {
+        **{f"student.{k}": v for k, v in state.student.state_dict().items()},
+        **{f"teacher.{k}": v for k, v in state.teacher.state_dict().items()},
+        **{f"optimizer.{k}": v for k, v in moments.items()},
+    }
+
+
+def assert_same(a, b):
+    a, b = everything(a), everything(b)
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_train_2n_is_train_n_save_load_train_n(tmp_path):
+    whole = trained(4)
+    first = trained(2)
+    first.best = {"teacher": {"segm_AP": 0.25, "step": 2}}
+    first.save(tmp_path / "step_2")
+    resumed = state_of(seed=99)  # other initial weights: nothing may be left of them
+    resumed.load(tmp_path / "step_2")
+    assert (resumed.step, resumed.g_next, resumed.best) == (2, 2, first.best)
+    assert_same(resumed, first)
+    assert_same(trained(4, resumed), whole)
+
+
+def test_a_checkpoint_is_safetensors_and_json_and_has_no_leftovers(tmp_path):
+    state_of().save(tmp_path / "step_0")
+    names = sorted(p.name for p in (tmp_path / "step_0").iterdir())
+    assert names == [
+        "manifest.json",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "state.json",
+        "student.safetensors",
+        "teacher.safetensors",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest", "other format"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
+    state = state_of()
+    for step in (1, 2):
+        state.step = step
+        state.save(checkpoint_folder(tmp_path, step))
+    newest = checkpoint_folder(tmp_path, 2)
+    victim = newest / "teacher.safetensors"
+    data = victim.read_bytes()
+    if damage == "truncate":
+        victim.write_bytes(data[:-1])
+    elif damage == "flip":
+        victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    folder, refused = newest_verified(tmp_path)
+    assert folder == checkpoint_folder(tmp_path, 1)
+    assert len(refused) == 1
+    assert str(newest) in refused[0]
+    with pytest.raises(CheckpointError):
+        verify(newest)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    state_of().save(tmp_path / "step_0")
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        load_segmentor(torch.nn.Linear(2, 2), tmp_path / "step_0", "teacher")
+
+
+def test_saving_over_a_leftover_replaces_it(tmp_path):
+    state = state_of()
+    state.save(tmp_path / "step_0")
+    (tmp_path / "step_0" / "manifest.json").write_text("{")
+    state.save(tmp_path / "step_0")
+    verify(tmp_path / "step_0")
+    assert json.loads((tmp_path / "step_0" / "state.json").read_text())["step"] == 0
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path):
+    for step in range(1, 7):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    retain(tmp_path, 2, {"teacher": {"segm_AP": 0.5, "step": 2}, "student": {"segm_AP": 0.4, "step": 6}})
+    kept = sorted(int(p.name.split("_")[1]) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [2, 5, 6]
