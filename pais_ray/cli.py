@@ -133,8 +133,9 @@ def predict(
     device: str | None,
     json_path: str | None,
 ) -> None:
-    """Instances in IMAGES (files or folders; default: the run's validation images): OUT/results.json (COCO results), OUT/images.json (which id is which
-    file) and a picture each in OUT/overlays/."""
+    """Instances in IMAGES (files or folders; default: the run's validation images).
+
+    Writes OUT/results.json (COCO results), OUT/images.json (which id is which file) and OUT/overlays/."""
     from pais_ray.inference import Predictor
 
     predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)

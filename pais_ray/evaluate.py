@@ -138,12 +138,7 @@ def _score(truth: Json, entries: list[Json], iou_type: str) -> Json:
         raise DataError("key-missing", here, f"an annotation without {key!r}, which {iou_type} AP needs")
     detections = _detections(entries, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(
-            # COCOeval writes RLE and flags into what it is given.
-            _coco({**truth, "annotations": [dict(a) for a in truth["annotations"]]}),
-            _coco({**truth, "annotations": detections}),
-            iou_type,
-        )
+        evaluation = COCOeval(_coco(truth), _coco({**truth, "annotations": detections}), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

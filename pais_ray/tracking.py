@@ -12,45 +12,44 @@ import math
 import os
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PENDING = "tracking_pending.jsonl"
 ATTEMPTS = 3  # at each event, before the store counts as away
+MAX_FAILURES = 10  # of one event on its own, before it is given up for the sake of the others
 LONGEST_PAUSE = 300.0  # s between two knocks at a store that is away
 MAX_VALUE = 500  # characters of a parameter that the UI still shows
+MAX_TAG = 5000  # characters
 
 Event = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
 class TrackingConfig(BaseModel):
-    """Where a run is tracked. ``uri`` None is an SQLite file under the storage path; a server is http(s)://."""
+    """Where a run is tracked."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = True
-    uri: str | None = None
-    experiment: str = "pais_ray"
+    enabled: bool = Field(default=True, description="false: metrics.jsonl alone")
+    uri: str | None = Field(default=None, description="null: mlflow.db under run.storage_path; or http(s)://SERVER")
+    experiment: str = Field(default="pais_ray", description="MLflow's name for a family of runs")
 
     @field_validator("uri")
     @classmethod
     def _absolute(cls, uri: str | None) -> str | None:
         """Workers run in other directories, so a relative SQLite path is fixed where it was written."""
-        if uri is None:
-            return None
-        if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        if uri is not None and uri.startswith("sqlite:///"):
             return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
-        if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
-            raise ValueError(
-                f"expected sqlite:///FILE, http(s)://HOST or another database URI, got {uri!r}; "
-                "MLflow keeps no runs in plain folders any more"
-            )
+        if uri is not None and ("://" not in uri or uri.startswith("file:")):
+            remedy = "MLflow keeps no runs in plain folders any more"
+            raise ValueError(f"expected sqlite:///FILE, http(s)://HOST or a database's, got {uri!r}; {remedy}")
         return uri
 
 
@@ -61,8 +60,8 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
 
 def ui_command(config: TrackingConfig, storage: Path) -> str:
     """What a person types, or opens, to look at the runs."""
-    uri = tracking_uri(config, storage)
-    return _without_secrets(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    uri = _without_secrets(tracking_uri(config, storage))
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def open_run(
@@ -82,7 +81,16 @@ def open_run(
         return None
     uri = tracking_uri(config, storage)
     try:
-        return _open(_client(uri), config, storage, run_name, params, tags, run_id)
+        client = _client(uri)
+        known = None if run_id is None else _reopened(client, run_id)
+        if run_id is None or known is None:
+            known = {}
+            experiment = _experiment(client, config.experiment, None if uri.startswith("http") else storage)
+            run_id = str(client.create_run(experiment, run_name=run_name).info.run_id)
+        values = {_name(key): _short(value) for key, value in params.items()}
+        changed = {f"resumed.{k}": v for k, v in values.items() if known.get(k, v) != v}
+        _describe(client, run_id, {k: v for k, v in values.items() if k not in known}, {**tags, **changed})
+        return run_id
     except Exception as error:  # whatever the store throws, training goes on
         log.warning(_away(uri, error))
         return run_id
@@ -104,6 +112,7 @@ class Tracker:
         self._in_flight: list[Event] = []
         self._store: _Store | None = None
         self._pause, self._next_knock = 0.0, 0.0  # s; a pause of zero: all is well
+        self._clock = 0  # ms, of the last event
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._open = config.enabled
@@ -113,10 +122,10 @@ class Tracker:
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Metrics at an absolute step. One that is not finite is logged as ``nonfinite/NAME`` 1: it is seen
         there, while in the metric's own chart it would ruin the scale."""
-        plain = {_name(k) if math.isfinite(v) else f"nonfinite/{_name(k)}": v for k, v in values.items()}
-        finite = {k: float(v) if math.isfinite(v) else 1.0 for k, v in plain.items()}
-        if finite:
-            self._put({"kind": "metrics", "values": finite, "step": int(step)})
+        finite = {_name(k): float(v) for k, v in values.items() if math.isfinite(v)}
+        marks = {f"nonfinite/{_name(k)}": 1.0 for k, v in values.items() if not math.isfinite(v)}
+        if finite or marks:
+            self._put({"kind": "metrics", "values": finite | marks, "step": int(step)})
 
     def log_artifact(self, path: Path | str, folder: str = "") -> None:
         """A local file, which must stay where it is until it was sent."""
@@ -124,7 +133,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags of the run; the last value counts."""
-        self._put({"kind": "tags", "tags": {_name(k): str(v)[:5000] for k, v in tags.items()}})
+        self._put({"kind": "tags", "tags": {_name(k): str(v)[:MAX_TAG] for k, v in tags.items()}})
 
     def log_checkpoint(self, role: str, path: Path | str, step: int, metrics: Mapping[str, float]) -> None:
         """A checkpoint as an external logged model: its path, role and metrics; no weights are copied."""
@@ -140,6 +149,7 @@ class Tracker:
             self._put({"kind": "status", "status": status})
         self._open = False
         self._closing.set()
+        self._next_knock = 0.0  # a last one
         with contextlib.suppress(queue.Full):
             self._events.put(None, timeout=timeout / 4)
         self._thread.join(timeout)
@@ -150,7 +160,9 @@ class Tracker:
     def _put(self, event: Event) -> None:
         if not self._open:
             return
-        event["time"] = time.time_ns() // 1_000_000
+        # The store tells two values of a model's metric apart by nothing else, and forgives the same one twice.
+        self._clock = max(self._clock + 1, time.time_ns() // 1_000_000)
+        event["time"] = self._clock
         try:
             self._events.put_nowait(event)
         except queue.Full:
@@ -181,7 +193,8 @@ class Tracker:
             return self._keep(events)
         for attempt in range(1 if self._pause else ATTEMPTS):
             try:
-                self._send(events)
+                self._store = self._store or _Store(self._uri, self._run_id)
+                self._store.send(events)
             except Exception as error:
                 if _hopeless(error):
                     return self._drop(events, error)
@@ -189,17 +202,18 @@ class Tracker:
                 if self._closing.wait(0.5 * 2**attempt):
                     break
             else:
-                return self._back()
+                if self._pause:  # the store is back
+                    self._pause = 0.0
+                    self._replay()
+                return
         self._pause = min(max(5.0, 2 * self._pause), LONGEST_PAUSE)
         self._next_knock = time.monotonic() + self._pause
         self._warn("away", _away(self._uri, failure))
+        if len(events) == 1:
+            events[0]["failed"] = events[0].get("failed", 0) + 1
+            if events[0]["failed"] > MAX_FAILURES:
+                return self._drop(events, failure)
         self._keep(events)
-
-    def _send(self, events: list[Event]) -> None:
-        if self._store is None:
-            assert self._run_id is not None
-            self._store = _Store(self._uri, self._run_id)
-        self._store.send(events)
 
     def _drop(self, events: list[Event], error: Exception) -> None:
         """One event that no store will ever take must not hold up the others."""
@@ -208,11 +222,6 @@ class Tracker:
                 self._deliver([event])
         else:
             self._warn("refused", f"{events[0]['kind']} not tracked: {_without_secrets(str(error))}")
-
-    def _back(self) -> None:
-        if self._pause:
-            self._pause = 0.0
-            self._replay()
 
     def _keep(self, events: Iterable[Event]) -> None:
         lines = "".join(json.dumps(event) + "\n" for event in events)
@@ -301,12 +310,9 @@ class _Store:
 
 def _client(uri: str) -> Any:
     """A client that says nothing by itself and gives up soon: waiting and trying again is our business."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    }.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # they announce each migration of a new database
@@ -314,47 +320,34 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def _open(
-    client: Any,
-    config: TrackingConfig,
-    storage: Path,
-    run_name: str,
-    params: Mapping[str, object],
-    tags: Mapping[str, str],
-    run_id: str | None,
-) -> str:
-    from mlflow.entities import Param, RunTag
+def _reopened(client: Any, run_id: str) -> dict[str, str] | None:
+    """The parameters of a run, which is running again; None where the store has no such run."""
     from mlflow.exceptions import MlflowException
 
-    known: dict[str, str] = {}
-    if run_id is not None:
-        try:
-            run = client.get_run(run_id)
-            if run.info.lifecycle_stage == "deleted":
-                client.restore_run(run_id)
-            client.update_run(run_id, status="RUNNING")
-            known = run.data.params
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            log.warning("%s: has no run %s; a new one is opened", _without_secrets(str(config.uri)), run_id)
-            run_id = None
-    if run_id is None:
-        experiment = _experiment(client, config.experiment, None if config.uri else storage)
-        run_id = client.create_run(experiment, run_name=run_name).info.run_id
-    values = {_name(key): _short(value) for key, value in params.items()}
-    new = [Param(key, value) for key, value in values.items() if key not in known]
-    changed = {f"resumed.{key}": value for key, value in values.items() if known.get(key, value) != value}
-    for i in range(0, len(new), 100):  # MLflow's limit of one request
-        client.log_batch(run_id, params=new[i : i + 100])
-    every = [RunTag(_name(key), str(value)[:5000]) for key, value in {**tags, **changed}.items()]
-    for i in range(0, len(every), 100):
-        client.log_batch(run_id, tags=every[i : i + 100])
-    return str(run_id)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        log.warning("tracking: the store has no run %s; a new one is opened", run_id)
+        return None
+    if run.info.lifecycle_stage == "deleted":
+        client.restore_run(run_id)
+    client.update_run(run_id, status="RUNNING")
+    return dict(run.data.params)
+
+
+def _describe(client: Any, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    new = [Param(key, value) for key, value in params.items()]
+    every = [RunTag(_name(key), str(value)[:MAX_TAG]) for key, value in tags.items()]
+    for i in range(0, max(len(new), len(every)), 100):  # MLflow's limit of one request
+        client.log_batch(run_id, params=new[i : i + 100], tags=every[i : i + 100])
 
 
 def _experiment(client: Any, name: str, storage: Path | None) -> str:
-    """The experiment's id. Artifacts lie beside our own database; a store of others knows where."""
+    """The experiment's id. A server knows where artifacts go; with a database they go to storage."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -398,13 +391,11 @@ def _name(text: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", text)[:250]
 
 
-def _drained(events: "queue.Queue[Event | None]", most: int = 10**9) -> list[Any]:
+def _drained(events: "queue.Queue[Event | None]", most: int = 10**9) -> list[Event | None]:
     found: list[Event | None] = []
-    while len(found) < most and None not in found[-1:]:
-        try:
+    with contextlib.suppress(queue.Empty):
+        while len(found) < most and None not in found[-1:]:
             found.append(events.get_nowait())
-        except queue.Empty:
-            break
     return found
 
 
@@ -412,10 +403,6 @@ def _read_lines(path: Path) -> list[Event]:
     """The events of a file, without a last line that was cut short."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "kind" in event:
-            events.append(event)
-    return events
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict) and "kind" in event]

@@ -51,11 +51,7 @@ def imports(path: Path, top_level_only: bool = False) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [f"{node.module}.{a.name}" for a in node.names]
-            found += (
-                names
-                if node.module in ("pais_ray", "pais_ray.data", "pais_ray.train")
-                else [node.module or ""]
-            )
+            found += names if node.module in ("pais_ray", "pais_ray.data", "pais_ray.train") else [node.module or ""]
     return found
 
 
@@ -80,8 +76,7 @@ def test_imports_go_one_way(path):
         root = module.split(".")[0]
         if root in HOMES:
             allowed = any(
-                relative(path) == home or (home[-1] == "/" and relative(path).startswith(home))
-                for home in HOMES[root]
+                relative(path) == home or (home[-1] == "/" and relative(path).startswith(home)) for home in HOMES[root]
             )
             assert allowed, f"{relative(path)} imports {module}; its home is {sorted(HOMES[root])}"
         if root == "pais_ray":
@@ -92,9 +87,7 @@ def test_imports_go_one_way(path):
             if here == 1 and layer_of(other) == 1:
                 own = relative(path).removesuffix(".py").split("/")[-1]
                 private = module.split(".")[-1].lstrip("_")
-                assert other == unit and private.startswith(own), (
-                    f"{relative(path)} imports its sibling {module}"
-                )
+                assert other == unit and private.startswith(own), f"{relative(path)} imports its sibling {module}"
         elif here == 0:
             known = root in sys.stdlib_module_names or root in THIRD_PARTY_OF_LAYER_0
             assert known, f"{relative(path)} imports {module}"

@@ -188,6 +188,14 @@ def test_another_method_starts_its_section_anew():
     assert config.method == plugins.method("supervised")()
 
 
+def test_another_preset_over_a_dumped_config_starts_its_section_anew(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(compose(["quickstart"])))
+    config = compose([str(path), "segmentor.preset=r50", "views.preset=plain"])
+    assert (config.segmentor.backbone, config.segmentor.fpn_channels) == ("resnet50", 256)
+    assert not config.views.labeled.colour
+
+
 def test_another_preset_starts_its_section_anew_but_keeps_what_came_with_it():
     words = ["quickstart", "segmentor.detections=50", "segmentor.preset=r50"]
     segmentor = compose(words).segmentor
@@ -342,9 +350,7 @@ def test_identity_and_free_settings(word, identity):
 
 
 def test_another_method_is_another_identity():
-    names = changed_identity(
-        compose(["coco", "mask_rcnn", "pais"]), compose(["coco", "mask_rcnn", "supervised"])
-    )
+    names = changed_identity(compose(["coco", "mask_rcnn", "pais"]), compose(["coco", "mask_rcnn", "supervised"]))
     assert {"method.name", "method.tau_cls", "batch.unlabeled"} <= set(names)
 
 

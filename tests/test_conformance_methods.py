@@ -11,9 +11,7 @@ from pais_ray import plugins
 from pais_ray.structures import Masks, Predictions
 
 WEIGHTS = ("class_weight", "box_weight", "mask_weight", "proposal_weight")
-every_method = pytest.mark.parametrize(
-    "method", [plugins.method(n)() for n in plugins.method_names()], ids=repr
-)
+every_method = pytest.mark.parametrize("method", [plugins.method(n)() for n in plugins.method_names()], ids=repr)
 
 
 def predictions(num):

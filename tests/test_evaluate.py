@@ -14,9 +14,7 @@ from pais_ray.evaluate import FIGURES, load_ground_truth, score, table, to_resul
 from pais_ray.structures import Masks, Predictions
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "eval_reference"
-needs_reference = pytest.mark.skipif(
-    not REFERENCE.exists(), reason="../shared/data/eval_reference is not here"
-)
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="../shared/data/eval_reference is not here")
 SIZE = (60, 80)
 
 

@@ -123,9 +123,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
     """Pillow warns of the first, refuses the second; all end in the same rule, before any pixel."""
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    data = (
-        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    )
+    data = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     assert side * side > images.MAX_PIXELS
     for call in (lambda: decode(data, "bomb"), lambda: upright_size(data, "bomb")):
         for mode in ("error", "ignore"):  # the second as outside of tests

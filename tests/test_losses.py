@@ -115,7 +115,7 @@ def test_losses_of_no_sample_are_zero_with_a_graph():
 
 def test_mask_iou_target_is_the_iou_of_binary_masks():
     logits = torch.full((3, 2, 4), -5.0)
-    logits[0, 0] = 5.0  # the upper half
+    logits[:2, 0] = 5.0  # the upper half
     targets = torch.zeros(3, 2, 4)
     targets[0, :, :2] = 0.7  # the left half: 2 cells of 6 shared
     targets[1, 0] = 0.49  # below a half is nothing

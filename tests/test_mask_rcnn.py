@@ -17,6 +17,7 @@ from pais_ray.segmentors.mask_rcnn import CLASS_LAYERS, PRESETS, MaskRCNN, MaskR
 from pais_ray.structures import Masks, Targets, Views
 
 HEIGHT, WIDTH = 64, 96
+NORMALISERS = ("mean", "pos", "pos_neg", "weight_sum")
 SIZES = [(64, 96), (50, 70)]
 SMALL = {
     "preset": "nano",
@@ -106,9 +107,7 @@ def run(model, views, targets):
 def test_unit_weights_reproduce_the_losses_of_torchvision(model, views, targets):
     twin = torchvision_twin(model, views).train()
     assert type(twin.rpn) is RegionProposalNetwork
-    plain = [
-        {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.grids.to(torch.uint8)} for t in targets
-    ]
+    plain = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.grids.to(torch.uint8)} for t in targets]
     torch.manual_seed(5)
     expected = twin(list(views.images), plain)
     ours = run(model, views, targets)
@@ -200,6 +199,25 @@ def test_proposal_weights_scale_the_boxes_of_the_rpn(model, views, targets):
     assert ours["objectness"] < whole["objectness"]
 
 
+def test_eq_5_averages_boxes_over_positives_alone(model, views, targets):
+    """torchvision and the released code divide by all sampled RoIs; masks are always of positives."""
+    by = {n: run(model, views, [dataclasses.replace(t, normaliser=n) for t in targets]) for n in NORMALISERS}
+    for losses in by.values():
+        assert losses["mask"] == by["mean"]["mask"]
+    assert by["weight_sum"]["box"] == by["mean"]["box"]
+    assert by["pos"]["box"] == by["pos_neg"]["box"]
+    # pos / mean is R / P for both losses.
+    ratio = by["pos"]["class"] / by["mean"]["class"]
+    assert ratio > 1
+    assert by["pos"]["box"] / by["mean"]["box"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_the_weight_of_the_mask_iou_loss_is_in_it(model, views, targets):
+    heavy = build(mask_iou_loss_weight=0.5)
+    ours, expected = run(heavy, views, targets), run(model, views, targets)
+    assert ours["mask_iou"] == pytest.approx(2 * expected["mask_iou"], rel=1e-6)
+
+
 def test_padding_is_unseen(model, views, targets):
     images = views.images.clone()
     images[1, :, SIZES[1][0] :] = 0.9
@@ -227,8 +245,10 @@ def test_boxes_keep_their_precision_under_autocast(model, views, targets):
     assert predictions[0].masks.grids.dtype == predictions[0].ious.dtype == torch.float32
 
 
-def test_a_mask_target_and_a_predicted_mask_share_their_geometry(views):
-    """What the mask head is taught for a box, pasted where predict would put it, is the mask again."""
+def test_a_mask_target_and_a_predicted_mask_share_their_geometry(model, views):
+    """What the mask head is taught for a box, pasted where predict puts its masks, is the mask again."""
+    found = model.predict(views)[0]
+    torch.testing.assert_close(found.masks.affine, Masks.in_boxes(found.masks.grids, found.boxes + 0.5).affine)
     mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)
     mask[0, 12:44, 17:59] = 1
     truth, box = Masks.full(mask), torch.tensor([[12.3, 8.1, 66.7, 50.4]])

@@ -51,9 +51,7 @@ def test_passes_are_reshuffled():
     assert plan.row(0)[0].tolist() != plan.row(1)[0].tolist()
 
 
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=6)
-)
+@given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=6))
 def test_over_any_sequence_of_world_sizes_no_row_is_skipped_doubled_or_shared(sizes):
     g_next, seen = 0, []
     for world, steps, accumulation in sizes:
@@ -63,10 +61,7 @@ def test_over_any_sequence_of_world_sizes_no_row_is_skipped_doubled_or_shared(si
         for step in range(steps):  # at a step, rank r with accumulation i takes g_next + i * W + r
             for rank in range(world):
                 for i in range(accumulation):
-                    assert (
-                        per_rank[rank][step * accumulation + i]
-                        == g_next + (step * accumulation + i) * world + rank
-                    )
+                    assert per_rank[rank][step * accumulation + i] == g_next + (step * accumulation + i) * world + rank
         seen += [g for rows in per_rank for g in rows]
         g_next += total
     assert Counter(seen) == Counter(range(g_next))

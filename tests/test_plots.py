@@ -23,9 +23,7 @@ def instances(*boxes, size=(96, 128)):
 
 def draw(boxes, masks, image=GREY, readable=0):
     num = len(boxes)
-    return plots.overlay(
-        image, boxes, np.zeros(num, int), np.linspace(0.9, 0.5, num), masks, ["cat"], readable
-    )
+    return plots.overlay(image, boxes, np.zeros(num, int), np.linspace(0.9, 0.5, num), masks, ["cat"], readable)
 
 
 def test_overlay_tints_the_mask_in_its_colour_and_leaves_the_rest():
@@ -38,7 +36,9 @@ def test_overlay_tints_the_mask_in_its_colour_and_leaves_the_rest():
     for i, (x, y) in enumerate([(40, 60), (100, 70)]):
         tint = (128 * 0.6 + np.array(plots.color(i)) * 0.4).astype(np.uint8)
         assert (picture[y, x] == tint).all()
-    assert (picture[60, 20] == plots.color(0)).all(), "the outline is opaque"
+    masks[0, :, :30] = False  # apart from the box, whose border has the same colour
+    assert (draw(boxes, masks)[60, 30] == plots.color(0)).all(), "the outline is opaque"
+    assert (draw(boxes, masks)[60, 28] == 128).all()
     assert (picture[92:, :70] == 128).all()
     assert (picture[:25] == 128).all()
 
@@ -87,9 +87,7 @@ def test_overlay_is_fast():
     draw(boxes, masks, image)
     started = time.process_time()
     draw(boxes, masks, image)
-    assert (
-        time.process_time() - started < 0.5
-    )  # 0.05 s where nothing else runs; matplotlib takes more than 1 s
+    assert time.process_time() - started < 0.5  # 0.05 s where nothing else runs; matplotlib takes more than 1 s
 
 
 def test_panel_shows_kept_in_colour_and_dropped_in_grey(tmp_path):

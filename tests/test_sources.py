@@ -348,9 +348,7 @@ def test_unlabeled_json_needs_nothing_but_images_and_looks_at_nothing_else(tmp_p
     ("part", "images", "instances", "crowd", "empty", "people"),
     [("all", 24, 233, 6, 2, 84), ("train", 16, 168, 4, 0, 52), ("val", 8, 65, 2, 2, 32)],
 )
-def test_coco_quick_reads_with_the_counts_of_its_readme(
-    shared_data, part, images, instances, crowd, empty, people
-):
+def test_coco_quick_reads_with_the_counts_of_its_readme(shared_data, part, images, instances, crowd, empty, people):
     folder = shared_data / "coco_quick"
     path = folder / "annotations" / f"instances_{part}.json"
     dataset = read_coco(str(path), str(folder / "images"))
@@ -401,8 +399,6 @@ def test_the_modules_do_not_import_torch():
     import subprocess
     import sys
 
-    modules = ", ".join(
-        f"pais_ray.data.{m}" for m in ("images", "sources", "validate", "splits", "synthetic")
-    )
+    modules = ", ".join(f"pais_ray.data.{m}" for m in ("images", "sources", "validate", "splits", "synthetic"))
     code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'ray')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -79,8 +79,7 @@ def test_manifest_counts_covers_and_returns(tiny_coco):
     entries = json.loads((tiny_coco / "train.json").read_text())["annotations"]
     for count in written.classes:
         assert count.instances == sum(
-            e["category_id"] == count.id and not e["iscrowd"] and e["image_id"] in parts.labeled_ids
-            for e in entries
+            e["category_id"] == count.id and not e["iscrowd"] and e["image_id"] in parts.labeled_ids for e in entries
         )
     assert written.absent, "one image does not show all six classes"
     tree = json.loads(written.to_json())

@@ -30,9 +30,7 @@ def trained(steps, state=None):
 
 def everything(state):
     slots = state.optimizer.state_dict()["state"]
-    moments = {
-        f"{i}.{k}": v for i, slot in slots.items() for k, v in slot.items() if isinstance(v, torch.Tensor)
-    }
+    moments = {f"{i}.{k}": v for i, slot in slots.items() for k, v in slot.items() if isinstance(v, torch.Tensor)}
     return {
         **{f"student.{k}": v for k, v in state.student.state_dict().items()},
         **{f"teacher.{k}": v for k, v in state.teacher.state_dict().items()},

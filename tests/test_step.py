@@ -161,11 +161,7 @@ def test_precisions_train(precision):
         StepSettings(schedule=tiny_schedule(), precision=precision),
     )
     assert torch.isfinite(result.metrics["loss"])
-    assert all(
-        v.dtype == torch.float32
-        for v in parameters(state.teacher.segmentor).values()
-        if v.is_floating_point()
-    )
+    assert all(v.dtype == torch.float32 for v in parameters(state.teacher.segmentor).values() if v.is_floating_point())
 
 
 def test_the_teacher_never_enters_train_mode():
@@ -213,9 +209,7 @@ def _rank(rank: int, port: int, out: str) -> None:
 
 def test_ranks_stay_in_step_whatever_their_pseudo_labels(tmp_path, free_port):
     mp.spawn(_rank, args=(free_port, str(tmp_path)), nprocs=2)
-    (first, *flags), (second, *other) = (
-        torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)
-    )
+    (first, *flags), (second, *other) = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
     assert flags == other == [True, True]  # one rank's NaN and one rank's wish to stop are everybody's
 

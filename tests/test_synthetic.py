@@ -114,9 +114,7 @@ def test_every_awkward_kind_is_there(folder):
     crowds = [entry["segmentation"] for entry in entries if entry["iscrowd"]]
     assert len(crowds) >= 2
     assert all(isinstance(item, dict) for item in crowds)
-    assert {image["id"] for image in tree["images"]} - {entry["image_id"] for entry in entries}, (
-        "empty images"
-    )
+    assert {image["id"] for image in tree["images"]} - {entry["image_id"] for entry in entries}, "empty images"
     assert {Path(image["file_name"]).suffix for image in tree["images"]} == {".png", ".jpg"}
     sides = np.sqrt([entry["area"] for entry in entries]) / SIZE
     assert (sides < 32 / 192).any()
@@ -138,9 +136,7 @@ def test_the_annotation_lies_where_the_shape_was_painted(folder):
         gray = np.asarray(Image.open(record.path).convert("L")).astype(int)
         step = np.abs(np.diff(gray, axis=1))
         masks = decode_rle(record.rles, SIZE, SIZE)
-        edge = (
-            (np.diff(masks.astype(int), axis=2) != 0).any(axis=0) if len(masks) else np.zeros_like(step, bool)
-        )
+        edge = (np.diff(masks.astype(int), axis=2) != 0).any(axis=0) if len(masks) else np.zeros_like(step, bool)
         across.append(step[edge])
         along.append(step[~edge])
     assert np.concatenate(across).mean() > 4 * np.concatenate(along).mean()

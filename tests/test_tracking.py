@@ -136,14 +136,14 @@ def test_checkpoints_are_logged_models_ranked_by_their_metric(storage, run):
     models = client(storage).search_logged_models(
         [run_info.info.experiment_id],
         filter_string=f"source_run_id = '{run_id}'",
-        order_by=[{"field_name": "metrics.`teacher/segm_AP`", "ascending": False}],
+        order_by=[{"field_name": "metrics.teacher/segm_AP", "ascending": False}],
     )
     assert [model.name for model in models] == ["teacher-00000100", "teacher-00000200"]
     assert models[0].status == "READY"
     assert models[0].tags["path"] == str(folder / "checkpoint_100")
     assert models[0].tags["role"] == "teacher"
     assert models[0].tags["step"] == "100"
-    assert [output.step for output in run_info.outputs.model_outputs] == [100, 200]
+    assert sorted(output.step for output in run_info.outputs.model_outputs) == [100, 200]
 
 
 def test_a_dead_server_costs_nothing_and_its_metrics_wait(tmp_path, caplog):
@@ -180,6 +180,47 @@ def test_what_waited_is_sent_by_the_next_tracker_without_ending_the_run(storage,
     assert history(storage, run_id, "loss") == {7: 3.0, 8: 2.0}
     assert client(storage).get_run(run_id).info.status == "RUNNING"
     assert sorted(p.name for p in folder.iterdir()) == []
+
+
+def test_sending_twice_is_sending_once(storage, run):
+    """A process that dies between the store's answer and its own note of it sends again."""
+    folder, run_id = run
+    lost = Tracker(NOWHERE, folder, run_id)
+    lost.log_metrics({"loss": 3.0}, 7)
+    lost.log_checkpoint("student", folder / "c", 7, {"student/segm_AP": 0.3})
+    lost.close(None, timeout=10)
+    waiting = (folder / PENDING).read_text()
+    for _ in range(2):
+        (folder / PENDING).with_suffix(".sending").write_text(waiting)
+        tracker = Tracker(TrackingConfig(), folder, run_id)
+        tracker.set_tags({"ok": "yes"})
+        tracker.close()
+        assert not (folder / PENDING).exists()
+    assert len(client(storage).get_metric_history(run_id, "loss")) == 1
+    assert len(client(storage).get_metric_history(run_id, "student/segm_AP")) == 1
+    assert len(client(storage).get_run(run_id).outputs.model_outputs) == 1
+
+
+def test_an_event_that_fails_for_ever_is_given_up(storage, run, monkeypatch):
+    folder, run_id = run
+    send = tracking._Store.send
+
+    def poisoned(self, events):
+        if events[0]["kind"] == "tags":
+            raise RuntimeError("bug in the store")
+        send(self, events)
+
+    monkeypatch.setattr(tracking._Store, "send", poisoned)
+    monkeypatch.setattr(tracking, "ATTEMPTS", 1)
+    monkeypatch.setattr(tracking, "MAX_FAILURES", 2)
+    first = Tracker(TrackingConfig(), folder, run_id)
+    first.set_tags({"bad": "1"})
+    first.close(None)
+    for left in (1, 0):
+        assert (folder / PENDING).exists()
+        again = Tracker(TrackingConfig(), folder, run_id)
+        again.close(None)
+        assert (folder / PENDING).exists() == bool(left)
 
 
 def test_a_store_that_comes_back_gets_what_it_missed(storage, run, monkeypatch):

@@ -143,9 +143,7 @@ def test_a_chain_of_all_operations_carries_the_truth(resolution):
 
 
 def test_the_pixels_of_the_weak_view_warped_are_those_of_the_strong_view():
-    config = SMALL.model_copy(
-        update={"strong": SMALL.strong.model_copy(update={"colour": False, "erase": False})}
-    )
+    config = SMALL.model_copy(update={"strong": SMALL.strong.model_copy(update={"colour": False, "erase": False})})
     flips = 0
     for seed in range(10):
         one = sample(seed)
@@ -304,11 +302,14 @@ def test_geometric_draws_stay_in_the_papers_ranges():
     for seed in range(400):
         drawn = views.draw(AugmentConfig().strong, (480, 640), seed)
         (a, b, tx), (c, d, ty), _ = drawn.moved.tolist()
+        center = torch.tensor([[drawn.size[1] / 2, drawn.size[0] / 2]], dtype=torch.float64)
         if (a, b, c, d) == (1, 0, 0, 1):
             assert abs(tx) <= 0.1 * drawn.size[1]
             assert abs(ty) <= 0.1 * drawn.size[0]
             kinds["x" if ty == 0 else "y"] += 1
-        elif abs(a - d) < 1e-12 and abs(b + c) < 1e-12:
+            continue
+        torch.testing.assert_close(geometry.transform_points(center, drawn.moved), center)
+        if abs(a - d) < 1e-12 and abs(b + c) < 1e-12:
             assert abs(np.degrees(np.arctan2(c, a))) <= 30
             kinds["rotate"] += 1
         else:

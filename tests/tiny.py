@@ -35,9 +35,7 @@ def sample(g: int, slot: int, labeled: bool) -> Sample:
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[:, y : y + side, x : x + side] = 1
     box = torch.tensor([[x, y, x + side, y + side]], dtype=torch.float32)
-    return Sample(
-        image=image, image_id=g, row=g, slot=slot, boxes=box, labels=torch.tensor([g % 2]), masks=mask
-    )
+    return Sample(image=image, image_id=g, row=g, slot=slot, boxes=box, labels=torch.tensor([g % 2]), masks=mask)
 
 
 def tiny_batch(g: int = 0, unlabeled: int = 2):

@@ -164,7 +164,7 @@ class WeightedRoIHeads(RoIHeads):
         )
         return {
             "mask": losses.binary_cross_entropy(logits, wanted, weight, len(label)),
-            "mask_iou": losses.mask_iou(iou_logits, logits.detach(), wanted),
+            "mask_iou": losses.mask_iou(iou_logits, logits, wanted),
         }
 
     def _mask_rois(self, labels: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "box_batch_size": 64,
         "box_head_dim": 256,
         "mask_head_dim": 64,
-        "mask_head_convs": 3,
+        "mask_head_convs": 2,
         "max_mask_rois": 16,
         "mask_iou_dim": 128,
         "mask_iou_pool": 2,

@@ -142,8 +142,7 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     """
     if "://" in config.run.storage_path:
         raise ConfigError(
-            f"run.storage_path: expected a path that every node sees (local disk, NFS), got {config.run.storage_path!r}; "
-            "mount the bucket"
+            f"run.storage_path: expected a path that every node sees, got {config.run.storage_path!r}; mount the bucket"
         )
     name = config.run.name or f"{config.segmentor.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
@@ -278,6 +277,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def progress_line(row: dict[str, Any]) -> str:
     """One line a person can follow: where we are, how it learns, how fast, how long still."""
+    if "text" in row:
+        return str(row["text"])
     if "role" in row:
         role = row["role"]
         ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
@@ -320,7 +321,7 @@ def connect() -> bool:
         return False
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}  # what workers say comes through the Monitor
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return False

@@ -1,5 +1,6 @@
 """What each Ray Train worker runs: restore, loop, log, checkpoint, evaluate."""
 
+import inspect
 import json
 import math
 import os
@@ -84,8 +85,7 @@ class Worker:
         self.network: nn.Module = self.state.student
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            # No live batch statistics to share: norms are frozen or GroupNorm.
-            self.network = DistributedDataParallel(self.state.student, device_ids=ids, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.state.student, device_ids=ids, **without_buffer_sync())
         self.settings = StepSettings(
             schedule=job.schedule,
             clip_norm=job.config.optim.clip_norm,
@@ -109,9 +109,12 @@ class Worker:
         if folder is not None:
             self.state.load(folder)
             if self.rank == 0:
-                print(f"resumed at step {self.state.step} from {folder.name}", flush=True)
+                self.say(f"resumed at step {self.state.step} from {folder.name}")
         # An evaluation whose scores were still under way when the run died is made again.
         self.owed = self.evaluation_due(self.state.step) and self.state.step not in scored
+
+    def say(self, text: str) -> None:
+        self.job.monitor.progress.remote({"text": text})
 
     def train(self) -> None:
         cfg, state = self.config, self.state
@@ -291,6 +294,13 @@ def build_state(config: Config, schedule: Schedule, num_classes: int, device: to
     optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     return TrainState(student=student, teacher=Teacher(student).to(device), optimizer=optimizer, scaler=scaler)
+
+
+def without_buffer_sync() -> dict[str, Any]:
+    """DDP shall not copy rank 0's buffers before each forward: norms are frozen or GroupNorm, and a copy between
+    the step's two forwards would change tensors that the first one's graph still needs. torch 2.15 renamed it."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 def scored_steps(root: Path) -> set[int]:

@@ -177,16 +177,12 @@ def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_co
 
 def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
     out = storage / "evaluated.json"
-    done = CliRunner().invoke(
-        main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", str(out)]
-    )
+    done = CliRunner().invoke(main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", str(out)])
     assert done.exit_code == 0, done.output
     scored = json.loads(out.read_text())["segm"]["AP"]
     logged = [r["teacher/segm_AP"] for r in launch.metric_rows(undisturbed) if "teacher/segm_AP" in r]
     assert scored == pytest.approx(logged[-1], abs=1e-9)
-    done = CliRunner().invoke(
-        main, ["predict", str(undisturbed), "--out", str(storage / "out"), "--score", "0.05"]
-    )
+    done = CliRunner().invoke(main, ["predict", str(undisturbed), "--out", str(storage / "out"), "--score", "0.05"])
     assert done.exit_code == 0, done.output
     listing = json.loads((storage / "out" / "images.json").read_text())["images"]
     assert len(list((storage / "out" / "overlays").iterdir())) == len(listing) == 4

@@ -1,0 +1,98 @@
+"""The learning study: supervised (dagger), PAIS w/o DALoss and PAIS on the generated data, 10 % labeled.
+
+    python benchmarks/study_table.py tune  OUT_DIR     # three settings a method, seeds 0-1, scored on held-out training images
+    python benchmarks/study_table.py final OUT_DIR     # the best setting of each, seeds 10-12, scored on the validation images
+
+Every run is one process with one thread (benchmarks/study.py); ``--jobs`` run at once, finished ones are kept.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HOLDOUT = 60  # of the 240 training images, as many as there are validation images
+COMMON = [
+    *("quickstart", "data.image_size=128", "train.steps=800", "batch.labeled=2"),
+    *("optim.name=adamw", "optim.weight_decay=0.01", "method.ema=0.98"),
+]
+SEMI = ["method.burn_in=300", "batch.unlabeled=2", "optim.lr=0.001"]
+SETTINGS: dict[str, dict[str, list[str]]] = {
+    "supervised": {f"lr{lr}": ["supervised", f"optim.lr={lr}"] for lr in (0.0005, 0.001, 0.002)},
+    "pais_wo_daloss": {
+        f"tau{tau}_lambda{weight}": [
+            "pais_wo_daloss",
+            f"method.tau_cls={tau}",
+            f"method.lambda_unlabeled={weight}",
+            *SEMI,
+        ]
+        for tau, weight in ((0.35, 1.5), (0.5, 1.0), (0.7, 1.0))
+    },
+    "pais": {
+        f"tau{tau}_lambda{weight}": ["pais", f"method.tau_cls={tau}", f"method.lambda_unlabeled={weight}", *SEMI]
+        for tau, weight in ((0.35, 1.5), (0.5, 1.0), (0.35, 0.5))
+    },
+}
+
+
+def words(setting: list[str], seed: int) -> list[str]:
+    # Files first: words after them are settings.
+    files = [COMMON[0], *[w for w in setting if "=" not in w]]
+    return [*files, *COMMON[1:], *[w for w in setting if "=" in w], f"train.seed={seed}", f"data.fold={seed}"]
+
+
+def run(out: Path, spoken: list[str], holdout: int) -> None:
+    if out.exists():
+        return
+    script = Path(__file__).with_name("study.py")
+    every = "200" if not holdout else "800"
+    command = [sys.executable, str(script), str(out), *spoken, "--holdout", str(holdout), "--every", every]
+    with out.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def score(path: Path, role: str = "teacher", metric: str = "segm_AP") -> float:
+    return json.loads(path.read_text())["history"][-1][f"{role}/{metric}"]
+
+
+def best_setting(folder: Path, method: str) -> str:
+    def mean(name: str) -> float:
+        return statistics.mean(score(p) for p in folder.glob(f"tune-{method}-{name}-seed*.json"))
+
+    return max(SETTINGS[method], key=mean)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["tune", "final"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for seed in (0, 1) if arguments.stage == "tune" else (10, 11, 12):
+        for method, settings in SETTINGS.items():
+            chosen = settings if arguments.stage == "tune" else [best_setting(folder, method)]
+            for name in chosen:
+                path = folder / f"{arguments.stage}-{method}-{name}-seed{seed}.json"
+                jobs.append((path, words(settings[name], seed), HOLDOUT if arguments.stage == "tune" else 0))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda job: run(*job), jobs))
+    print(f"{'method':16} {'setting':22} {'seeds':8} teacher segm AP (spread) | AP50 | student segm AP")
+    for method in SETTINGS:
+        for name in sorted({p.name.split("-")[2] for p, *_ in jobs if p.name.split("-")[1] == method}):
+            paths = [p for p, *_ in jobs if p.name.startswith(f"{arguments.stage}-{method}-{name}-")]
+            aps = [score(p) for p in paths]
+            line = " ".join(f"{ap:.3f}" for ap in aps)
+            ap50 = statistics.mean(score(p, metric="segm_AP50") for p in paths)
+            student = statistics.mean(score(p, role="student") for p in paths)
+            mean, spread = statistics.mean(aps), statistics.stdev(aps) if len(aps) > 1 else 0.0
+            print(f"{method:16} {name:22} {line} | {mean:.3f} ({spread:.3f}) | {ap50:.3f} | {student:.3f}")
+
+
+if __name__ == "__main__":
+    main()
