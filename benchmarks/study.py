@@ -52,16 +52,15 @@ class Study:
 
     def __init__(self, config: Config, holdout: int) -> None:
         self.config = config = embedded(config) if config.data.train is None else config
-        assert config.data.train and config.data.val
-        train = sources.read_coco(config.data.train, config.data.train_images or config.data.images or "")
+        train = sources.read_coco(*config.data.part("train"))
         records = list(train.records)
         if holdout:
             # A part of the training images takes the place of the validation images.
             self.scored, records = records[-holdout:], records[:-holdout]
-            self.truth = config.data.train
+            self.truth = train.path
         else:
-            val = sources.read_coco(config.data.val, config.data.val_images or config.data.images or "")
-            self.scored, self.truth = list(val.records), config.data.val
+            val = sources.read_coco(*config.data.part("val"))
+            self.scored, self.truth = list(val.records), val.path
         split = splits.split([r.image_id for r in records], config.data.labeled, config.data.fold)
         by_id = {r.image_id: r for r in records}
         self.labeled = [sample_of(by_id[i], True) for i in split.labeled_ids]

@@ -1,7 +1,7 @@
 """The learning study: supervised (dagger), PAIS w/o DALoss and PAIS on the generated data, 10 % labeled.
 
-    python benchmarks/study_table.py tune  OUT_DIR     # three settings a method, seeds 0-1, scored on held-out training images
-    python benchmarks/study_table.py final OUT_DIR     # the best setting of each, seeds 10-12, scored on the validation images
+    python benchmarks/study_table.py tune  DIR    # three settings a method, seeds 0-1, held-out training images
+    python benchmarks/study_table.py final DIR    # the best setting of each, seeds 10-12, validation images
 
 Every run is one process with one thread (benchmarks/study.py); ``--jobs`` run at once, finished ones are kept.
 """

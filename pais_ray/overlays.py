@@ -57,7 +57,7 @@ def _read(word: str, folders: Sequence[Path]) -> Tree:
             )
         path = found[0]
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        tree = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{word}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -74,7 +74,7 @@ def _override(word: str) -> Tree:
     if len(keys) < 2 or not all(keys):
         raise ConfigError(f"{word}: expected section.setting=value, as in train.steps=100")
     try:
-        value = yaml.load(text, Loader=Loader)
+        value = parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote it") from error
     tree: Any = value
@@ -142,6 +142,15 @@ def _core_scalars(kind: Any) -> Any:
     for tag, pattern, first in CORE_SCALARS:
         kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^({pattern})$"), first)
     return kind
+
+
+def parse(text: str) -> Any:
+    """What YAML ``text`` says: plain values only, numbers as YAML 1.2 reads them."""
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 @_core_scalars

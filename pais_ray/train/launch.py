@@ -25,6 +25,7 @@ from pais_ray.train import worker
 from pais_ray.train.state import newest_verified
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
+LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
 ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
 
 
@@ -73,6 +74,7 @@ class Monitor:
     def __init__(self) -> None:
         self.rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.stop = False
+        self.ended = False
 
     def progress(self, row: dict[str, Any]) -> None:
         self.rows.put(row)
@@ -81,7 +83,11 @@ class Monitor:
         return [self.rows.get() for _ in range(self.rows.qsize())]
 
     def fatal(self, message: str, wrong_input: bool) -> None:
+        self.ended = True
         self.rows.put({"fatal": message, "wrong_input": wrong_input})
+
+    def has_ended(self) -> bool:
+        return self.ended
 
     def request_stop(self) -> None:
         self.stop = True
@@ -249,17 +255,22 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path) -> bool:
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     asked = 0
-    while thread.is_alive():
+    fatal: Exception | None = None
+    patience = LAST_WORDS / 0.5
+    while thread.is_alive() and patience > 0:
         try:
             thread.join(timeout=0.5)
-            show(ray.get(monitor.drain.remote()))
+            fatal = show(ray.get(monitor.drain.remote())) or fatal
+            patience -= fatal is not None
         except KeyboardInterrupt:
             asked += 1
             if asked > 1:
                 raise
             monitor.request_stop.remote()
             say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-    show(ray.get(monitor.drain.remote()))
+    fatal = show(ray.get(monitor.drain.remote())) or fatal
+    if fatal is not None:
+        raise fatal
     if "error" in outcome:
         raise outcome["error"]
     if asked:
@@ -267,12 +278,15 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path) -> bool:
     return bool(asked)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Prints progress; raises what a worker called fatal."""
+def show(rows: list[dict[str, Any]]) -> Exception | None:
+    """Prints progress; returns what a worker called fatal as the error it is."""
+    fatal: Exception | None = None
     for row in rows:
         if "fatal" in row:
-            raise WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
-        say(progress_line(row))
+            fatal = WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
+        else:
+            say(progress_line(row))
+    return fatal
 
 
 def progress_line(row: dict[str, Any]) -> str:

@@ -65,10 +65,15 @@ def run(loop_config: dict[str, Job]) -> None:
             worker.train()
         finally:
             worker.close()
-    except (ValueError, NonFiniteLoss) as error:
-        # Trying again cannot help: the driver shall hear the reason and end the run.
-        ray.get(job.monitor.fatal.remote(str(error), wrong_input=isinstance(error, ValueError)))
-        raise
+    except Exception as error:
+        # Where trying again cannot help, the driver hears the reason and all ranks end without a failure, which
+        # Ray would retry: this one leaves the process group, and so the others' collectives fail.
+        if isinstance(error, ValueError | NonFiniteLoss):
+            ray.get(job.monitor.fatal.remote(str(error), wrong_input=isinstance(error, ValueError)))
+        elif not ray.get(job.monitor.has_ended.remote()):
+            raise
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Worker:
@@ -105,7 +110,7 @@ class Worker:
             dist.broadcast_object_list(choice, device=self.device)  # one reader decides for all
         folder, refused, scored = choice
         for reason in refused if self.rank == 0 else []:
-            print(f"checkpoint passed over: {reason}", flush=True)
+            self.say(f"checkpoint passed over: {reason}")
         if folder is not None:
             self.state.load(folder)
             if self.rank == 0:
@@ -127,8 +132,9 @@ class Worker:
             self.collect_scores(up_to=state.step)
         while state.step < last and not stopped:
             waiting = time.perf_counter()
-            batches = [self.batch(next(rows)) for _ in range(cfg.batch.accumulation)]
+            taken = [next(rows) for _ in range(cfg.batch.accumulation)]
             waited = time.perf_counter() - waiting
+            batches = [self.batch(row) for row in taken]
             result = train_step(state, self.network, batches, self.method, self.settings, stop=self.stop_requested())
             state.g_next += self.world * cfg.batch.accumulation
             stopped = result.stop
