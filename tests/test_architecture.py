@@ -12,7 +12,7 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py"},
+    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
     "mlflow": {"tracking.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
@@ -39,6 +39,7 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "data/synthetic.py",
     "overlays.py",
     "plugins.py",
+    "train/monitor.py",
 }
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import queue
 import shlex
 import sys
 import threading
@@ -22,6 +21,7 @@ from pais_ray.data import pipeline, sources, splits, synthetic
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import worker
+from pais_ray.train.monitor import Monitor
 from pais_ray.train.state import newest_verified
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
@@ -65,35 +65,6 @@ class WrongInput(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training ended itself, with the reason as its message."""
-
-
-@ray.remote(num_cpus=0, max_concurrency=4)
-class Monitor:
-    """Between driver and workers: progress one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self.rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.stop = False
-        self.ended = False
-
-    def progress(self, row: dict[str, Any]) -> None:
-        self.rows.put(row)
-
-    def drain(self) -> list[dict[str, Any]]:
-        return [self.rows.get() for _ in range(self.rows.qsize())]
-
-    def fatal(self, message: str, wrong_input: bool) -> None:
-        self.ended = True
-        self.rows.put({"fatal": message, "wrong_input": wrong_input})
-
-    def has_ended(self) -> bool:
-        return self.ended
-
-    def request_stop(self) -> None:
-        self.stop = True
-
-    def stop_requested(self) -> bool:
-        return self.stop
 
 
 def prepare(config: Config) -> tuple[Config, Data]:
@@ -207,7 +178,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
     )
     trainer = TorchTrainer(
         worker.run,
-        train_loop_config={"job": job},
+        train_loop_config={"job": ray.put(job)},  # by reference: the controller need not import what it is made of
         torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,

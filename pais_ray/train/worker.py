@@ -31,6 +31,7 @@ from pais_ray.train.state import Teacher, TrainState, checkpoint_folder, newest_
 from pais_ray.train.step import Metrics, StepSettings, autocast, train_step
 
 ROLES = ("teacher", "student")
+SCORE_TASK_CPUS = 0.25  # scoring runs beside training, as the reading tasks do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class NonFiniteLoss(RuntimeError):
     """Too many steps in a row without a finite loss."""
 
 
-def run(loop_config: dict[str, Job]) -> None:
+def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
     """One worker's life."""
-    job = loop_config["job"]
+    job = ray.get(loop_config["job"])
     torch.set_num_threads(job.threads)
     if job.config.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -225,6 +226,7 @@ class Worker:
         started = time.perf_counter()
         shard = ray.get(self.job.val)[self.rank :: self.world]
         ids = [c.id for c in self.job.categories]
+        score = ray.remote(num_cpus=SCORE_TASK_CPUS)(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()
@@ -236,7 +238,7 @@ class Worker:
             else:
                 gathered = [results]
             if self.rank == 0:
-                task = _score.remote(self.job.ground_truth, [r for part in gathered for r in part])
+                task = score.remote(self.job.ground_truth, [r for part in gathered for r in part])
                 self.scoring.append((self.state.step, role, task))
         if self.log is not None:
             self.log.event(self.state.step, {"time/eval_s": time.perf_counter() - started})
@@ -319,11 +321,6 @@ def scored_steps(root: Path) -> set[int]:
             continue
         seen += [(row["step"], role) for role in ROLES if f"{role}/segm_AP" in row]
     return {step for step, _ in seen if all((step, role) in seen for role in ROLES)}
-
-
-@ray.remote(num_cpus=0.25)
-def _score(ground_truth: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    return evaluate.score(ground_truth, results)
 
 
 def peak_memory(device: torch.device) -> float:
