@@ -10,10 +10,12 @@ env: .venv/.installed
 # uv where it is there, else venv + pip: the same locked versions either way.
 .venv/.installed: pyproject.toml requirements.lock
 	@if command -v uv >/dev/null 2>&1; then \
-	  [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) .venv; \
+	  { [ -x $(BIN)/python ] || uv venv -q --python '>=3.11,<3.14' .venv; } && \
 	  uv pip install -q --python $(BIN)/python -r requirements.lock && uv pip install -q --python $(BIN)/python --no-deps -e .; \
 	else \
-	  [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv; \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	    { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"; exit 1; }; \
+	  { [ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv; } && \
 	  $(BIN)/python -m pip install -q -r requirements.lock && $(BIN)/python -m pip install -q --no-deps -e .; \
 	fi
 	@touch $@

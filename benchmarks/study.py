@@ -23,8 +23,8 @@ from pais_ray.data.views import Sample, make_batch, make_views
 from pais_ray.inference import predict_sample
 from pais_ray.structures import Masks, Targets
 from pais_ray.train.launch import embedded
+from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
-from pais_ray.train.worker import build_state
 
 
 def sample_of(record: sources.LabeledRecord, labeled: bool) -> Sample:

@@ -82,8 +82,7 @@ class Predictor:
             {"id": c.id, "name": c.name} for c in SplitManifest.from_json((run / "split.json").read_text()).classes
         ]
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        bare = config.segmentor.model_copy(update={"weights": None})  # the checkpoint has them
-        segmentor = plugins.segmentor(config.segmentor.name)(len(categories), bare)
+        segmentor = plugins.segmentor(config.segmentor.name)(len(categories), config.segmentor, pretrained=False)
         load_segmentor(segmentor, choose_checkpoint(run, role, checkpoint), role)
         return cls(segmentor=segmentor.to(where).eval(), config=config, categories=categories, device=where)
 

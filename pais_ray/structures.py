@@ -70,7 +70,7 @@ class Masks:
 
     def warp(self, matrix: Tensor) -> Self:
         """The same masks in another view: ``matrix`` (3, 3) takes this view's px to that one's."""
-        affine = matrix.to(self.affine) @ self.affine
+        affine = geometry.compose(matrix.to(self.affine), self.affine)
         return dataclasses.replace(self, affine=affine, upright=False)
 
     def crop_resize(self, boxes: Tensor, size: int, index: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class Masks:
         # How many points a cell is averaged over: from shapes alone, because scales live on the device.
         points = 1 if dense else min(4, max(1, round(max(rows / shape[0], cols / shape[1]))))
         height, width = shape[0] * points, shape[1] * points
-        to_grid = geometry.invert(self.affine)[index] @ cells
+        to_grid = geometry.compose(geometry.invert(self.affine)[index], cells)
         ys = (torch.arange(height, device=cells.device, dtype=cells.dtype) + 0.5) / points
         xs = (torch.arange(width, device=cells.device, dtype=cells.dtype) + 0.5) / points
         x = (
@@ -261,7 +261,12 @@ def _select(item: T, index: Tensor | slice) -> T:
 
 
 def _move(item: T, device: torch.device | str) -> T:
-    return _map(item, lambda v: v.to(device) if isinstance(v, Masks) else v.to(device, non_blocking=True))
+    return _map(item, lambda v: v.to(device) if isinstance(v, Masks) else _to(v, device))
+
+
+def _to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    # Towards the host a copy that does not wait could be read before it has arrived.
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _map(item: T, function: Callable[[Any], Any]) -> T:

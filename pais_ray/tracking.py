@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -61,7 +62,8 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
 def ui_command(config: TrackingConfig, storage: Path) -> str:
     """What a person types, or opens, to look at the runs."""
     uri = _without_secrets(tracking_uri(config, storage))
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    program = Path(sys.executable).with_name("mlflow")  # a .venv is seldom on the PATH
+    return uri if uri.startswith("http") else f"{program} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def open_run(

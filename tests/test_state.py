@@ -10,8 +10,10 @@ from pais_ray.train.state import (
     CheckpointError,
     checkpoint_folder,
     load_segmentor,
+    metric_rows,
     newest_verified,
     retain,
+    usable_checkpoint,
     verify,
 )
 from pais_ray.train.step import StepSettings, train_step
@@ -116,6 +118,30 @@ def test_saving_over_a_leftover_replaces_it(tmp_path):
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     for step in range(1, 7):
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    retain(tmp_path, 2, {"teacher": {"segm_AP": 0.5, "step": 2}, "student": {"segm_AP": 0.4, "step": 6}})
-    kept = sorted(int(p.name.split("_")[1]) for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == [2, 5, 6]
+    best = {"teacher": {"segm_AP": 0.5, "step": 2}, "student": {"segm_AP": 0.4, "step": 6}}
+    retain(tmp_path, 2, best, step=6)
+    assert steps_kept(tmp_path) == [2, 5, 6]
+
+
+def test_retention_after_a_fallback_keeps_what_was_just_written(tmp_path):
+    for step in (1, 2, 9):  # 9 was damaged and passed over
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    retain(tmp_path, 1, {}, step=2)
+    assert steps_kept(tmp_path) == [2, 9]
+
+
+def steps_kept(root):
+    return sorted(int(p.name.split("_")[1]) for p in (root / "checkpoints").iterdir())
+
+
+def test_a_run_without_a_usable_checkpoint_is_not_silently_begun_anew(tmp_path):
+    assert usable_checkpoint(tmp_path) == (None, [])
+    checkpoint_folder(tmp_path, 1).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        usable_checkpoint(tmp_path)
+
+
+def test_the_log_is_read_without_the_half_line_of_a_killed_writer(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert [r["step"] for r in metric_rows(tmp_path)] == [1, 2]
+    assert [r["step"] for r in metric_rows(tmp_path, up_to=1)] == [1]

@@ -164,6 +164,17 @@ def test_precisions_train(precision):
     assert all(v.dtype == torch.float32 for v in parameters(state.teacher.segmentor).values() if v.is_floating_point())
 
 
+def test_a_skipped_step_under_a_loss_scaler_does_not_spoil_the_next():
+    state = state_of()
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
+    bad = tiny_batch(1)
+    bad.labeled.images[0, 0, 0, 0] = torch.nan
+    assert train_step(state, state.student, [bad], PAIS(), SETTINGS).skipped
+    before = parameters(state.student)
+    assert not train_step(state, state.student, [tiny_batch(2)], PAIS(), SETTINGS).skipped
+    assert not equal(before, parameters(state.student))
+
+
 def test_the_teacher_never_enters_train_mode():
     state = state_of()
     state.teacher.train()

@@ -170,3 +170,18 @@ def test_a_batch_moves_whole():
     assert moved.targets[0].masks.affine.is_meta
     assert moved.targets[0].class_weight.is_meta
     assert moved.weak is None
+
+
+def test_autocast_does_not_cost_geometry_its_precision():
+    boxes = torch.tensor([[10.3, 20.7, 300.1, 400.9]])
+    targets = Targets(boxes=boxes, labels=torch.tensor([0]), masks=Masks.in_boxes(torch.rand(1, 28, 28), boxes))
+    matrix = geometry.translate(701.3, 503.7) @ geometry.rotate(20, (100, 100))
+    size = torch.tensor([1200, 1200])
+    plain = targets.warp(matrix, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = targets.warp(matrix, size)
+        crops = cast.masks.crop_resize(cast.boxes, 28)
+        composed = geometry.compose(matrix.float(), matrix.float())
+    assert cast.boxes.dtype == cast.masks.affine.dtype == composed.dtype == torch.float32
+    torch.testing.assert_close(cast.boxes, plain.boxes)
+    torch.testing.assert_close(crops, plain.masks.crop_resize(plain.boxes, 28))

@@ -132,8 +132,12 @@ def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> pa.Table:
         picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
         for slot, (table, i) in enumerate(picked):
             record = table.slice(int(i), 1).to_pylist()[0]
-            with open(record["path"], "rb") as file:
-                out.append({"g": g, "slot": slot, "bytes": file.read(), **record})
+            try:
+                with open(record["path"], "rb") as file:
+                    out.append({"g": g, "slot": slot, "bytes": file.read(), **record})
+            except FileNotFoundError as error:
+                where, remedy = record["path"], "restore it, or take it out of the annotations"
+                raise DataError("image-missing", where, "is there no more", remedy) from error
     return pa.Table.from_pylist(out, schema=_SCHEMA)
 
 

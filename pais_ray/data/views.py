@@ -304,8 +304,8 @@ def render(samples: list[Sample], plans: list[Plan], config: ViewConfig, device:
         images=images,
         sizes=torch.tensor([p.size for p in plans], device=device),
         matrix=torch.stack([p.matrix for p in plans]).float().to(device),
-        image_ids=torch.tensor([s.image_id for s in samples], device=device),
-        rows=torch.tensor([s.row for s in samples], device=device),
+        image_ids=torch.tensor([s.image_id for s in samples]),
+        rows=torch.tensor([s.row for s in samples]),
     )
 
 

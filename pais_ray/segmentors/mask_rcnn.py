@@ -147,12 +147,13 @@ class MaskRCNN(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, num_classes: int, config: MaskRCNNConfig | None = None) -> None:
-        """``num_classes`` without background. Loads the weights that ``config`` names."""
+    def __init__(self, num_classes: int, config: MaskRCNNConfig | None = None, pretrained: bool = True) -> None:
+        """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
+        False: a checkpoint will be loaded over them."""
         super().__init__()
         self.num_classes = num_classes
         self.config = config = config or MaskRCNNConfig()
-        state = _pretrained(config)  # first: a wrong path should not wait for a network
+        state = _pretrained(config) if pretrained else None  # first: a wrong path should not wait for a network
         self.backbone = _backbone(config)
         self.rpn = _rpn(config)
         self.roi_heads = _roi_heads(config, num_classes)
@@ -162,10 +163,9 @@ class MaskRCNN(nn.Module):
         if state is not None:
             _load(self, state, str(config.weights))
         if config.weights == "coco":
-            # These weights were trained before torchvision's frozen batch norm had an epsilon.
             for module in self.modules():
                 if isinstance(module, FrozenBatchNorm2d):
-                    module.eps = 0.0
+                    module.eps = 0.0  # as these weights were trained, before torchvision had an epsilon
 
     def forward(self, images: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
         """Named losses, each a scalar that touches its parameters even without targets.

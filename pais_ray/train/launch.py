@@ -7,7 +7,7 @@ import shlex
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import worker
 from pais_ray.train.monitor import Monitor
-from pais_ray.train.state import newest_verified
+from pais_ray.train.state import ROLES, checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
@@ -88,7 +88,8 @@ def prepare(config: Config) -> tuple[Config, Data]:
         unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
     else:
         unlabeled = tuple(sources.unlabel(by_id[i]) for i in split.unlabeled_ids)
-    val_records = tuple(sources.unlabel(r) for r in val.records)
+    # Workers may run elsewhere on the disk than the driver: absolute paths.
+    val_records = tuple(replace(sources.unlabel(r), path=os.path.abspath(r.path)) for r in val.records)
     manifest = splits.manifest(split, train)
     return config, Data(
         train=train,
@@ -124,17 +125,20 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     name = config.run.name or f"{config.segmentor.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     root = Path(config.run.storage_path).absolute() / name
-    schedule = run_schedule(config)
     config, data = prepare(config)
     check_resume(root, config, force)
+    check_data(root, data, force)
+    schedule = kept_schedule(root, run_schedule(config), force)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = steps_made(root)
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
     say(schedule.explain())
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
+        if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
+            close_tracking(root, config, read_run_id(root), "FINISHED")
         return result_of(root, schedule, run_id=read_run_id(root), stopped=False)
-    write_run_directory(root, config, data)
+    write_run_directory(root, config, data, schedule)
     started_here = connect()
     try:
         return fit(root, config, data, schedule)
@@ -193,7 +197,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
     )
     status = "FAILED"
     try:
-        stopped = follow(trainer, monitor, root)
+        stopped = follow(trainer, monitor, root, min(schedule.steps, config.train.stop_at or schedule.steps))
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, run_id, status)
@@ -204,15 +208,19 @@ def close_tracking(root: Path, config: Config, run_id: str | None, status: str) 
     """Curves of what there is, the run's papers as artifacts, and the end of the MLflow run."""
     rows = metric_rows(root)
     tracker = tracking.Tracker(config.tracking, root, run_id)
-    if rows:
-        plots.curves(rows, root / "figures" / "curves.png")
-        tracker.log_artifact(root / "figures" / "curves.png", "figures")
-    for name in ("config.yaml", "split.json"):
-        tracker.log_artifact(root / name)
+    try:
+        if rows:
+            plots.curves(rows, root / "figures" / "curves.png")
+            tracker.log_artifact(root / "figures" / "curves.png", "figures")
+    except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
+        say(f"no curves were drawn: {error}")
+    last, _ = newest_verified(root)
+    if last is not None:
+        tracker.log_checkpoint("last", str(last), int(last.name.split("_")[1]), {})
     tracker.close(status)
 
 
-def follow(trainer: TorchTrainer, monitor: Any, root: Path) -> bool:
+def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one)
     and prints what the workers say. Returns whether the user stopped it; raises what training raised."""
     outcome: dict[str, Any] = {}
@@ -244,9 +252,10 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path) -> bool:
         raise fatal
     if "error" in outcome:
         raise outcome["error"]
-    if asked:
+    stopped = asked > 0 and steps_made(root) < last
+    if stopped:
         say(f"stopped with a checkpoint in {root / 'checkpoints'}; resume with:\n  {resume_command(root)}")
-    return bool(asked)
+    return stopped
 
 
 def show(rows: list[dict[str, Any]]) -> Exception | None:
@@ -290,14 +299,21 @@ def worker_resources(config: Config) -> tuple[float, int]:
     if cpus is None:
         cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
         cpus = float(f"{cpus:.2f}")
-    if workers * cpus > total:
+    if workers * cpus + pipeline.READ_TASK_CPUS > total:
         raise ConfigError(
-            f"scaling.num_workers: {workers} workers of {cpus} CPUs, and the cluster has {total:g}; "
-            "lower scaling.num_workers or scaling.cpus_per_worker"
+            f"scaling.num_workers: {workers} workers of {cpus} CPUs and {pipeline.READ_TASK_CPUS} for reading data, "
+            f"and the cluster has {total:g}; lower scaling.num_workers or scaling.cpus_per_worker"
         )
-    per_node = max(1, -(-workers // max(1, len([n for n in ray.nodes() if n["Alive"]]))))
-    threads = config.train.threads_per_worker or max(1, (os.cpu_count() or 1) // per_node)
-    return cpus, threads
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if config.scaling.use_gpu and gpus < workers:
+        raise ConfigError(
+            f"scaling.use_gpu: {workers} workers need a GPU each, and the cluster has {gpus:g}; "
+            "lower scaling.num_workers or set scaling.use_gpu=false"
+        )
+    nodes = max(1, len([n for n in ray.nodes() if n["Alive"]]))
+    # Ray's count knows of a container's limits, the system's of this process's.
+    cores = min(int(total / nodes) or 1, len(os.sched_getaffinity(0)))
+    return cpus, config.train.threads_per_worker or max(1, cores // -(-workers // nodes))
 
 
 def connect() -> bool:
@@ -310,20 +326,20 @@ def connect() -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return False
-    ray.init(address="local", num_cpus=os.cpu_count(), **quiet)
+    ray.init(address="local", **quiet)
     return True
 
 
 def check_resume(root: Path, config: Config, force: bool) -> None:
     """Refuses to go on with a run whose identity the new config would change."""
     path = root / "config.yaml"
-    if not path.exists():
+    if not checkpoints(root):  # nothing was made of it yet
         return
     changed = changed_identity(load(path), config)
     if changed and not force:
         raise ConfigError(
             f"{path}: this run was started with other values of {', '.join(changed)}; "
-            "give them as they were, choose another run.name, or insist with --force"
+            "give them as they were, choose another run.name, delete the run, or insist with --force"
         )
     for key in changed:
         say(f"forced: {key} differs from the run's start")
@@ -332,11 +348,42 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
         say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
 
 
-def write_run_directory(root: Path, config: Config, data: Data) -> None:
+def check_data(root: Path, data: Data, force: bool) -> None:
+    """Refuses to go on where the annotations changed under their path: labels could change sides."""
+    path = root / "split.json"
+    if force or not checkpoints(root) or not path.exists():
+        return
+    was = splits.SplitManifest.from_json(path.read_text(), str(path))
+    now = data.manifest
+    if (was.split.sha256, was.source_sha256) != (now.split.sha256, now.source_sha256):
+        raise ConfigError(
+            f"{data.train.path}: changed since the run began; restore it, choose another run.name, "
+            "or insist with --force"
+        )
+
+
+def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
+    """The schedule the run began with: another number of workers must not move lr and milestones under its steps."""
+    path = root / "schedule.json"
+    if force or not checkpoints(root) or not path.exists():
+        return schedule
+    given = json.loads(path.read_text())
+    began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
+    if began != schedule:
+        say(f"schedule as the run began ({schedule.images_per_step} images a step now):")
+    return began
+
+
+def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
     """config.yaml and split.json; metrics.jsonl, checkpoints/ and figures/ follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
-    for name, text in (("config.yaml", dump(config)), ("split.json", data.manifest.to_json())):
+    papers = {
+        "config.yaml": dump(config),
+        "split.json": data.manifest.to_json(),
+        "schedule.json": json.dumps(asdict(schedule)),
+    }
+    for name, text in papers.items():
         aside = root / f".{name}.{os.getpid()}.partial"
         aside.write_text(text)
         os.replace(aside, root / name)
@@ -344,7 +391,7 @@ def write_run_directory(root: Path, config: Config, data: Data) -> None:
 
 def steps_made(root: Path) -> int:
     """Steps of the newest good checkpoint; 0 without one."""
-    folder, _ = newest_verified(root)
+    folder, _ = usable_checkpoint(root)
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
 
 
@@ -364,12 +411,6 @@ def run_tags(config: Config, data: Data) -> dict[str, str]:
     }
 
 
-def metric_rows(root: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    path = root / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bool) -> TrainResult:
     """What the run directory says of the run."""
     last, _ = newest_verified(root)
@@ -384,7 +425,7 @@ def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bo
         step=state.get("step", 0),
         steps=schedule.steps,
         stopped=stopped,
-        best_checkpoint=None if best is None else str(worker.checkpoint_folder(root, int(best["step"]))),
+        best_checkpoint=None if best is None else str(checkpoint_folder(root, int(best["step"]))),
         last_checkpoint=None if last is None else str(last),
         scores=scores,
     )
@@ -392,10 +433,11 @@ def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bo
 
 def resume_command(root: Path) -> str:
     """The command line that goes on with the run at ``root``: this one, with the run's name in it."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    started = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
+    words = sys.argv[1:]
     if not any(w.startswith("run.name=") for w in words):
-        words.append(f"run.name={root.name}")
-    return " ".join(shlex.quote(w) for w in words)
+        words = [*words, f"run.name={root.name}"]
+    return " ".join([started, *(shlex.quote(w) for w in words)])
 
 
 def summary(result: TrainResult, config: Config) -> str:
@@ -403,7 +445,7 @@ def summary(result: TrainResult, config: Config) -> str:
     lines = []
     if "teacher/segm_AP" in result.scores:
         lines.append(f"{'':8}" + "".join(f"{name:>12}" for name in SUMMARY))
-        for role in worker.ROLES:
+        for role in ROLES:
             figures = [result.scores.get(f"{role}/{name.replace(' ', '_')}") for name in SUMMARY]
             lines.append(f"{role:8}" + "".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in figures))
     lines.append(f"run directory: {result.run_dir}")

@@ -17,8 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pais_ray import plugins
+from pais_ray.config import Config
+from pais_ray.optim import Schedule, build_optimizer
+
 FORMAT = 1  # of the directory; a reader refuses what it does not know
 MANIFEST = "manifest.json"
+
+
+ROLES = ("teacher", "student")
 
 
 class CheckpointError(ValueError):
@@ -54,6 +61,13 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # role -> {"segm_AP": ..., "step": ...}
+
+    def note_score(self, role: str, step: int, ap: float | None) -> bool:
+        """Takes up the segm AP of ``role`` at ``step``; True where it is the best so far."""
+        if ap is None or ap <= self.best.get(role, {"segm_AP": -1.0})["segm_AP"]:
+            return False
+        self.best[role] = {"segm_AP": ap, "step": step}
+        return True
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint ``folder``, whole or not at all."""
@@ -98,6 +112,19 @@ class TrainState:
         _restore_rng(load_file(folder / "rng.safetensors"))
 
 
+def build_state(
+    config: Config, schedule: Schedule, num_classes: int, device: torch.device | str, pretrained: bool = True
+) -> TrainState:
+    """A fresh TrainState, the same on every rank: the seed is the run's. ``pretrained`` False leaves
+    segmentor.weights unread, for a checkpoint that is about to replace them."""
+    torch.manual_seed(config.train.seed)
+    student = plugins.segmentor(config.segmentor.name)(num_classes, config.segmentor, pretrained=pretrained)
+    student.to(device).train()
+    optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.train.precision == "fp16")
+    return TrainState(student=student, teacher=Teacher(student).to(device), optimizer=optimizer, scaler=scaler)
+
+
 def load_segmentor(segmentor: nn.Module, folder: Path, role: str) -> None:
     """Loads one role's weights (``teacher`` or ``student``) of a checkpoint into ``segmentor``."""
     verify(folder)
@@ -139,15 +166,42 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def usable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """As ``newest_verified``; CheckpointError where there are checkpoints and none can be used."""
+    folder, refused = newest_verified(root)
+    if folder is None and refused:
+        raise CheckpointError(
+            f"{root}: no usable checkpoint: {'; '.join(refused)}. Move {root / 'checkpoints'} away to start anew, "
+            "or choose another run.name"
+        )
+    return folder, refused
+
+
+def metric_rows(root: Path, up_to: float = float("inf")) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl until step ``up_to``, without the half line of a killed writer."""
+    path = root / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= up_to:
+            rows.append(row)
+    return rows
+
+
 def checkpoints(root: Path) -> list[Path]:
     """Checkpoint directories of the run at ``root``, oldest first, unverified."""
     return sorted((root / "checkpoints").glob("step_*"))
 
 
-def retain(root: Path, keep: int, best: dict[str, dict[str, float]]) -> None:
-    """Deletes all but the last ``keep`` checkpoints and the best of each role."""
+def retain(root: Path, keep: int, best: dict[str, dict[str, float]], step: int) -> None:
+    """Deletes all but the last ``keep`` checkpoints until ``step`` and the best of each role. Later ones are not
+    this run's any more: they were passed over as damaged, and are written again."""
     treasured = {checkpoint_folder(root, int(b["step"])) for b in best.values()}
-    for folder in checkpoints(root)[:-keep]:
+    made = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
+    for folder in made[:-keep]:
         if folder not in treasured:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -180,7 +234,10 @@ def _join_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     for key, value in {**rest["scalars"], **tensors}.items():
         index, name = key.split(".", 1)
         slots.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": rest["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]  # this run's settings; rates come from the schedule
+    if [g["params"] for g in groups] != [g["params"] for g in rest["param_groups"]]:
+        raise CheckpointError("the checkpoint's optimizer has other parameter groups; give optim.* as the run had it")
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -89,13 +89,15 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     limit = float("inf") if settings.clip_norm is None else settings.clip_norm
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(state.student.parameters(), limit)
-    bad, stop = agree(metrics, stop, grad_matters=not state.scaler.is_enabled())
+    # With fp16 an infinite gradient is the loss scale's fault until there is no scale left to lower.
+    scale_to_blame = state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0
+    bad, stop = agree(metrics, stop, grad_matters=not scale_to_blame)
     if not bad:
         state.scaler.step(state.optimizer)
-        state.scaler.update()
         decay = method.decay(state.step)
         follow(state.teacher, state.student, decay)
         metrics["ema_decay"] = decay
+    state.scaler.update()  # also after a skipped step: it ends what unscale_ began
     metrics["lr"] = lr
     state.step += 1
     state.skipped_in_row = state.skipped_in_row + 1 if bad else 0
@@ -116,7 +118,7 @@ def batch_losses(
 
     predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)  # type: ignore[operator]
     weak_targets = [method.pseudo_labels(p) for p in predictions]
-    weak_to_strong = batch.strong.matrix @ geometry.invert(batch.weak.matrix)
+    weak_to_strong = geometry.compose(batch.strong.matrix, geometry.invert(batch.weak.matrix))
     strong_targets = [
         t.warp(m, size) for t, m, size in zip(weak_targets, weak_to_strong, batch.strong.sizes, strict=True)
     ]
@@ -159,15 +161,15 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def agree(metrics: Metrics, stop: bool, *, grad_matters: bool) -> tuple[bool, bool]:
     """(some rank's loss or gradient is not finite, some rank wants to stop), the same on every rank.
 
-    DDP has averaged the gradients, so their norm already agrees; the loss does not. With fp16 an infinite
-    gradient is the scaler's business, which skips such steps itself and lowers its scale.
+    DDP has averaged the gradients, so their norm already agrees; the loss does not. Where ``grad_matters`` is
+    False an infinite gradient is left to the fp16 scaler, which skips such steps and lowers its scale.
     """
     loss, norm = torch.as_tensor(metrics["loss"]), torch.as_tensor(metrics["grad_norm"])
     bad = ~torch.isfinite(loss) | (~torch.isfinite(norm) if grad_matters else torch.zeros_like(norm, dtype=torch.bool))
     flags = torch.stack([bad.float(), torch.full_like(norm, float(stop))])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    bad_anywhere, stop_anywhere = flags.tolist()  # the step's one wait for the device
+    bad_anywhere, stop_anywhere = flags.tolist()  # waits for the device, once a step
     return bool(bad_anywhere), bool(stop_anywhere)
 
 

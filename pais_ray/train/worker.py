@@ -1,9 +1,11 @@
 """What each Ray Train worker runs: restore, loop, log, checkpoint, evaluate."""
 
 import inspect
+import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,19 +20,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pais_ray import evaluate, geometry, plots, plugins
-from pais_ray.config import Config
+from pais_ray import evaluate, geometry, plots
+from pais_ray.config import Config, ConfigError
 from pais_ray.data import pipeline
 from pais_ray.data.sources import Category, Record
+from pais_ray.data.validate import DataError
 from pais_ray.data.views import make_batch
 from pais_ray.inference import predict_records
-from pais_ray.optim import Schedule, build_optimizer
+from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Views
 from pais_ray.tracking import Tracker
-from pais_ray.train.state import Teacher, TrainState, checkpoint_folder, newest_verified, retain
+from pais_ray.train.state import (
+    ROLES,
+    CheckpointError,
+    build_state,
+    checkpoint_folder,
+    metric_rows,
+    retain,
+    usable_checkpoint,
+)
 from pais_ray.train.step import Metrics, StepSettings, autocast, train_step
 
-ROLES = ("teacher", "student")
 SCORE_TASK_CPUS = 0.25  # scoring runs beside training, as the reading tasks do
 
 
@@ -59,6 +69,7 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
     job = ray.get(loop_config["job"])
     torch.set_num_threads(job.threads)
     if job.config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(True)
     try:
         worker = Worker(job)
@@ -69,12 +80,23 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
     except Exception as error:
         # Where trying again cannot help, the driver hears the reason and all ranks end without a failure, which
         # Ray would retry: this one leaves the process group, and so the others' collectives fail.
-        if isinstance(error, ValueError | NonFiniteLoss):
-            ray.get(job.monitor.fatal.remote(str(error), wrong_input=isinstance(error, ValueError)))
+        reason = hopeless(error)
+        if reason is not None:
+            wrong_input = not isinstance(reason, NonFiniteLoss)
+            ray.get(job.monitor.fatal.remote(str(reason), wrong_input=wrong_input))
         elif not ray.get(job.monitor.has_ended.remote()):
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def hopeless(error: BaseException | None) -> Exception | None:
+    """The error among the causes of ``error`` that would come again at every try, if there is one."""
+    while error is not None:
+        if isinstance(error, DataError | ConfigError | CheckpointError | NonFiniteLoss):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 class Worker:
@@ -86,8 +108,9 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.method = job.config.method
-        self.state = build_state(job.config, job.schedule, len(job.categories), self.device)
-        self.restore()
+        folder, refused, rows = self.what_there_is()
+        self.state = build_state(job.config, job.schedule, len(job.categories), self.device, pretrained=folder is None)
+        self.restore(folder, refused, rows)
         self.network: nn.Module = self.state.student
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -102,22 +125,35 @@ class Worker:
         self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
         self.poll = self.job.monitor.stop_requested.remote()
 
-    def restore(self) -> None:
-        """From the newest verified checkpoint in storage: Ray may not know of the last one (docs/architecture.md)."""
-        choice: list[Any] = [None, [], set()]
+    def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]]]:
+        """The newest verified checkpoint in storage (Ray may not know of it, see docs/architecture.md), what was
+        wrong with newer ones, and the log. Rank 0 reads for all."""
+        found: list[Any] = [None, [], []]
         if self.rank == 0:
-            choice = [*newest_verified(self.job.root), scored_steps(self.job.root)]
+            found = [*usable_checkpoint(self.job.root), metric_rows(self.job.root)]
+            for partial in (self.job.root / "checkpoints").glob(".*.partial"):  # of a save that was killed
+                shutil.rmtree(partial, ignore_errors=True)
         if self.world > 1:
-            dist.broadcast_object_list(choice, device=self.device)  # one reader decides for all
-        folder, refused, scored = choice
+            dist.broadcast_object_list(found, device=self.device)
+        return found[0], found[1], found[2]
+
+    def restore(self, folder: Path | None, refused: list[str], rows: list[dict[str, Any]]) -> None:
+        """Takes up the checkpoint, and the scores that were logged after it was written."""
         for reason in refused if self.rank == 0 else []:
             self.say(f"checkpoint passed over: {reason}")
         if folder is not None:
             self.state.load(folder)
             if self.rank == 0:
                 self.say(f"resumed at step {self.state.step} from {folder.name}")
+        logged = set()
+        for row, role in itertools.product(rows, ROLES):
+            ap = row.get(f"{role}/segm_AP")
+            if ap is not None and row["step"] <= self.state.step:
+                self.state.note_score(role, row["step"], ap)
+                logged.add((row["step"], role))
         # An evaluation whose scores were still under way when the run died is made again.
-        self.owed = self.evaluation_due(self.state.step) and self.state.step not in scored
+        step = self.state.step
+        self.owed = self.evaluation_due(step) and not all((step, role) in logged for role in ROLES)
 
     def say(self, text: str) -> None:
         self.job.monitor.progress.remote({"text": text})
@@ -219,7 +255,7 @@ class Worker:
         if self.rank == 0:
             folder = checkpoint_folder(self.job.root, self.state.step)
             self.state.save(folder)
-            retain(self.job.root, self.config.train.keep_checkpoints, self.state.best)
+            retain(self.job.root, self.config.train.keep_checkpoints, self.state.best, self.state.step)
 
     def evaluate(self) -> None:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
@@ -251,8 +287,7 @@ class Worker:
             assert self.log is not None
             self.log.scores(step, role, scores)
             ap = scores["segm"]["AP"]
-            if ap is not None and ap > self.state.best.get(role, {"segm_AP": -1.0})["segm_AP"]:
-                self.state.best[role] = {"segm_AP": ap, "step": step}
+            if self.state.note_score(role, step, ap):
                 folder = checkpoint_folder(self.job.root, step)
                 self.log.tracker.log_checkpoint(role, str(folder), step, {f"{role}/segm_AP": ap})
         self.scoring = [s for s in self.scoring if s[0] > up_to]
@@ -270,7 +305,7 @@ class Worker:
         rows = []
         for i, prediction in enumerate(predictions):
             kept = self.method.pseudo_labels(prediction)  # in the weak frame
-            to_strong = batch.strong.matrix[i] @ geometry.invert(batch.weak.matrix[i])
+            to_strong = geometry.compose(batch.strong.matrix[i], geometry.invert(batch.weak.matrix[i]))
             rows.append(
                 plots.PanelRow(
                     weak=_picture(batch.weak, i),
@@ -294,33 +329,11 @@ def _picture(views: Views, i: int) -> Any:
     return (views.images[i, :, :height, :width].permute(1, 2, 0) * 255).byte().cpu().numpy()
 
 
-def build_state(config: Config, schedule: Schedule, num_classes: int, device: torch.device) -> TrainState:
-    """A fresh TrainState. Every rank builds the same one: the seed is the run's."""
-    torch.manual_seed(config.train.seed)
-    student = plugins.segmentor(config.segmentor.name)(num_classes, config.segmentor).to(device)
-    student.train()
-    optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    return TrainState(student=student, teacher=Teacher(student).to(device), optimizer=optimizer, scaler=scaler)
-
-
 def without_buffer_sync() -> dict[str, Any]:
     """DDP shall not copy rank 0's buffers before each forward: norms are frozen or GroupNorm, and a copy between
     the step's two forwards would change tensors that the first one's graph still needs. torch 2.15 renamed it."""
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-
-
-def scored_steps(root: Path) -> set[int]:
-    """Steps whose evaluation stands in metrics.jsonl, both roles."""
-    path, seen = root / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a killed writer
-            continue
-        seen += [(row["step"], role) for role in ROLES if f"{role}/segm_AP" in row]
-    return {step for step, _ in seen if all((step, role) in seen for role in ROLES)}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -381,24 +394,14 @@ class Log:
     def __init__(self, job: Job, step: int) -> None:
         self.job = job
         self.path = job.root / "metrics.jsonl"
-        self._forget_after(step)
+        # Lines of steps that will be made again go, and a half-written last one.
+        aside = self.path.with_suffix(f".{os.getpid()}.partial")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in metric_rows(job.root, step)))
+        os.replace(aside, self.path)
         self.file = self.path.open("a")
         self.tracker = Tracker(job.config.tracking, job.root, job.tracking_run)
-
-    def _forget_after(self, step: int) -> None:
-        """Drops lines of steps that will be made again, and a half-written last line."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        aside = self.path.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
+        for name in ("config.yaml", "split.json"):
+            self.tracker.log_artifact(job.root / name)
 
     def event(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl (null where a value is not finite) and the same metrics to MLflow."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.train import launch
-from pais_ray.train.state import checkpoint_folder, checkpoints, newest_verified
+from pais_ray.train.state import checkpoint_folder, checkpoints, metric_rows, newest_verified
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
@@ -56,7 +58,7 @@ def assert_same_end(root: Path, other: Path) -> None:
 
 
 def steps_logged(root: Path) -> list[int]:
-    return [row["step"] for row in launch.metric_rows(root) if "loss" in row]
+    return [row["step"] for row in metric_rows(root) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
         "figures",
     }
     assert steps_logged(undisturbed) == list(range(1, STEPS + 1))
-    rows = launch.metric_rows(undisturbed)
+    rows = metric_rows(undisturbed)
     for role in ("teacher", "student"):
         assert [r["step"] for r in rows if f"{role}/segm_AP" in r] == [4, STEPS]
     logged = next(r for r in rows if "loss" in r)
@@ -138,25 +140,47 @@ def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storag
     assert steps_logged(storage / "halves") == list(range(1, STEPS + 1))
 
 
-def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage):
+def wait_for(event, still_going=lambda: True) -> None:
+    """Waits for an event of the run; the test's own timeout bounds it."""
+    while not event():
+        assert still_going()
+        time.sleep(0.02)
+
+
+def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage, capsys):
     root = storage / "worker_killed"
-    killed = []
 
     def kill_one() -> None:
-        while not (root / "metrics.jsonl").exists() or 5 not in steps_logged(root):
-            time.sleep(0.02)  # waits for an event, the fifth step; the run's own timeout bounds it
+        wait_for(lambda: 1 in steps_logged(root))
         actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], limit=100)
-        workers = [a for a in actors if "RayTrainWorker" in a.class_name]
-        os.kill(workers[-1].pid, signal.SIGKILL)
-        killed.append(workers[-1].pid)
+        victim = [a for a in actors if "RayTrainWorker" in a.class_name][-1]
+        wait_for(lambda: 3 in steps_logged(root))
+        os.kill(victim.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    slow = "train.panel_every=1"  # a picture a step: the kill lands within the run
-    launch.train(compose(words(tiny_coco, storage, "worker_killed", slow)))
-    assert killed
+    # A picture a step takes time: the kill lands within the run.
+    launch.train(compose(words(tiny_coco, storage, "worker_killed", "train.panel_every=1")))
+    assert "resumed at step" in capsys.readouterr().out
     assert_same_end(root, undisturbed)
     assert steps_logged(root) == list(range(1, STEPS + 1))
+
+
+def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_coco, storage, cluster):
+    root = storage / "interrupted"
+    command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "interrupted")]
+    env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, **pipes)
+    wait_for(lambda: 2 in steps_logged(root), lambda: driver.poll() is None)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate()
+    assert driver.returncode == 0, output
+    assert "resume with:" in output
+    stopped_at = launch.steps_made(root)
+    assert 2 <= stopped_at < STEPS
+    launch.train(compose(words(tiny_coco, storage, "interrupted")))
+    assert_same_end(root, undisturbed)
 
 
 def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_coco, storage, cluster):
@@ -164,9 +188,7 @@ def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_co
     command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "driver_killed")]
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
     driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, stdout=subprocess.DEVNULL)
-    while len(checkpoints(root)) < 2 and driver.poll() is None:
-        time.sleep(0.02)  # waits for an event: the second checkpoint
-    assert driver.poll() is None
+    wait_for(lambda: len(checkpoints(root)) >= 2, lambda: driver.poll() is None)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -180,7 +202,7 @@ def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
     done = CliRunner().invoke(main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", str(out)])
     assert done.exit_code == 0, done.output
     scored = json.loads(out.read_text())["segm"]["AP"]
-    logged = [r["teacher/segm_AP"] for r in launch.metric_rows(undisturbed) if "teacher/segm_AP" in r]
+    logged = [r["teacher/segm_AP"] for r in metric_rows(undisturbed) if "teacher/segm_AP" in r]
     assert scored == pytest.approx(logged[-1], abs=1e-9)
     done = CliRunner().invoke(main, ["predict", str(undisturbed), "--out", str(storage / "out"), "--score", "0.05"])
     assert done.exit_code == 0, done.output
@@ -194,12 +216,10 @@ def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
 
 
 def test_a_truncated_image_ends_the_run_by_its_name(cluster, tiny_coco, storage, tmp_path):
-    import shutil
-
     data = tmp_path / "broken"
     shutil.copytree(tiny_coco, data)
     victims = sorted((data / "images").iterdir())
     for victim in victims:
         victim.write_bytes(victim.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=victims[0].name[:3]):
+    with pytest.raises(ValueError, match="|".join(re.escape(v.name) for v in victims)):
         launch.train(compose(words(data, storage, "broken")))
