@@ -97,7 +97,9 @@ class Study:
         labeled, unlabeled = self.plan.row(g)
         return make_batch(
             [at(self.labeled[i], g, slot) for slot, i in enumerate(labeled)],
-            [at(self.unlabeled[i], g, len(labeled) + slot) for slot, i in enumerate(unlabeled)],
+            [at(self.unlabeled[i], g, len(labeled) + slot) for slot, i in enumerate(unlabeled)]
+            if self.config.method.unlabeled_weight(self.state.step)
+            else [],
             self.config.views,
             self.config.train.seed,
             torch.device("cpu"),

@@ -178,5 +178,5 @@ def build_optimizer(
         for (factor, decay), members in groups.items()
     ]
     if optim.name == "sgd":
-        return torch.optim.SGD(described, lr=lr, momentum=optim.momentum)
-    return torch.optim.AdamW(described, lr=lr)
+        return torch.optim.SGD(described, lr=lr, momentum=optim.momentum, fused=True)
+    return torch.optim.AdamW(described, lr=lr, fused=True)

@@ -115,8 +115,9 @@ class WeightedRoIHeads(RoIHeads):
     def losses(self, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """`class`, `box`, `mask` and `mask_iou` (unscaled) of the RoIs sampled from ``proposals``.
 
-        The normaliser acts on `class`. `box` is divided by R under `mean` (torchvision) and `weight_sum`
-        (released code), and by P under `pos` and `pos_neg` (Eq. 5). `mask` is divided by P under all.
+        The normaliser acts on `class`. `mask` is divided by P under all. `box` is divided by R under all, as in
+        torchvision and the released code: Eq. 5 writes 1/N_pos there too, but Mask R-CNN's box targets are scaled
+        for 1/R, and P is so much smaller that the box term became two thirds of the whole loss.
         """
         normaliser = targets[0].normaliser
         # select_training_samples asks for masks but never reads them.
@@ -135,10 +136,11 @@ class WeightedRoIHeads(RoIHeads):
         logits, deltas = self._classify(features, rois)
         index = torch.where(positive)[0]
         chosen = deltas.reshape(len(deltas), -1, 4)[index, label[index]]
-        count = len(index) if normaliser in ("pos", "pos_neg") else len(label)
         return {
             "class": losses.cross_entropy(logits, label, class_weight, positive, normaliser),
-            "box": losses.box_regression(chosen, deltas_wanted[index], box_weight[index], count, self.smooth_l1_beta),
+            "box": losses.box_regression(
+                chosen, deltas_wanted[index], box_weight[index], len(label), self.smooth_l1_beta
+            ),
             **self._mask_losses(features, rois, matched, labels, targets),
         }
 

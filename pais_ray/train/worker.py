@@ -114,7 +114,9 @@ class Worker:
         self.network: nn.Module = self.state.student
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.state.student, device_ids=ids, **without_buffer_sync())
+            self.network = DistributedDataParallel(
+                self.state.student, device_ids=ids, gradient_as_bucket_view=True, **without_buffer_sync()
+            )
         self.settings = StepSettings(
             schedule=job.schedule,
             clip_norm=job.config.optim.clip_norm,
@@ -209,7 +211,9 @@ class Worker:
         )
 
     def batch(self, row: pipeline.Row) -> Batch:
-        return make_batch(row.labeled, row.unlabeled, self.config.views, self.config.train.seed, self.device)
+        """Views of one row; of its unlabeled images only where the method learns from them at this step."""
+        unlabeled = row.unlabeled if self.method.unlabeled_weight(self.state.step) else []
+        return make_batch(row.labeled, unlabeled, self.config.views, self.config.train.seed, self.device)
 
     def stop_requested(self) -> bool:
         """Whether the driver asked to stop, without waiting for its answer."""
