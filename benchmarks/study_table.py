@@ -72,11 +72,12 @@ def main() -> None:
     parser.add_argument("stage", choices=["tune", "final"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="*", help="of the tune stage; default 0 1")
     arguments = parser.parse_args()
     folder = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for seed in (0, 1) if arguments.stage == "tune" else (10, 11, 12):
+    for seed in (arguments.seeds or [0, 1]) if arguments.stage == "tune" else (10, 11, 12):
         for method, settings in SETTINGS.items():
             chosen = settings if arguments.stage == "tune" else [best_setting(folder, method)]
             for name in chosen:

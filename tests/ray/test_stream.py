@@ -1,0 +1,65 @@
+"""The stream of step rows on a real cluster: what the plan says, in order, whatever the world size."""
+
+import pyarrow as pa
+import pytest
+import ray
+
+from pais_ray.data import pipeline, sources, splits
+from pais_ray.data.plan import StepPlan
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_coco):
+    dataset = sources.read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images"))
+    split = splits.split([r.image_id for r in dataset.records], 0.25, 1)
+    by_id = {r.image_id: r for r in dataset.records}
+    return [by_id[i] for i in split.labeled_ids], [sources.unlabel(by_id[i]) for i in split.unlabeled_ids]
+
+
+@pytest.fixture(scope="module")
+def feed(cluster, parts):
+    labeled, unlabeled = parts
+    plan = StepPlan(seed=7, num_labeled=len(labeled), num_unlabeled=len(unlabeled), labeled=1, unlabeled=2)
+    return pipeline.make_feed(plan, labeled, unlabeled)
+
+
+def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts):
+    labeled, unlabeled = parts
+    seen = []
+    for start, total, world in ((0, 40, 2), (40, 21, 3), (61, 5, 1)):
+        for rank in range(world):
+            rows = list(pipeline.step_rows(feed, start=start, total=total, world=world, rank=rank))
+            assert [r.g for r in rows] == list(range(start + rank, start + total, world))
+            for row in rows:
+                of_labeled, of_unlabeled = feed.plan.row(row.g)
+                assert [s.image_id for s in row.labeled] == [labeled[i].image_id for i in of_labeled]
+                assert [s.image_id for s in row.unlabeled] == [unlabeled[i].image_id for i in of_unlabeled]
+                assert [s.slot for s in row.labeled + row.unlabeled] == [0, 1, 2]
+            seen += [r.g for r in rows]
+    assert sorted(seen) == list(range(66))
+
+
+def test_labels_of_the_unlabeled_part_are_nowhere(feed, parts):
+    table = ray.get(feed.unlabeled)
+    assert isinstance(table, pa.Table)
+    assert table.column_names == ["image_id", "path", "height", "width"]
+    row = next(pipeline.step_rows(feed, start=0, total=1, world=1, rank=0))
+    assert all(s.boxes is None and s.labels is None and s.masks is None for s in row.unlabeled)
+    assert all(s.boxes is not None for s in row.labeled)
+
+
+def test_pixels_are_those_of_the_files(feed, parts):
+    from pathlib import Path
+
+    import torch
+
+    from pais_ray.data.images import decode
+
+    paths = {r.image_id: r.path for part in parts for r in part}
+    row = next(pipeline.step_rows(feed, start=3, total=1, world=1, rank=0))
+    for sample in row.labeled + row.unlabeled:
+        path = paths[sample.image_id]
+        expected = torch.from_numpy(decode(Path(path).read_bytes(), path)).permute(2, 0, 1)
+        assert torch.equal(sample.image, expected)
