@@ -109,9 +109,10 @@ def plan_schedule(
 ) -> Schedule:
     """The schedule of a run of ``images_per_step`` images, over all workers and accumulated micro-batches.
 
-    Linear scaling for SGD (Goyal et al. 2017), square root for AdamW (Malladi et al. 2022); the length
-    shrinks as the batch grows, so a run sees the reference's number of images. ``steps`` is taken as it is;
-    warm-up and milestones keep their share of the length.
+    Linear scaling for SGD (Goyal et al. 2017), square root for AdamW (Malladi et al. 2022); the length shrinks
+    as the batch grows, so a run sees the reference's number of images. ``steps`` is taken as it is, milestones
+    keep their share of it. The warm-up is there for the first steps' sake: it keeps its number of images and is
+    at most a twentieth of the run.
     """
     if images_per_step < 1 or (steps is not None and steps < 1):
         raise ValueError(f"plan_schedule: expected at least 1 image and 1 step, got {images_per_step} and {steps}")
@@ -122,7 +123,7 @@ def plan_schedule(
     return Schedule(
         lr=reference.lr * (scale if rule == "linear" else math.sqrt(scale)) if optim.lr is None else optim.lr,
         steps=length,
-        warmup=round(reference.warmup * stretch),
+        warmup=min(round(reference.warmup / scale), length // 20),
         milestones=tuple(round(m * stretch) for m in reference.milestones),
         kind=optim.schedule,
         warmup_ratio=optim.warmup_ratio,
