@@ -224,21 +224,24 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one)
     and prints what the workers say. Returns whether the user stopped it; raises what training raised."""
     outcome: dict[str, Any] = {}
+    done = threading.Event()  # not Thread.join: interrupted, it takes a living thread for dead (Python < 3.13)
 
     def target() -> None:
         try:
             outcome["result"] = trainer.fit()
         except BaseException as error:
             outcome["error"] = error
+        finally:
+            done.set()
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     asked = 0
     fatal: Exception | None = None
     patience = LAST_WORDS / 0.5
-    while thread.is_alive() and patience > 0:
+    while not done.is_set() and patience > 0:
         try:
-            thread.join(timeout=0.5)
+            done.wait(timeout=0.5)
             fatal = show(ray.get(monitor.drain.remote())) or fatal
             patience -= fatal is not None
         except KeyboardInterrupt:
