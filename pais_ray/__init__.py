@@ -9,6 +9,8 @@ from typing import Any
 _HOMES = {
     "Batch": "pais_ray.structures",
     "Config": "pais_ray.config",
+    "KNet": "pais_ray.segmentors.knet",
+    "KNetConfig": "pais_ray.segmentors.knet",
     "MaskRCNN": "pais_ray.segmentors.mask_rcnn",
     "MaskRCNNConfig": "pais_ray.segmentors.mask_rcnn",
     "Masks": "pais_ray.structures",

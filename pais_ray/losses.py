@@ -6,14 +6,19 @@ divided by. Wherever nothing is left to divide by, the loss is zero and keeps it
 Legend: R samples (RoIs, anchors, kernels), P positives among them, C classes.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from pais_ray.structures import Normaliser
 
-# Released code: keeps 0 / 0 out of the IoU of two empty masks.
+# Released code: keeps 0 / 0 out of the IoU of two empty masks, and out of their dice.
 IOU_EPSILON = 1e-6
+DICE_EPSILON = 1e-3
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # released K-Net, and RetinaNet
 
 
 def weighted_mean(values: Tensor, weight: Tensor, positive: Tensor, normaliser: Normaliser) -> Tensor:
@@ -40,6 +45,42 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor, positive: Tens
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), weight, positive, normaliser)
 
 
+def focal(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Normaliser) -> Tensor:
+    """Sigmoid focal loss of ``logits`` (R, C), summed over the classes of a sample, weighted and normalised.
+
+    ``labels`` (R,) are classes, or C for background: there is no such logit, all C are zero then. `mean` and
+    `pos` both divide by the number of positives, at least one (K-Net's own, released code); the others as
+    in ``weighted_mean``.
+    """
+    num_classes = logits.shape[1]
+    wanted = F.one_hot(labels, num_classes + 1)[:, :num_classes].to(logits)
+    values = sigmoid_focal_loss(logits, wanted, FOCAL_ALPHA, FOCAL_GAMMA, reduction="none").sum(dim=1)
+    positive = labels < num_classes
+    if normaliser in ("mean", "pos"):
+        return (values * weight).sum() / positive.sum().clamp(min=1)
+    return weighted_mean(values, weight, positive, normaliser)
+
+
+def dice(logits: Tensor, targets: Tensor, weight: Tensor, count: int) -> Tensor:
+    """1 - 2 a.b / (a.a + b.b) of the sigmoid of ``logits`` and soft ``targets`` (P, ...), weighted by ``weight``
+    (P,), summed and divided by ``count`` (squared denominator: released K-Net, V-Net)."""
+    soft, wanted = logits.sigmoid().flatten(1), targets.flatten(1)
+    return ((1 - dice_of(soft, wanted)) * weight).sum() / max(count, 1)
+
+
+def dice_of(a: Tensor, b: Tensor) -> Tensor:
+    """Dice (P,) of soft masks ``a`` and ``b`` (P, X)."""
+    squares = a.square().sum(dim=-1) + b.square().sum(dim=-1) + 2 * DICE_EPSILON
+    return 2 * (a * b).sum(dim=-1) / squares
+
+
+def semantic(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sigmoid focal loss of a semantic map ``logits`` (B, C, h, w) and ``targets`` (B, C, h, w) in {0, 1}, over the
+    number of pixels with a class, at least one (released K-Net)."""
+    values = sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+    return values / (targets > 0).any(dim=1).sum().clamp(min=1)
+
+
 def binary_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor, count: int) -> Tensor:
     """Sigmoid cross-entropy of ``logits`` and ``targets`` (R, ...), averaged over every axis but the first,
     weighted by ``weight`` (R,), summed and divided by ``count``; zero without samples."""
@@ -58,21 +99,30 @@ def box_regression(deltas: Tensor, targets: Tensor, weight: Tensor, count: int, 
 
 @torch.no_grad()
 def mask_iou_target(logits: Tensor, targets: Tensor) -> Tensor:
-    """IoU (P,) of the binarised masks that ``logits`` (P, h, w) and soft ``targets`` (P, h, w) describe.
+    """IoU (P,) of the binarised masks that ``logits`` (P, ...) and soft ``targets`` (P, ...) describe.
 
-    It is the IoU inside the box at mask resolution, as in the released code, not that of the whole object.
+    It is the IoU at mask resolution, as in the released code: of Mask R-CNN's inside the box, not of the whole
+    object.
     """
-    predicted, wanted = logits.sigmoid() >= 0.5, targets >= 0.5
-    intersection = (predicted & wanted).sum(dim=(1, 2))
-    union = (predicted | wanted).sum(dim=(1, 2))
+    predicted, wanted = (logits.sigmoid() >= 0.5).flatten(1), (targets >= 0.5).flatten(1)
+    intersection = (predicted & wanted).sum(dim=1)
+    union = (predicted | wanted).sum(dim=1)
     return intersection / (union + IOU_EPSILON)
 
 
 def mask_iou(iou_logits: Tensor, mask_logits: Tensor, mask_targets: Tensor) -> Tensor:
-    """Cross-entropy of the predicted mask IoU (P,) against that of the predicted masks (P, h, w) with their
+    """Cross-entropy of the predicted mask IoU (P,) against that of the predicted masks (P, ...) with their
     targets, averaged over the positives. Unweighted: the method decides where it counts."""
     target = mask_iou_target(mask_logits, mask_targets)
     return binary_cross_entropy(iou_logits, target, torch.ones_like(target), len(target))
+
+
+def same_normaliser(normalisers: Iterable[Normaliser]) -> Normaliser:
+    """The normaliser all targets of a call share; ValueError where they differ."""
+    found = set(normalisers)
+    if len(found) != 1:
+        raise ValueError(f"Targets.normaliser: expected one for all images of a call, got {sorted(found)}")
+    return found.pop()
 
 
 def _divide(total: Tensor, by: Tensor) -> Tensor:

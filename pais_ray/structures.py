@@ -81,21 +81,25 @@ class Masks:
         """
         if index is None:
             index = torch.arange(len(boxes), device=boxes.device)
+        return self._crop(boxes, (size, size), index)
+
+    def to_grid(self, stride: int, size: tuple[int, int]) -> Tensor:
+        """Soft masks (N, ceil(H / stride), ceil(W / stride)) of a view of ``size`` = (H, W) px."""
+        rows, cols = -(-size[0] // stride), -(-size[1] // stride)
+        whole = self.affine.new_tensor([0.0, 0.0, cols * stride, rows * stride])
+        every = torch.arange(len(self), device=whole.device)
+        return self._crop(whole.expand(len(self), 4), (rows, cols), every)
+
+    def _crop(self, boxes: Tensor, shape: tuple[int, int], index: Tensor) -> Tensor:
         if len(boxes) == 0 or len(self) == 0:
-            return boxes.new_zeros(len(boxes), size, size)
+            return boxes.new_zeros(len(boxes), *shape)
         if self.upright:
             shift, step = self.affine[index, :2, 2], self.affine[index][:, [0, 1], [0, 1]]
             in_grid = (boxes - shift.repeat(1, 2)) / step.repeat(1, 2)
             rois = torch.cat([index[:, None].to(in_grid), in_grid], dim=1)
-            return roi_align(self.grids[:, None].to(in_grid), rois, (size, size), aligned=True)[:, 0]
-        crop = Masks.in_boxes(boxes.new_zeros(len(boxes), size, size), boxes).affine
-        return self._sample(crop, (size, size), index)
-
-    def to_grid(self, stride: int, size: tuple[int, int]) -> Tensor:
-        """Soft masks (N, ceil(H / stride), ceil(W / stride)) of a view of ``size`` = (H, W) px."""
-        height, width = -(-size[0] // stride), -(-size[1] // stride)
-        cells = Masks.strided(self.grids.new_zeros(len(self), 1, 1), stride).affine
-        return self._sample(cells.to(self.affine), (height, width), torch.arange(len(self), device=cells.device))
+            return roi_align(self.grids[:, None].to(in_grid), rois, shape, aligned=True)[:, 0]
+        cells = Masks.in_boxes(boxes.new_zeros(len(boxes), *shape), boxes).affine
+        return self._sample(cells, shape, index)
 
     def paste(self, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
         """Full-size bool masks (N, H, W). For evaluation and pictures, one image at a time, on the CPU:

@@ -33,6 +33,13 @@ def test_show_gives_config_schedule_and_arithmetic(tmp_path):
     assert shown["schedule"]["steps"] == 880000
 
 
+def test_show_prints_the_papers_knet():
+    done = call("show", "coco", "knet", "pais")
+    assert done.exit_code == 0, done.output
+    for line in ("lambda_unlabeled: 0.3", "tau_cls: 0.35", "tau_iou: 0.3", "alpha: 4.0", "beta: 4.0"):
+        assert f"\n  {line}\n" in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -20,13 +20,14 @@ from pais_ray.config import (
     load,
     run_schedule,
 )
-from pais_ray.methods.pais import PAIS
 from pais_ray.overlays import config_dirs, resolve
 
 FILES = {p.stem: p for d in config_dirs() for p in d.glob("*.yaml")}
 METHODS = ["supervised", "supervised_plain", "pais", "pais_wo_daloss", "pais_released", "pais_released_10"]
 RUNS = [
     *[("coco", "mask_rcnn", m) for m in METHODS],
+    *[("coco", "knet", m) for m in METHODS if m != "pais_released_10"],  # Mask R-CNN's alone
+    ("synthetic", "knet", "pais"),
     ("cityscapes", "mask_rcnn", "pais"),
     ("cityscapes", "mask_rcnn", "pais_released_cityscapes"),
     ("synthetic", "mask_rcnn", "pais"),
@@ -85,9 +86,15 @@ def test_paper_for_mask_rcnn():
 
 
 def test_paper_for_knet():
-    tree = resolve(["coco", "pais", "segmentor.name=knet"])
-    assert tree["method"]["lambda_unlabeled"] == 0.3
-    assert tree["optim"]["reference"]["lr"] == 1e-4
+    config = compose(["coco", "knet", "pais"])
+    method, optim, reference = config.method, config.optim, config.optim.reference
+    assert (method.tau_cls, method.tau_iou, method.alpha, method.beta) == (0.35, 0.30, 4, 4)
+    assert (method.lambda_unlabeled, method.ema, method.normaliser) == (0.3, 0.999, "pos_neg")
+    assert method.unlabeled_weights == {"mask_iou": 0, "semantic": 0}
+    assert (optim.name, optim.weight_decay, optim.backbone_lr_factor, optim.clip_norm) == ("adamw", 0.05, 0.25, 1)
+    assert (reference.lr, reference.batch, reference.steps, reference.warmup) == (1e-4, 16, 220_000, 1000)
+    assert reference.milestones == (160_000, 200_000)
+    assert (config.segmentor.num_kernels, config.segmentor.stages, config.segmentor.backbone) == (100, 3, "resnet50")
 
 
 def test_without_daloss_differs_in_the_exponents_alone():
@@ -117,11 +124,11 @@ def test_released_mask_rcnn(words, expected):
 
 
 def test_released_knet():
-    tree = resolve(["coco", "pais_released", "segmentor.name=knet"])
-    method = PAIS(**tree["method"])
+    config = compose(["coco", "knet", "pais_released"])
+    method = config.method
     assert (method.class_scale, method.class_cap, method.mask_scale) == (12, 0.5, 2.5)
     assert (method.negative_weight, method.normaliser, method.lambda_unlabeled) == (0.1225, "pos", 1.0)
-    assert tree["batch"]["unlabeled"] == 2
+    assert (config.batch.labeled, config.batch.unlabeled, config.views.preset) == (1, 2, "coco_knet")
 
 
 def test_daggers_absence_is_plain_views():

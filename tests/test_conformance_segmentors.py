@@ -141,7 +141,8 @@ def test_eq_5_averages_background_apart(network, views):
         without = values(run(network, views, scene(first, second, 0.0, "pos_neg")))
         return with_it["class"] - without["class"]
 
-    assert added(1.0, 1.0) == pytest.approx(added(0.1, 5.0), rel=1e-4)
+    # Differences of losses near 5 in fp32: the absolute part is their rounding.
+    assert added(1.0, 1.0) == pytest.approx(added(0.1, 5.0), rel=1e-4, abs=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,61 @@ def test_mask_iou_loss_teaches_only_the_iou():
     losses.mask_iou(iou_logits, mask_logits, targets).backward()
     assert mask_logits.grad is None
     torch.testing.assert_close(iou_logits.grad, torch.tensor([0.5 - 0.75]))
+
+
+def focal_by_hand(row, label):
+    total = 0.0
+    for c, v in enumerate(row):
+        p = 1 / (1 + math.exp(-v))
+        total += -0.25 * (1 - p) ** 2 * math.log(p) if c == label else -0.75 * p**2 * math.log(1 - p)
+    return total
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_focal_is_the_formula(normaliser):
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    labels, weight = torch.tensor([3, 0, 2, 3, 1, 3]), torch.tensor([0.5, 0.9, 0.1, 0.5, 0.3, 0.5])
+    terms = [w * focal_by_hand(r, y) for r, y, w in zip(logits.tolist(), labels, weight.tolist(), strict=True)]
+    pos, neg = sum(terms[i] for i in (1, 2, 4)), sum(terms[i] for i in (0, 3, 5))
+    expected = {
+        "mean": (pos + neg) / 3,  # K-Net's own: per positive
+        "pos": (pos + neg) / 3,
+        "pos_neg": pos / 3 + neg / 3,
+        "weight_sum": (pos + neg) / 2.8,
+    }[normaliser]
+    assert losses.focal(logits, labels, weight, normaliser).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_focal_without_positives_still_teaches_the_background():
+    """Released K-Net: the number of positives is at least one."""
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    background, weight = torch.full((4,), 3), torch.full((4,), 0.1225)
+    expected = 0.1225 * sum(focal_by_hand(row, 3) for row in logits.tolist())
+    assert losses.focal(logits, background, weight, "pos").item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dice_is_its_definition():
+    logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    wanted, weight = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 0.5, 0.0])
+    expected = 0.0
+    for own, truth, w in zip(logits.flatten(1).tolist(), wanted.flatten(1).tolist(), weight.tolist(), strict=True):
+        soft = [1 / (1 + math.exp(-v)) for v in own]
+        dot = sum(a * b for a, b in zip(soft, truth, strict=True))
+        squares = sum(a * a for a in soft) + 1e-3 + sum(b * b for b in truth) + 1e-3
+        expected += w * (1 - 2 * dot / squares) / 3
+    assert losses.dice(logits, wanted, weight, 3).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dice_of_the_truth_is_next_to_nothing():
+    wanted = (torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    assert losses.dice(60 * (wanted - 0.5), wanted, torch.ones(2), 2).item() == pytest.approx(0, abs=1e-3)
+    assert losses.dice(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4), torch.zeros(0), 0) == 0
+
+
+def test_semantic_loss_counts_pixels_with_a_class():
+    logits = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    truth = torch.zeros(1, 2, 2, 2)
+    truth[0, 1, 0] = 1  # two pixels of class 1
+    cells = [(logits[0, :, y, x].tolist(), 1 if y == 0 else 2) for y in range(2) for x in range(2)]
+    expected = sum(focal_by_hand(row, label) for row, label in cells) / 2
+    assert losses.semantic(logits, truth).item() == pytest.approx(expected, rel=1e-5)

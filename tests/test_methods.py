@@ -99,10 +99,11 @@ def test_burn_in_silences_the_unlabeled_term_and_restarts_the_mean():
     assert [pais.decay(k) for k in (0, 9, 10, 11)] == [0.0, 0.0, 0.0, 0.5]
 
 
-def test_mask_iou_branch_learns_from_labeled_data_only():
-    assert PAIS().unlabeled_weights == {"mask_iou": 0.0}
-    assert PAIS(unlabeled_weights={"mask": 2.0}).unlabeled_weights == {"mask_iou": 0.0, "mask": 2.0}
-    assert PAIS(unlabeled_weights={"mask_iou": 1.0}).unlabeled_weights == {"mask_iou": 1.0}
+def test_mask_iou_branch_and_semantic_map_learn_from_labeled_data_only():
+    off = {"mask_iou": 0.0, "semantic": 0.0}
+    assert PAIS().unlabeled_weights == off
+    assert PAIS(unlabeled_weights={"mask": 2.0}).unlabeled_weights == {**off, "mask": 2.0}
+    assert PAIS(unlabeled_weights={"mask_iou": 1.0}).unlabeled_weights == {"mask_iou": 1.0, "semantic": 0.0}
     assert "mask_iou" not in PAIS().labeled_weights
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pais_ray.structures import Normaliser, Predictions, Targets
 
+# Losses that pseudo-labels do not teach: the mask-IoU branch would confirm itself, the semantic map has no weights.
+LABELED_ONLY = {"mask_iou": 0.0, "semantic": 0.0}
+
 
 class PAIS(BaseModel):
     """Every number of section 4.2 of the paper, for Mask R-CNN; `PAIS w/o DALoss` is alpha = beta = 0.
@@ -49,14 +52,14 @@ class PAIS(BaseModel):
         default={}, description="multiplier of a labeled loss by its name, 1 where unnamed; ours"
     )
     unlabeled_weights: dict[str, float] = Field(
-        default={"mask_iou": 0.0},
-        description="the same for unlabeled losses; mask_iou 0 unless named (paper: labeled data only)",
+        default=LABELED_ONLY,
+        description="the same for unlabeled losses; 0 unless named: mask_iou (paper), semantic (released code)",
     )
 
     @field_validator("unlabeled_weights")
     @classmethod
-    def _mask_iou_stays_off(cls, given: dict[str, float]) -> dict[str, float]:
-        return {"mask_iou": 0.0, **given}
+    def _labeled_only(cls, given: dict[str, float]) -> dict[str, float]:
+        return {**LABELED_ONLY, **given}
 
     @property
     def uses_unlabeled(self) -> bool:

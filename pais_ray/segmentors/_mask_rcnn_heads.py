@@ -15,7 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from pais_ray import losses
-from pais_ray.structures import Masks, Normaliser, Predictions, Targets
+from pais_ray.structures import Masks, Predictions, Targets
 
 # torchvision reads mask pixels with their centres at integers, ours are at halves (see geometry.py): its RoI
 # at ``box`` is ours at ``box + HALF_PIXEL``. It holds for mask targets and predicted masks, so they agree.
@@ -227,11 +227,3 @@ def _padded_size(features: dict[str, Tensor]) -> list[tuple[int, int]]:
 def _gather(weight: Tensor, index: Tensor) -> Tensor:
     """``weight[index]``, and zeros for an image without targets, whose RoIs all point at a missing first."""
     return torch.cat([weight, weight.new_zeros(1)])[index]
-
-
-def same_normaliser(targets: list[Targets]) -> Normaliser:
-    """The normaliser all ``targets`` share; ValueError where they differ."""
-    found = {t.normaliser for t in targets}
-    if len(found) != 1:
-        raise ValueError(f"Targets.normaliser: expected one for all images of a call, got {sorted(found)}")
-    return found.pop()

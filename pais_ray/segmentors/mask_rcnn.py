@@ -6,18 +6,13 @@ have no low-quality matches, frozen batch norm has no trainable affine.
 Legend: B images, N instances, C classes without background, H x W pixels of the padded view.
 """
 
-import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import safetensors.torch
 import torch
-import torchvision
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import (
@@ -28,10 +23,19 @@ from torchvision.models.detection.mask_rcnn import (
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from pais_ray.segmentors._mask_rcnn_heads import MaskIoUHead, WeightedRoIHeads, WeightedRPN, same_normaliser
+from pais_ray import losses
+from pais_ray.backbones import (
+    LEVELS,
+    BackboneConfig,
+    NormalisePixels,
+    as_views,
+    load_weights,
+    read_weights,
+    resnet_fpn,
+)
+from pais_ray.segmentors._mask_rcnn_heads import MaskIoUHead, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures import Predictions, Targets, Views
 
-LEVELS = ["0", "1", "2", "3"]  # torchvision's names of P2..P5; P6 ("pool") feeds the RPN alone
 BOX_SIZE, MASK_SIZE = 7, 14  # RoIAlign cells, paper of Mask R-CNN and torchvision
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
@@ -61,20 +65,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class MaskRCNNConfig(BaseModel):
+class MaskRCNNConfig(BackboneConfig):
     """The section `segmentor:` when ``name`` is mask_rcnn. Fields not given come from ``preset``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["mask_rcnn"] = "mask_rcnn"
     preset: Literal["r50", "nano"] = "r50"
-    backbone: str = "resnet50"  # any torchvision ResNet
-    # None, `imagenet` (paper), `coco` (torchvision's Mask R-CNN, resnet50), a local .safetensors or .pth file
-    weights: str | None = "imagenet"
-    norm: Literal["frozen_bn", "group"] = "frozen_bn"  # `group` by default without weights
-    # -1 none, 0 the stem, 1 the stem and layer1 (paper, released code), ...; -1 by default without weights
-    frozen_stages: int = Field(default=1, ge=-1, le=4)
-    fpn_channels: int = Field(default=256, gt=0)
+    # `weights` may be `coco` too: torchvision's Mask R-CNN, resnet50
 
     anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # px, one for each of P2..P6
     anchor_ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
@@ -110,27 +106,10 @@ class MaskRCNNConfig(BaseModel):
         if not isinstance(given, Mapping):
             return given
         preset = given.get("preset", "r50")
-        filled = {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
-        weights = filled.get("weights", "imagenet")
-        if weights is None:  # frozen statistics of nothing would normalise nothing
-            filled = {"norm": "group", "frozen_stages": -1, **filled}
-        elif weights in ("imagenet", "coco") and "norm" not in given:
-            filled["norm"] = "frozen_bn"
-        return filled
-
-    @field_validator("backbone")
-    @classmethod
-    def _known_backbone(cls, value: str) -> str:
-        known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1, 0)[0]
-            raise ValueError(f"expected one of {known}, got {value!r}; did you mean {near!r}?")
-        return value
+        return cls.filled(given, PRESETS.get(preset, {}) if isinstance(preset, str) else {})
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
-        if self.weights in ("imagenet", "coco") and self.norm != "frozen_bn":
-            raise ValueError(f"weights: {self.weights!r} come with batch norm, norm is {self.norm!r}; use frozen_bn")
+    def _coco_weights_fit(self) -> Self:
         if self.weights == "coco" and (self.backbone, self.preset) != ("resnet50", "r50"):
             raise ValueError("weights: 'coco' exist for preset r50 with resnet50 only; use 'imagenet' or a file")
         return self
@@ -144,8 +123,6 @@ class MaskRCNN(nn.Module):
     """
 
     Config = MaskRCNNConfig
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, num_classes: int, config: MaskRCNNConfig | None = None, pretrained: bool = True) -> None:
         """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
@@ -153,15 +130,21 @@ class MaskRCNN(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.config = config = config or MaskRCNNConfig()
-        state = _pretrained(config) if pretrained else None  # first: a wrong path should not wait for a network
-        self.backbone = _backbone(config)
+        # First: a wrong path should not wait for a network.
+        state = read_weights(config, {"coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1}) if pretrained else None
+        self.normalise = NormalisePixels()
+        self.backbone = resnet_fpn(config)
         self.rpn = _rpn(config)
         self.roi_heads = _roi_heads(config, num_classes)
-        # ImageNet statistics of RGB in [0, 1]
-        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
         if state is not None:
-            _load(self, state, str(config.weights))
+            load_weights(
+                self,
+                state,
+                str(config.weights),
+                class_layers=CLASS_LAYERS,
+                heads=("rpn.", "roi_heads."),
+                optional=("roi_heads.mask_iou_head.",),
+            )
         if config.weights == "coco":
             for module in self.modules():
                 if isinstance(module, FrozenBatchNorm2d):
@@ -173,13 +156,13 @@ class MaskRCNN(nn.Module):
         ``images`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
         and images do not match in number, normalisers differ, or a box has no area.
         """
-        views = _as_views(images)
+        views = as_views(images)
         _check(views, targets, self.num_classes)
         batch, features = self._features(views)
-        proposals, losses = self.rpn(batch, features, targets)
-        losses |= self.roi_heads.losses(features, proposals, targets)
-        losses["mask_iou"] = losses["mask_iou"] * self.config.mask_iou_loss_weight
-        return losses
+        proposals, named = self.rpn(batch, features, targets)
+        named |= self.roi_heads.losses(features, proposals, targets)
+        named["mask_iou"] = named["mask_iou"] * self.config.mask_iou_loss_weight
+        return named
 
     @torch.no_grad()
     def predict(self, images: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
@@ -188,28 +171,21 @@ class MaskRCNN(nn.Module):
         Detections below ``score_threshold``, where it is above the configured one, are dropped before the
         mask heads: exact for whoever needs none of them.
         """
-        batch, features = self._features(_as_views(images))
+        batch, features = self._features(as_views(images))
         proposals, _ = self.rpn(batch, features)
         return self.roi_heads.detect(features, proposals, batch.image_sizes, score_threshold or 0.0)
 
     def _features(self, views: Views) -> tuple[ImageList, dict[str, Tensor]]:
         """Normalised images, zero in the padding, and their P2..P6."""
-        height, width = views.images.shape[-2:]
-        rows = torch.arange(height, device=views.images.device)[None, :, None] < views.sizes[:, 0, None, None]
-        cols = torch.arange(width, device=views.images.device)[None, None, :] < views.sizes[:, 1, None, None]
-        images = (views.images - self.pixel_mean) / self.pixel_std * (rows & cols)[:, None]
+        images = self.normalise(views)
         sizes = [(int(h), int(w)) for h, w in views.sizes.tolist()]
         return ImageList(images, sizes), self.backbone(images)
-
-
-def _as_views(images: Views | Tensor) -> Views:
-    return Views.of(images) if isinstance(images, Tensor) else images
 
 
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
     if len(targets) != len(views):
         raise ValueError(f"MaskRCNN: expected {len(views)} targets, one an image, got {len(targets)}")
-    same_normaliser(targets)
+    losses.same_normaliser(t.normaliser for t in targets)
     boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
     bad = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1) | (labels < 0) | (labels >= num_classes)
     if bad.any():
@@ -218,28 +194,6 @@ def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
             f"MaskRCNN: expected boxes with x1 < x2, y1 < y2 and labels in 0..{num_classes - 1}, "
             f"got box {box} with label {label}; drop such targets"
         )
-
-
-def _backbone(config: MaskRCNNConfig) -> BackboneWithFPN:
-    norm = FrozenBatchNorm2d if config.norm == "frozen_bn" else _group_norm
-    # Residual branches that begin at zero help the network without pretrained weights.
-    body = getattr(torchvision.models, config.backbone)(
-        weights=None, norm_layer=norm, zero_init_residual=config.norm == "group"
-    )
-    stem = nn.ModuleList([body.conv1, body.bn1])
-    for stage in (stem, body.layer1, body.layer2, body.layer3, body.layer4)[: config.frozen_stages + 1]:
-        stage.requires_grad_(False)
-    narrow = body.inplanes // 8
-    return BackboneWithFPN(
-        body,
-        return_layers={f"layer{i + 1}": name for i, name in enumerate(LEVELS)},
-        in_channels_list=[narrow * 2**i for i in range(4)],
-        out_channels=config.fpn_channels,
-    )
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels)
 
 
 def _rpn(config: MaskRCNNConfig) -> WeightedRPN:
@@ -286,56 +240,3 @@ def _roi_heads(config: MaskRCNNConfig, num_classes: int) -> WeightedRoIHeads:
 
 def _pooler(config: MaskRCNNConfig, size: int) -> MultiScaleRoIAlign:
     return MultiScaleRoIAlign(LEVELS, size, sampling_ratio=2, canonical_scale=config.roi_canonical_size)
-
-
-def _pretrained(config: MaskRCNNConfig) -> Mapping[str, Tensor] | None:
-    """The state that ``config.weights`` names; a file's may be wrapped under `model` or `state_dict`."""
-    if config.weights is None:
-        return None
-    if config.weights in ("imagenet", "coco"):
-        named = torchvision.models.get_model_weights(config.backbone)["IMAGENET1K_V1"]
-        named = MaskRCNN_ResNet50_FPN_Weights.COCO_V1 if config.weights == "coco" else named
-        try:
-            return named.get_state_dict(progress=False, check_hash=True)
-        except OSError as error:
-            raise ValueError(
-                f"segmentor.weights: could not fetch {named.url} ({error}); "
-                "download it elsewhere and give the file's path, or use none"
-            ) from error
-    path = Path(config.weights)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"segmentor.weights: expected a .safetensors, .pth or .pt file, got {path.name!r}")
-    if not path.is_file():
-        raise ValueError(f"segmentor.weights: expected 'imagenet', 'coco' or a file; {str(path)!r}: no such file")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("model", state.get("state_dict", state))
-
-
-def _load(model: MaskRCNN, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads a ResNet classifier's or a whole Mask R-CNN's state.
-
-    Layers whose size is the number of classes stay as initialised where that number differs, and so does
-    the mask-IoU branch where ``state`` has none; anything else must fit, else ValueError.
-    """
-    if "conv1.weight" in state:
-        state = {f"backbone.body.{k}": v for k, v in state.items() if not k.startswith("fc.")}
-        optional: tuple[str, ...] = ("backbone.fpn.", "rpn.", "roi_heads.")
-    else:
-        optional = ("roi_heads.mask_iou_head.",)
-    own = model.state_dict()
-    fits = {k: v for k, v in state.items() if not (k.startswith(CLASS_LAYERS) and k in own and v.shape != own[k].shape)}
-    left_out = set(state) - set(fits)
-    # Batch norms count batches; the frozen ones have nothing to count.
-    unknown = [k for k in fits if k not in own and not k.endswith("num_batches_tracked")]
-    missing = [k for k in own if k not in fits and k not in left_out and not k.startswith(optional)]
-    wrong = [k for k in fits if k in own and fits[k].shape != own[k].shape]
-    if unknown or missing or wrong:
-        raise ValueError(
-            f"segmentor.weights: {source!r} does not fit this network: "
-            f"{len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}; "
-            "check segmentor.backbone, norm and fpn_channels"
-        )
-    model.load_state_dict({k: v for k, v in fits.items() if k in own}, strict=False)
