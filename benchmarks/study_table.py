@@ -16,12 +16,12 @@ from pathlib import Path
 
 HOLDOUT = 60  # of the 240 training images, as many as there are validation images
 COMMON = [
-    *("quickstart", "data.image_size=128", "train.steps=400", "batch.labeled=2"),
+    *("quickstart", "data.image_size=128", "train.steps=600", "batch.labeled=2"),
     *("optim.name=adamw", "optim.weight_decay=0.01", "method.ema=0.98"),
     # One schedule for all methods: the methods' files bring the paper's.
-    *("optim.reference.steps=400", "optim.reference.warmup=30", "optim.reference.milestones=[300,360]"),
+    *("optim.reference.steps=600", "optim.reference.warmup=30", "optim.reference.milestones=[460,540]"),
 ]
-SEMI = ["method.burn_in=180", "batch.unlabeled=2", "optim.lr=0.001"]
+SEMI = ["method.burn_in=220", "batch.unlabeled=2", "optim.lr=0.001"]
 SETTINGS: dict[str, dict[str, list[str]]] = {
     "supervised": {f"lr{lr}": ["supervised", f"optim.lr={lr}"] for lr in (0.0005, 0.001)},
     "pais_wo_daloss": {
@@ -50,7 +50,7 @@ def run(out: Path, spoken: list[str], holdout: int) -> None:
     if out.exists():
         return
     script = Path(__file__).with_name("study.py")
-    every = "100" if not holdout else "400"
+    every = "100" if not holdout else "600"
     command = [sys.executable, str(script), str(out), *spoken, "--holdout", str(holdout), "--every", every]
     with out.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
