@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pais_ray.methods.pais import PAIS
 from pais_ray.segmentors._knet_kernels import (
@@ -13,6 +15,7 @@ from pais_ray.segmentors._knet_kernels import (
     KernelUpdater,
     SelfAttention,
     SemanticFPN,
+    StageOutput,
     UpdateStage,
     group_features,
     read,
@@ -314,3 +317,43 @@ def test_a_classifier_file_fills_the_backbone_alone(tmp_path):
     assert again.stages[0].class_branch[3].weight.shape[0] == 5
     with pytest.raises(ValueError, match="does not fit"):
         KNet(3, KNetConfig(**{**settings, "weights": str(whole), "num_kernels": 9}))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made, with and without a graph being recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.with_graph = self.without_graph = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        most = max((t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), default=0)
+        if torch.is_grad_enabled():
+            self.with_graph = max(self.with_graph, most)
+        else:
+            self.without_graph = max(self.without_graph, most)
+        return out
+
+
+@pytest.mark.parametrize("points", [None, 500])
+def test_losses_never_hold_all_kernels_at_stride_4_with_a_graph(points):
+    """What docs/architecture.md computes for 800x1333: N kernels at stride 4 only inside matching, T with a graph."""
+    images, kernels, each, cells = 2, 40, 3, 32 * 40
+    network = KNet(3, KNetConfig(preset="nano", num_kernels=kernels, mask_points=points))
+    outputs = [StageOutput(masks=torch.randn(images, kernels, 32, 40, requires_grad=True))]
+    for _ in range(3):
+        classes = torch.randn(images, kernels, 3, requires_grad=True)
+        ious = torch.randn(images, kernels, requires_grad=True)
+        masks = torch.randn(images, kernels, 32, 40, requires_grad=True)
+        outputs.append(StageOutput(masks=masks, classes=classes, ious=ious))
+    target = squares()[torch.tensor([0, 1, 1])]
+    compared = points or 4 * cells
+    wanted = torch.rand(images * each, compared)
+    where = network._points(images, wanted.device)
+    with Largest() as largest:
+        total = network._matched_losses(outputs, [target] * images, wanted, where)
+    assert all(v.isfinite() for v in total.values())
+    assert largest.without_graph <= images * kernels * compared * (2 if points else 1)  # a point is two numbers
+    # The pairs' masks where they are compared, or their stride-8 logits.
+    assert largest.with_graph <= images * each * max(compared * (2 if points else 1), cells)
