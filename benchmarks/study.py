@@ -21,7 +21,7 @@ from pais_ray.data.images import decode
 from pais_ray.data.plan import StepPlan
 from pais_ray.data.views import Sample, make_batch, make_views
 from pais_ray.inference import predict_sample
-from pais_ray.structures import Masks, Targets
+from pais_ray.structures import Masks, Predictions, Targets
 from pais_ray.train.launch import embedded
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
@@ -122,26 +122,39 @@ class Study:
             values |= {f"{role}/segm_{k}": scores["segm"][k] for k in ("AP", "AP50", "AP75")}
             values[f"{role}/bbox_AP"] = scores["bbox"]["AP"]
         self.state.student.train()
+        values |= self.mask_iou_branch()
         if self.config.method.uses_unlabeled:
             values |= self.pseudo_label_quality(60)
         return values
 
     def pseudo_label_quality(self, images: int) -> dict[str, Any]:
-        kept, truth, sizes = [], [], []
-        for record in self.hidden[:images]:
-            views = make_views([sample_of(record, False)], self.config.views, 0, "test", "cpu")
-            predictions = self.state.teacher.predict(views)[0]
-            kept.append(predictions[self.config.method.keeps(predictions)])
-            masks = torch.from_numpy(sources.decode_rle(record.rles, record.height, record.width))
-            whole = Targets(
-                boxes=torch.from_numpy(record.boxes),
-                labels=torch.from_numpy(record.labels),
-                masks=Masks.full(masks),
-            )
-            truth.append(whole.warp(views.matrix[0], views.sizes[0]))
-            sizes.append(tuple(views.sizes[0].tolist()))
-        found = analysis.precision_recall(kept, truth, sizes)
-        return {f"pseudo/{k}": v for k, v in found.items()}
+        """Precision and recall of what the method would keep of the unlabeled images' test views."""
+        found = [self.seen(record) for record in self.hidden[:images]]
+        kept = [predictions[self.config.method.keeps(predictions)] for predictions, _, _ in found]
+        quality = analysis.precision_recall(kept, [truth for _, truth, _ in found], [size for _, _, size in found])
+        return {f"pseudo/{k}": v for k, v in quality.items()}
+
+    def mask_iou_branch(self, above: float = 0.05) -> dict[str, Any]:
+        """Pearson correlation, calibration error and bias of the teacher's predicted mask IoU against the overlap with
+        the best true instance, over predictions on the scored images with a class score over ``above``."""
+        rows = []
+        for record in self.scored:
+            predictions, truth, size = self.seen(record)
+            rows += analysis.pseudo_label_table(predictions[predictions.scores > above], truth, size, record.image_id)
+        if not rows:
+            return {"iou_branch/predictions": 0}
+        found = analysis.calibration(analysis.column(rows, "iou_predicted"), analysis.column(rows, "iou_true"))
+        return {"iou_branch/predictions": len(rows)} | {f"iou_branch/{k}": found[k] for k in ("pearson", "ece", "bias")}
+
+    def seen(self, record: sources.LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
+        """The teacher's predictions, the truth and the size of a record's test view."""
+        views = make_views([sample_of(record, False)], self.config.views, 0, "test", "cpu")
+        masks = torch.from_numpy(sources.decode_rle(record.rles, record.height, record.width))
+        whole = Targets(
+            boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
+        )
+        height, width = views.sizes[0].tolist()
+        return self.state.teacher.predict(views)[0], whole.warp(views.matrix[0], views.sizes[0]), (height, width)
 
 
 def main() -> None:

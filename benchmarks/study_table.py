@@ -2,6 +2,7 @@
 
     python benchmarks/study_table.py tune  DIR    # two settings a method, seeds 0-1, held-out training images
     python benchmarks/study_table.py final DIR    # the best setting of each, seeds 10-12, validation images
+    ... --segmentor knet                          # another folder for each segmentor
 
 Every run is one process with one thread (benchmarks/study.py); ``--jobs`` run at once, finished ones are kept.
 """
@@ -15,35 +16,48 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HOLDOUT = 60  # of the 240 training images, as many as there are validation images
-COMMON = [
-    *("quickstart", "data.image_size=128", "train.steps=600", "batch.labeled=2"),
-    *("optim.name=adamw", "optim.weight_decay=0.01", "method.ema=0.98"),
+BUDGET = [
+    *("data.image_size=128", "train.steps=600", "batch.labeled=2", "method.ema=0.98"),
     # One schedule for all methods: the methods' files bring the paper's.
     *("optim.reference.steps=600", "optim.reference.warmup=30", "optim.reference.milestones=[460,540]"),
 ]
-SEMI = ["method.burn_in=300", "batch.unlabeled=2", "optim.lr=0.0005"]
+# Of each segmentor: files, then settings. K-Net keeps knet.yaml's optimizer (decay .05, backbone x .25, clip 1).
+COMMON = {
+    "mask_rcnn": (["quickstart"], [*BUDGET, "optim.name=adamw", "optim.weight_decay=0.01"]),
+    "knet": (["quickstart", "knet"], [*BUDGET, "segmentor.preset=nano"]),
+}
 
 
-def semi(method: str, choices: list[tuple[float, float]]) -> dict[str, list[str]]:
+def semi(method: str, lr: float, choices: list[tuple[float, float]]) -> dict[str, list[str]]:
     """Settings of a semi-supervised method: class threshold and weight of the unlabeled term."""
+    same = ["method.burn_in=300", "batch.unlabeled=2", f"optim.lr={lr}"]
     return {
-        f"tau{tau}_lambda{weight}": [method, f"method.tau_cls={tau}", f"method.lambda_unlabeled={weight}", *SEMI]
+        f"tau{tau}_lambda{weight}": [method, f"method.tau_cls={tau}", f"method.lambda_unlabeled={weight}", *same]
         for tau, weight in choices
     }
 
 
-# A first grid, at lr .001 with tau .35 to .7 and lambda 1 to 1.5, was below supervised throughout (docs/results.md).
-SETTINGS: dict[str, dict[str, list[str]]] = {
-    "supervised": {f"lr{lr}": ["supervised", f"optim.lr={lr}"] for lr in (0.0005, 0.001)},
-    "pais_wo_daloss": semi("pais_wo_daloss", [(0.7, 0.5), (0.85, 0.5)]),
-    "pais": semi("pais", [(0.5, 0.5), (0.7, 1.0)]),
+# A first grid of Mask R-CNN, lr .001 with tau .35 to .7 and lambda 1 to 1.5, was below supervised (docs/results.md).
+SETTINGS: dict[str, dict[str, dict[str, list[str]]]] = {
+    "mask_rcnn": {
+        "supervised": {f"lr{lr}": ["supervised", f"optim.lr={lr}"] for lr in (0.0005, 0.001)},
+        "pais_wo_daloss": semi("pais_wo_daloss", 0.0005, [(0.7, 0.5), (0.85, 0.5)]),
+        "pais": semi("pais", 0.0005, [(0.5, 0.5), (0.7, 1.0)]),
+    },
+    # The paper's thresholds and weight; one setting each.
+    "knet": {
+        "supervised": {"lr0.001": ["supervised", "optim.lr=0.001"]},
+        "pais_wo_daloss": semi("pais_wo_daloss", 0.001, [(0.35, 0.3)]),
+        "pais": semi("pais", 0.001, [(0.35, 0.3)]),
+    },
 }
 
 
-def words(setting: list[str], seed: int) -> list[str]:
-    # Files first: words after them are settings.
-    files = [COMMON[0], *[w for w in setting if "=" not in w]]
-    return [*files, *COMMON[1:], *[w for w in setting if "=" in w], f"train.seed={seed}", f"data.fold={seed}"]
+def words(segmentor: str, setting: list[str], seed: int) -> list[str]:
+    files, settings = COMMON[segmentor]
+    named = [w for w in setting if "=" not in w]
+    given = [w for w in setting if "=" in w]
+    return [*files, *named, *settings, *given, f"train.seed={seed}", f"data.fold={seed}"]
 
 
 def run(out: Path, spoken: list[str], holdout: int) -> None:
@@ -60,17 +74,21 @@ def score(path: Path, role: str = "teacher", metric: str = "segm_AP") -> float:
     return json.loads(path.read_text())["history"][-1][f"{role}/{metric}"]
 
 
-def best_setting(folder: Path, method: str) -> str:
+def best_setting(folder: Path, method: str, settings: dict[str, list[str]]) -> str:
+    if len(settings) == 1:
+        return next(iter(settings))
+
     def mean(name: str) -> float:
         return statistics.mean(score(p) for p in folder.glob(f"tune-{method}-{name}-seed*.json"))
 
-    return max(SETTINGS[method], key=mean)
+    return max(settings, key=mean)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["tune", "final"])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--segmentor", choices=list(SETTINGS), default="mask_rcnn")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="*", help="of the tune stage; default 0 1")
     arguments = parser.parse_args()
@@ -78,15 +96,21 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
     for seed in (arguments.seeds or [0, 1]) if arguments.stage == "tune" else (10, 11, 12):
-        for method, settings in SETTINGS.items():
-            chosen = settings if arguments.stage == "tune" else [best_setting(folder, method)]
+        for method, settings in SETTINGS[arguments.segmentor].items():
+            chosen = settings if arguments.stage == "tune" else [best_setting(folder, method, settings)]
             for name in chosen:
                 path = folder / f"{arguments.stage}-{method}-{name}-seed{seed}.json"
-                jobs.append((path, words(settings[name], seed), HOLDOUT if arguments.stage == "tune" else 0))
+                jobs.append(
+                    (
+                        path,
+                        words(arguments.segmentor, settings[name], seed),
+                        HOLDOUT if arguments.stage == "tune" else 0,
+                    )
+                )
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: run(*job), jobs))
     print(f"{'method':16} {'setting':22} {'seeds':8} teacher segm AP (spread) | AP50 | student segm AP")
-    for method in SETTINGS:
+    for method in SETTINGS[arguments.segmentor]:
         for name in sorted({p.name.split("-")[2] for p, *_ in jobs if p.name.split("-")[1] == method}):
             paths = [p for p, *_ in jobs if p.name.startswith(f"{arguments.stage}-{method}-{name}-")]
             aps = [score(p) for p in paths]
