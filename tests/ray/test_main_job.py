@@ -26,10 +26,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
 
 
-def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
+def words(data: Path, storage: Path, name: str, *more: str, segmentor: str = "mask_rcnn") -> list[str]:
     """Two workers, 12 images of 96 px, a quarter of them labeled."""
     return [
-        *("synthetic", "mask_rcnn", "pais"),
+        *("synthetic", segmentor, "pais"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
         *("data.image_size=64", "data.labeled=0.25", "batch.labeled=1", "batch.unlabeled=1"),
         *("segmentor.preset=nano", "segmentor.weights=null", "method.burn_in=2", "method.tau_cls=0.05"),
@@ -196,6 +196,28 @@ def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_co
     assert again.returncode == 0, again.stderr[-2000:]
     assert "resumed at step" in again.stdout + again.stderr
     assert_same_end(root, undisturbed)
+
+
+@pytest.mark.slow
+def test_knet_is_served_by_the_same_job(cluster, tiny_coco, storage):
+    """Stopped half way and resumed equals undisturbed; evaluated and predicted as any run."""
+
+    def knet(name: str, *more: str) -> list[str]:
+        return words(tiny_coco, storage, name, "method.tau_cls=0.005", "optim.lr=0.001", *more, segmentor="knet")
+
+    launch.train(compose(knet("knet")))
+    launch.train(compose(knet("knet_halves", "train.stop_at=4")))
+    launch.train(compose(knet("knet_halves")))
+    assert_same_end(storage / "knet_halves", storage / "knet")
+    rows = [r for r in metric_rows(storage / "knet") if "loss" in r]
+    assert {"labeled/semantic", "unlabeled/class", "unlabeled/mask"} <= rows[-1].keys()
+    assert rows[-1]["unlabeled/semantic"] == 0, "pseudo-labels do not teach the semantic map"
+    assert any(r.get("pseudo/kept_per_image", 0) > 0 for r in rows)
+    done = CliRunner().invoke(main, ["evaluate", str(storage / "knet")])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, ["predict", str(storage / "knet"), "--out", str(storage / "knet_out")])
+    assert done.exit_code == 0, done.output
+    assert len(list((storage / "knet_out" / "overlays").iterdir())) == 4
 
 
 def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
