@@ -172,6 +172,20 @@ def test_every_parameter_gets_a_gradient(network, views, case, normaliser):
     assert wrong == []
 
 
+def test_half_precision_changes_the_losses_little(network, views):
+    exact = values(run(network, views, scene()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = run(network, views, scene())
+        halved = values(losses)
+        predictions = network.predict(views)
+    assert all(v.dtype == torch.float32 for v in losses.values())
+    # Sampling and matching may pick others where two are nearly alike.
+    assert sum(halved.values()) == pytest.approx(sum(exact.values()), rel=0.1)
+    for found in predictions:
+        assert found.scores.dtype == found.boxes.dtype == found.masks.affine.dtype == torch.float32
+        assert (found.scores.diff() <= 0).all()
+
+
 def test_losses_have_the_same_names_whatever_the_targets(network, views):
     assert set(run(network, views, [nothing(), nothing()])) == set(run(network, views, scene()))
 
