@@ -243,7 +243,7 @@ def _files(annotations: str) -> dict[str, str]:
 def _read_scene(name: str, path: str) -> _Scene:
     data = _bytes(path, "cityscapes-layout")
     values = decode_values(data, path) if path.endswith(IDS) else paint(_parse(data, path), path)
-    if values.dtype == np.uint8:
+    if values.dtype.itemsize == 1:
         raise DataError("cityscapes-ids", path, "expected 16 bits a pixel, got 8, which cannot tell instances apart")
     height, width = values.shape
     flat = values.T.ravel()  # down the columns, as COCO's run lengths go

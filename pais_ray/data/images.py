@@ -54,7 +54,7 @@ def decode(data: bytes, where: str) -> np.ndarray:
 
 
 def decode_values(data: bytes, where: str) -> np.ndarray:
-    """Values (H, W) of an encoded picture with one channel, as they are stored: uint8 of 8 bits, int32 of 16.
+    """Values (H, W) of an encoded picture with one channel, as they are stored: uint8 of 8 bits, wider of 16.
 
     For label images, where a value is a name and not a brightness. Raises DataError.
     """
@@ -63,7 +63,7 @@ def decode_values(data: bytes, where: str) -> np.ndarray:
         if image.mode in ("1", "L", "P"):
             return np.array(image, dtype=np.uint8)
         if image.mode.startswith("I"):
-            return np.array(image, dtype=np.int32)
+            return np.array(image)
         remedy = "give an image of labels, not of colours"
         raise DataError("image-mode", where, f"expected one channel of 8 or 16 bits, got mode {image.mode}", remedy)
 
