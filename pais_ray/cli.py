@@ -192,16 +192,25 @@ def split(
 @split.command("import")
 @click.argument("published", type=click.Path(exists=True, dir_okay=False))
 @click.option("--annotations", type=click.Path(), required=True, help="The COCO JSON that the lists were made for.")
+@click.option("--labeled", type=float, multiple=True, help="Only these shares, 0.01; repeatable. Default: all.")
+@click.option("--fold", type=int, multiple=True, help="Only these seeds; repeatable. Default: all.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for the manifests.")
 @json_option
 @verb
-def split_import(published: str, annotations: str, out: str, json_path: str | None) -> None:
+def split_import(
+    published: str,
+    annotations: str,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    out: str,
+    json_path: str | None,
+) -> None:
     """Manifests of a PUBLISHED file: Unbiased Teacher's COCO_supervision.txt, or the labeled file of a pair
     instances_train2017.SEED@PERCENT.json / -unlabeled.json (SoftTeacher, STAC)."""
     from pais_ray.data.formats import read_annotations
     from pais_ray.data.split_lists import import_splits
 
-    made = import_splits(published, read_annotations(annotations))
+    made = import_splits(published, read_annotations(annotations), labeled, fold)
     write_manifests(made, Path(out), Path(published).name.split(".")[0].lower(), json_path)
 
 

@@ -7,7 +7,9 @@ files of which the image ids count.
 """
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,22 @@ from pais_ray.data.validate import DataError
 REMEDY = "give COCO_supervision.txt, or the labeled file of a pair NAME.SEED@PERCENT.json"
 
 
-def import_splits(path: str, dataset: CocoDataset) -> list[SplitManifest]:
-    """The manifests of a published file over the images of ``dataset``. Raises DataError."""
+def import_splits(
+    path: str, dataset: CocoDataset, shares: Sequence[float] = (), folds: Sequence[int] = ()
+) -> list[SplitManifest]:
+    """The manifests of a published file over the images of ``dataset``: all, or of these ``shares`` and ``folds``.
+
+    Raises DataError.
+    """
     tree = _read(path)
     splits = [_pair(path, tree)] if "images" in tree else _lists(path, tree, dataset)
+    if shares:
+        splits = [s for s in splits if any(math.isclose(s.labeled, share) for share in shares)]
+    if folds:
+        splits = [s for s in splits if s.fold in folds]
+    if not splits:
+        have = ", ".join(f"{percent} %" for percent in tree) or "none"
+        raise DataError("key-missing", path, f"has no split of the shares and folds asked for, only {have}", REMEDY)
     known = {record.image_id for record in dataset.records}
     for split in splits:
         if unknown := {*split.labeled_ids, *split.unlabeled_ids} - known:
@@ -47,6 +61,8 @@ def _lists(path: str, tree: dict[str, Any], dataset: CocoDataset) -> list[Split]
                 message = f"{len(indices)} indices do not fit the {len(usable)} images of {dataset.path} with instances"
                 raise DataError("id-unknown", where, message, "give the annotations that the list was made for")
             chosen = {usable[i] for i in indices}
+            if len(chosen) != len(indices):
+                raise DataError("id-duplicate", where, "an index twice", REMEDY)
             splits.append(_assembled(where, chosen, set(usable) - chosen, float(percent) / 100, _fold(seed, where)))
     return splits
 
