@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.json_schema import models_json_schema
 
 from pais_ray import plugins
+from pais_ray.data import formats
 from pais_ray.data.views import AugmentConfig
 from pais_ray.optim import OptimConfig, Schedule, plan_schedule
 from pais_ray.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
@@ -32,9 +33,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The section `data:`. Paths may be relative to where the command runs."""
 
-    train: str | None = Field(default=None, description="COCO JSON; null: the embedded, generated data set")
+    train: str | None = Field(
+        default=None,
+        description="COCO JSON, or Cityscapes' folder gtFine/train; null: the embedded, generated data set",
+    )
     train_images: str | None = Field(default=None, description="folder of the training images; null: images")
-    val: str | None = Field(default=None, description="COCO JSON to evaluate on")
+    val: str | None = Field(default=None, description="COCO JSON to evaluate on, or Cityscapes' folder gtFine/val")
     val_images: str | None = Field(default=None, description="folder of the validation images; null: images")
     unlabeled: str | None = Field(
         default=None,
@@ -49,13 +53,18 @@ class DataConfig(Section):
     )
     labeled: float = Field(default=1.0, gt=0, le=1, description="share of train that keeps its labels")
     fold: int = Field(default=1, ge=0, description="which draw of that share")
+    split: str | None = Field(
+        default=None,
+        description="manifest of `pais-ray split` that says which images are labeled, instead of labeled and fold",
+    )
 
-    def part(self, name: Literal["train", "val"]) -> tuple[str, str]:
-        """(annotation file, image folder) of a part. Raises ConfigError where one is not set."""
+    def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
+        """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
+        where one is not set."""
         annotations, images = getattr(self, name), getattr(self, f"{name}_images") or self.images
         if annotations is None:
             raise ConfigError(f"data.{name}: expected a COCO JSON, got null; set it")
-        if images is None:
+        if images is None and not formats.is_folder(annotations):
             raise ConfigError(
                 f"data.{name}_images: expected the folder of {annotations}'s images; set it or data.images"
             )
@@ -175,7 +184,8 @@ class Config(Section):
             raise ValueError(f"batch.unlabeled: {name} learns from unlabeled images, got 0; set batch.unlabeled=3")
         if not self.method.uses_unlabeled and unlabeled > 0:
             raise ValueError(f"batch.unlabeled: {name} uses none, got {unlabeled}; set batch.unlabeled=0")
-        if self.method.uses_unlabeled and self.data.labeled == 1 and self.data.unlabeled is None:
+        leaves_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
+        if self.method.uses_unlabeled and leaves_none:
             raise ValueError(
                 f"data.labeled: {name} needs unlabeled images and 1 leaves none; "
                 "set data.labeled=0.1, or data.unlabeled to a folder or JSON"

@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pais_ray import evaluate_cityscapes
 from pais_ray.data.validate import DataError, check_box, check_rle, check_segmentation, check_size
 from pais_ray.structures import Predictions
 
@@ -97,7 +98,8 @@ def score(
     (pycocotools' -1). ``iou_types`` defaults to both, or ``bbox`` alone where the results hold no masks;
     boxes that are missing are taken from the masks. Small, medium and large are areas of masks for ``segm``
     also where the results name boxes. Equal scores keep the order of the file, as in pycocotools.
-    Raises DataError (a ValueError) naming file, entry, rule and remedy.
+    Ground truth made of Cityscapes adds {"cityscapes": {"AP", "AP50", "per_class"}}, its own instance AP, where
+    masks are scored. Raises DataError (a ValueError) naming file, entry, rule and remedy.
     """
     truth = load_ground_truth(ground_truth)
     where, entries = _read(results, "results")
@@ -111,7 +113,10 @@ def score(
         if iou_type not in IOU_TYPES:
             raise ValueError(f"iou_types: expected some of {', '.join(IOU_TYPES)}, got {iou_type!r}")
     _check_results(entries, where, truth, needs_mask="segm" in iou_types)
-    return {iou_type: _score(truth, entries, iou_type) for iou_type in iou_types}
+    scores = {iou_type: _score(truth, entries, iou_type) for iou_type in iou_types}
+    if "segm" in iou_types and evaluate_cityscapes.has_void(truth):
+        scores["cityscapes"] = evaluate_cityscapes.instance_ap(truth, entries)
+    return scores
 
 
 def table(scores: Mapping[str, Json]) -> str:
@@ -120,13 +125,15 @@ def table(scores: Mapping[str, Json]) -> str:
     def cell(value: float | None, width: int = 7) -> str:
         return f"{'-' if value is None else f'{value:.3f}':>{width}}"
 
-    lines = [" " * 6 + "".join(f"{name:>7}" for name in FIGURES)]
-    lines += [f"{kind:<6}" + "".join(cell(figures[name]) for name in FIGURES) for kind, figures in scores.items()]
+    head = max(map(len, [*scores, "segm "])) + 1
+    lines = [" " * head + "".join(f"{name:>7}" for name in FIGURES)]
+    lines += [f"{kind:<{head}}" + "".join(cell(f.get(name)) for name in FIGURES) for kind, f in scores.items()]
     names = list(dict.fromkeys(name for figures in scores.values() for name in figures["per_class"]))
     widest = max(map(len, [*names, "class"]))
-    lines += ["", f"{'class':<{widest}}" + "".join(f"{f'{kind} AP':>10}" for kind in scores)]
+    columns = [(max(10, len(kind) + 5), kind, figures["per_class"]) for kind, figures in scores.items()]
+    lines += ["", f"{'class':<{widest}}" + "".join(f"{f'{kind} AP':>{width}}" for width, kind, _ in columns)]
     for name in names:
-        lines.append(f"{name:<{widest}}" + "".join(cell(f["per_class"].get(name), 10) for f in scores.values()))
+        lines.append(f"{name:<{widest}}" + "".join(cell(aps.get(name), width) for width, _, aps in columns))
     return "\n".join(lines)
 
 

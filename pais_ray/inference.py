@@ -17,8 +17,9 @@ from torch import nn
 
 from pais_ray import evaluate, geometry, plots, plugins
 from pais_ray.config import Config, load
+from pais_ray.data.formats import is_folder, read_labeled
 from pais_ray.data.images import decode, upright_size
-from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_coco, read_folder
+from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import DataError
 from pais_ray.data.views import Sample, make_views
@@ -93,18 +94,18 @@ class Predictor:
             return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
 
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
-        """COCO AP on the run's validation images, or on other annotated ones."""
+        """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
         dataset = self.validation(annotations, images)
-        return evaluate.score(dataset.path, self.results(dataset.records, "evaluating"))
+        return evaluate.score(dataset.truth, self.results(dataset.records, "evaluating"))
 
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
         if annotations is None:
-            dataset = read_coco(*self.config.data.part("val"))
-        elif images is None:
+            dataset = read_labeled(*self.config.data.part("val"))
+        elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_coco(annotations, images)
+            dataset = read_labeled(annotations, images)
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",

@@ -5,11 +5,22 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from pais_ray.cli import main
 from pais_ray.data.sources import LabeledRecord, Record, read_coco, unlabel
-from pais_ray.data.splits import SplitManifest, manifest, split
+from pais_ray.data.splits import SplitManifest, assemble, difference, draw, for_run, manifest, split
 
 IDS = [3 * i for i in range(1000)]
+
+
+@pytest.fixture
+def dataset(tiny_coco):
+    return read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images"))
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
 
 
 def test_the_parts_are_disjoint_complete_and_of_the_size_asked_for():
@@ -111,3 +122,191 @@ def test_no_annotation_is_reachable_from_an_unlabeled_record(tiny_coco):
         fields = {f.name for f in dataclasses.fields(bare)}
         assert fields == {"image_id", "path", "height", "width"} == set(vars(bare))
         assert all(type(value) in (int, str) for value in vars(bare).values()), "and nothing refers back"
+
+
+def test_a_covering_draw_shows_every_class_and_is_blind_to_order():
+    classes = {i: {0} | ({1} if i % 100 == 0 else set()) | ({2} if i == 333 else set()) for i in range(1000)}
+    plain = [set(split(range(1000), 0.01, fold).labeled_ids) for fold in range(5)]
+    assert not any(333 in ids for ids in plain)
+    for fold in range(5):
+        parts = split(range(1000), 0.01, fold, classes)
+        assert len(parts.labeled_ids) == 10
+        assert sorted(parts.labeled_ids + parts.unlabeled_ids) == list(range(1000))
+        assert set().union(*(classes[i] for i in parts.labeled_ids)) == {0, 1, 2}
+        mixed = np.random.default_rng(0).permutation(1000).tolist()
+        assert split(mixed, 0.01, fold, {i: classes[i] for i in mixed}) == parts
+        assert set(split(range(1000), 0.002, fold, classes).labeled_ids) < set(parts.labeled_ids)
+        assert len(set(parts.labeled_ids) & plain[fold]) >= 8, "beyond the two rare classes it is the plain draw"
+
+
+def test_a_covering_draw_takes_the_rarest_class_first_where_there_are_too_few_images():
+    classes = {i: {i % 7} for i in range(70)} | {70: {7}}
+    parts = split(range(71), 2 / 71, 1, classes)
+    assert 70 in parts.labeled_ids
+    assert len(parts.labeled_ids) == 2
+
+
+def test_protocols_of_the_paper(dataset):
+    coco = draw(dataset, "coco", (), ())
+    assert [(m.split.labeled, m.split.fold) for m in coco] == [
+        (share, fold) for share in (0.01, 0.02, 0.05, 0.1) for fold in (1, 2, 3, 4, 5)
+    ]
+    assert [m.split.labeled for m in draw(dataset, "cityscapes", (), ())] == [0.05, 0.1, 0.2, 0.3]
+    assert [(m.split.labeled, m.split.fold) for m in draw(dataset, None, (0.5,), (7,))] == [(0.5, 7)]
+    ids = [r.image_id for r in dataset.records]
+    assert draw(dataset, None, (0.5,), (7,))[0].split == split(ids, 0.5, 7), "what a run draws by itself"
+    assert draw(dataset, None, (0.5,), (7,), cover=True)[0].sampling == "covering"
+
+
+def others(number):
+    return [Record(image_id=i, path=f"a/{i}.jpg", height=1, width=1) for i in range(number)]
+
+
+def test_all_labeled_with_images_of_another_source(dataset):
+    (full,) = draw(dataset, None, (), (), others(9))
+    assert full.split.labeled_ids == tuple(sorted(r.image_id for r in dataset.records))
+    assert full.split.unlabeled_ids == tuple(range(9)), "ids may be the same, they are of other images"
+    assert SplitManifest.from_json(full.to_json()) == full
+    renamed = [*others(8), Record(image_id=8, path="a/nine.jpg", height=1, width=1)]
+    assert draw(dataset, None, (), (), renamed)[0].split.sha256 != full.split.sha256
+    assert draw(dataset, None, (), (), others(9)[::-1])[0].split.sha256 == full.split.sha256
+    moved = [dataclasses.replace(r, path=f"/b/{r.image_id}.jpg") for r in others(9)]
+    assert draw(dataset, None, (), (), moved)[0].split.sha256 == full.split.sha256, "wherever they lie"
+
+
+def test_a_run_uses_the_manifest_it_is_given(dataset, tmp_path):
+    given = draw(dataset, None, (0.4,), (3,), cover=True)[0]
+    (tmp_path / "s.json").write_text(given.to_json())
+    assert for_run(dataset, 1.0, 1, str(tmp_path / "s.json"), None) == given
+    (full,) = draw(dataset, None, (), (), others(9))
+    (tmp_path / "full.json").write_text(full.to_json())
+    assert for_run(dataset, 0.1, 1, str(tmp_path / "full.json"), others(9)) == full
+    for path, unlabeled, said in (
+        ("s.json", others(9), "data.unlabeled is set"),
+        ("full.json", None, "set data.unlabeled to it"),
+        ("full.json", others(8), "other unlabeled images"),
+        ("none.json", None, "file-missing"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            for_run(dataset, 1.0, 1, str(tmp_path / path), unlabeled)
+    other = dataclasses.replace(dataset, sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"data\.split: .* made of other annotations"):
+        for_run(other, 1.0, 1, str(tmp_path / "s.json"), None)
+    unknown = assemble([10**6], [0], 0.5, 1)
+    (tmp_path / "u.json").write_text(manifest(unknown, dataset).to_json())
+    with pytest.raises(ValueError, match="names image 1000000"):
+        for_run(dataset, 1.0, 1, str(tmp_path / "u.json"), None)
+
+
+def test_a_run_without_a_manifest_writes_what_it_used(dataset):
+    assert for_run(dataset, 0.5, 2, None, None) == draw(dataset, None, (0.5,), (2,))[0]
+    assert for_run(dataset, 0.5, 2, None, others(3)).split.unlabeled_ids == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "said"),
+    [([1], [1], "labeled and unlabeled"), ([1, 1], [2], "twice"), ([], [2], "needs a labeled image")],
+)
+def test_no_manifest_of_a_leak(dataset, labeled, unlabeled, said):
+    with pytest.raises(ValueError, match=said):
+        assemble(labeled, unlabeled, 0.5, 1)
+    tree = json.loads(draw(dataset, None, (0.5,), (1,))[0].to_json())
+    tree["labeled_ids"], tree["unlabeled_ids"] = labeled, unlabeled
+    with pytest.raises(ValueError, match=said):
+        SplitManifest.from_json(json.dumps(tree))
+
+
+def test_difference_counts_what_is_common(dataset):
+    a, b = draw(dataset, None, (0.5,), (1, 2))
+    found = difference(a, b)
+    in_a, in_b = set(a.split.labeled_ids), set(b.split.labeled_ids)
+    assert found["labeled_ids"] == {
+        "both": len(in_a & in_b),
+        "only_a": sorted(in_a - in_b),
+        "only_b": sorted(in_b - in_a),
+    }
+    assert not found["same"]
+    assert found["same_source"]
+    assert difference(a, a)["same"]
+    assert found["classes"][a.classes[0].name] == [a.classes[0].instances, b.classes[0].instances]
+
+
+def test_one_command_makes_the_same_manifests_of_a_shuffled_file(tiny_coco, tmp_path):
+    tree = json.loads((tiny_coco / "train.json").read_text())
+    tree["images"] = tree["images"][::-1]
+    tree["annotations"] = tree["annotations"][::-1]
+    (tmp_path / "mixed.json").write_text(json.dumps(tree))
+    found = []
+    for source in (tiny_coco / "train.json", tiny_coco / "train.json", tmp_path / "mixed.json"):
+        out = tmp_path / f"out{len(found)}"
+        words = ["--annotations", str(source), "--protocol", "coco", "--cover", "--out", str(out)]
+        done = call("split", *words, "--json", str(out / "made.json"))
+        assert done.exit_code == 0, done.output
+        found.append({p.name: p.read_text() for p in sorted(out.glob("coco_*.json"))})
+        made = json.loads((out / "made.json").read_text())["manifests"]
+        assert len(made) == len(found[0]) == 20
+    assert found[0] == found[1]
+    hashes = [{name: json.loads(text)["sha256"] for name, text in one.items()} for one in found]
+    assert hashes[0] == hashes[2]
+    assert "coco_1pct_fold5.json" in hashes[0]
+    counts = [{name: json.loads(text)["classes"] for name, text in one.items()} for one in found]
+    assert counts[0] == counts[2]
+
+
+def test_split_and_diff_from_the_command_line(tiny_coco, tmp_path):
+    base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
+    assert call("split", *base, "--labeled", "0.25", "--fold", "1", "--fold", "2").exit_code == 0
+    one, two = (str(tmp_path / f"labeled_25pct_fold{fold}.json") for fold in (1, 2))
+    assert call("split", "diff", one, one).exit_code == 0
+    done = call("split", "diff", one, two, "--json", str(tmp_path / "diff.json"))
+    assert done.exit_code == 1
+    assert "not the same split" in done.output
+    assert json.loads((tmp_path / "diff.json").read_text())["same_source"]
+    assert call("split", *base, "--unlabeled", str(tiny_coco / "val.json")).exit_code == 0
+    full = json.loads((tmp_path / "labeled_100pct_fold0.json").read_text())
+    assert (full["num_labeled"], full["num_unlabeled"]) == (12, 4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--annotations", "none.json", "--labeled", "0.1", "--out", "x"],
+        ["--annotations", "{train}", "--out", "{out}"],
+        ["--annotations", "{train}", "--labeled", "2", "--out", "{out}"],
+        ["--annotations", "{train}", "--labeled", "0.5", "--fold", "-1", "--out", "{out}"],
+        ["--annotations", "{train}", "--protocol", "voc", "--out", "{out}"],
+        ["diff", "none.json", "none.json"],
+        ["diff", "{train}", "{train}"],
+        ["import", "{train}", "--annotations", "none.json", "--out", "{out}"],
+    ],
+)
+def test_wrong_words_of_split_exit_with_2(tiny_coco, tmp_path, words):
+    known = {"train": tiny_coco / "train.json", "out": tmp_path / "out"}
+    done = call("split", *(word.format(**known) for word in words))
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
+    """Through launch.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
+    from pais_ray.config import ConfigError, compose
+    from pais_ray.train import launch
+
+    paths = [f"data.train={tiny_coco}/train.json", f"data.val={tiny_coco}/val.json", f"data.images={tiny_coco}/images"]
+    base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
+    assert call("split", *base, "--labeled", "0.25", "--fold", "4", "--cover").exit_code == 0
+    path = tmp_path / "labeled_25pct_fold4.json"
+    words = ["synthetic", "mask_rcnn", "pais", *paths, f"run.storage_path={tmp_path}"]
+    config, data = launch.prepare(compose([*words, f"data.split={path}"]))
+    given = SplitManifest.from_json(path.read_text())
+    assert data.manifest == given
+    assert tuple(r.image_id for r in data.labeled) == given.split.labeled_ids
+    assert tuple(r.image_id for r in data.unlabeled) == given.split.unlabeled_ids
+    assert (config.data.labeled, config.data.fold) == (0.25, 4)
+    tags = launch.run_tags(config, data)
+    assert tags["split_sha256"] == given.split.sha256
+    assert (tags["labels_pct"], tags["fold"]) == ("25", "4")
+    assert call("split", *base, "--labeled", "1").exit_code == 0
+    with pytest.raises(ConfigError, match="pais needs unlabeled images"):
+        launch.prepare(compose([*words, f"data.split={tmp_path}/labeled_100pct_fold1.json"]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pais_ray.data.validate import MAX_PIXELS, DataError
 
-__all__ = ["MAX_PIXELS", "decode", "upright_size"]
+__all__ = ["MAX_PIXELS", "decode", "decode_values", "upright_size"]
 
 # Pillow knows many more, among them some that start other programs (EPS); pictures of data sets are these.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -51,6 +51,21 @@ def decode(data: bytes, where: str) -> np.ndarray:
         if orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
         return np.array(image)
+
+
+def decode_values(data: bytes, where: str) -> np.ndarray:
+    """Values (H, W) of an encoded picture with one channel, as they are stored: uint8 of 8 bits, wider of 16.
+
+    For label images, where a value is a name and not a brightness. Raises DataError.
+    """
+    with _opened(io.BytesIO(data), where) as image:
+        image.load()
+        if image.mode in ("1", "L", "P"):
+            return np.array(image, dtype=np.uint8)
+        if image.mode.startswith("I"):
+            return np.array(image)
+        remedy = "give an image of labels, not of colours"
+        raise DataError("image-mode", where, f"expected one channel of 8 or 16 bits, got mode {image.mode}", remedy)
 
 
 def upright_size(source: bytes | str | os.PathLike[str], where: str | None = None) -> tuple[int, int]:

@@ -48,21 +48,30 @@ class LabeledRecord(Record):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CocoDataset:
-    path: str  # of the annotation file
+    path: str  # of the annotations
     categories: tuple[Category, ...]
     records: tuple[LabeledRecord, ...]  # in the order of the file
-    sha256: str  # of the annotation file
+    sha256: str  # of the annotations' content
+    truth: str | dict[str, Any]  # to score against, with crowds: the COCO file, or its content where there is none
     num_crowd: int  # annotations left out because they are crowds
     num_dropped: int  # annotations left out because box or mask is empty within the image
 
 
-def read_coco(annotations: str, images: str) -> CocoDataset:
+def read_coco(annotations: str, images: str | None) -> CocoDataset:
     """The data set of a COCO annotation file whose images lie under the folder ``images``.
 
     Images without annotations are kept (N = 0). Polygons and both kinds of RLE become one compressed RLE an
-    instance; boxes are the file's own, clipped to the image. Raises DataError on the first broken rule.
+    instance; boxes are the file's own, clipped to the image. Without ``images`` nobody looks for the images, and
+    their paths are the names in the file. Raises DataError on the first broken rule.
     """
     tree, sha256 = _read_json(annotations)
+    return build_dataset(tree, annotations, images, sha256, truth=annotations)
+
+
+def build_dataset(
+    tree: Mapping[str, Any], annotations: str, images: str | None, sha256: str, truth: str | dict[str, Any]
+) -> CocoDataset:
+    """The data set of COCO annotations in memory, which came from ``annotations``. Raises DataError."""
     categories = _categories(_list(tree, "categories", annotations), annotations)
     plain = _image_records(_list(tree, "images", annotations), annotations, images)
     by_image: dict[int, list[Mapping[str, Any]]] = {record.image_id: [] for record in plain}
@@ -88,6 +97,7 @@ def read_coco(annotations: str, images: str) -> CocoDataset:
         categories=categories,
         records=tuple(records),
         sha256=sha256,
+        truth=truth,
         num_crowd=num_crowd,
         num_dropped=num_dropped,
     )
@@ -117,17 +127,18 @@ def read_folder(folder: str) -> tuple[Record, ...]:
     return tuple(records)
 
 
-def read_unlabeled(source: str, images: str | None) -> tuple[Record, ...]:
+def read_unlabeled(source: str, images: str | None, *, look: bool = True) -> tuple[Record, ...]:
     """Images of a COCO file, of which only the list of images is looked at, or of a plain folder.
 
-    ``images`` is the folder the file's names are relative to; a plain folder needs none.
+    ``images`` is the folder the file's names are relative to; a plain folder needs none. Without ``look`` nobody
+    looks for the images of a COCO file, and their paths are the names in it.
     """
     if os.path.isdir(source):
         return read_folder(source)
-    if images is None:
+    if images is None and look:
         raise DataError("file-missing", source, "its images need a folder", "give data.unlabeled_images or data.images")
     tree, _ = _read_json(source)
-    return _image_records(_list(tree, "images", source), source, images)
+    return _image_records(_list(tree, "images", source), source, images if look else None)
 
 
 def unlabel(record: Record) -> Record:
@@ -230,10 +241,10 @@ def _categories(entries: list[Any], path: str) -> tuple[Category, ...]:
     return tuple(Category(id=key, name=names[key], index=i) for i, key in enumerate(sorted(names)))
 
 
-def _image_records(entries: list[Any], path: str, images: str) -> tuple[Record, ...]:
-    if not os.path.isdir(images):
+def _image_records(entries: list[Any], path: str, images: str | None) -> tuple[Record, ...]:
+    if images is not None and not os.path.isdir(images):
         raise DataError("file-missing", images, f"expected the folder of the images of {path}, got no folder")
-    folder = os.path.abspath(images)  # a task of another process may run in another folder
+    folder = None if images is None else os.path.abspath(images)  # another process may run in another folder
     seen: set[int] = set()
     records = []
     for entry in entries:
@@ -241,7 +252,8 @@ def _image_records(entries: list[Any], path: str, images: str) -> tuple[Record, 
         where = f"{path}: image {image_id}"
         height, width = _value(entry, "height", where), _value(entry, "width", where)
         height, width = validate.check_size(height, width, where)
-        file = _file(folder, _text(entry, "file_name", where), where)
+        name = _text(entry, "file_name", where)
+        file = name if folder is None else _file(folder, name, where)
         records.append(Record(image_id=image_id, path=file, height=height, width=width))
     return tuple(records)
 

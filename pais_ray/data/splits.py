@@ -1,26 +1,49 @@
-"""Fraction + fold -> which images are labeled, and the manifest that says so. Torch-free."""
+"""Which images are labeled: drawn from fraction and fold, or read from a manifest that says so. Torch-free."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from pais_ray.data.sources import CocoDataset
+from pais_ray.data.sources import CocoDataset, Record
+from pais_ray.data.validate import DataError
+
+Sampling = Literal["random", "covering", "published"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Splits that a paper reports: each share of the images, in each fold."""
+
+    shares: tuple[float, ...]
+    folds: tuple[int, ...]
+
+
+PROTOCOLS = {
+    # Paper 4.1 has 1, 5 and 10 %, other work 2 %; five folds since STAC. 100 % takes unlabeled2017 beside.
+    "coco": Protocol(shares=(0.01, 0.02, 0.05, 0.1), folds=(1, 2, 3, 4, 5)),
+    # Paper 4.1; the released code draws one fold.
+    "cityscapes": Protocol(shares=(0.05, 0.1, 0.2, 0.3), folds=(1,)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Two disjoint sets of images; ids ascending."""
+    """Two sets of images; ids ascending. Disjoint where both are of one source."""
 
     labeled_ids: tuple[int, ...]
     unlabeled_ids: tuple[int, ...]
     labeled: float  # the fraction asked for
     fold: int
-    sha256: str  # of the ids of both parts
+    unlabeled_sha256: str | None = None  # of ids and names of a source of their own; None: the labeled ones' source
+    sha256: str  # of the ids of both parts, and of unlabeled_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +59,8 @@ class SplitManifest:
 
     split: Split
     classes: tuple[ClassCount, ...]
-    source_sha256: str  # of the annotation file
+    source_sha256: str  # of the annotations
+    sampling: Sampling = "random"
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -48,10 +72,12 @@ class SplitManifest:
         tree = {
             "labeled": split.labeled,
             "fold": split.fold,
+            "sampling": self.sampling,
             "num_labeled": len(split.labeled_ids),
             "num_unlabeled": len(split.unlabeled_ids),
             "sha256": split.sha256,
             "source_sha256": self.source_sha256,
+            "unlabeled_sha256": split.unlabeled_sha256,
             "classes": [asdict(c) for c in self.classes],
             "absent": self.absent,
             "labeled_ids": split.labeled_ids,
@@ -65,25 +91,70 @@ class SplitManifest:
         """Raises ValueError when keys are missing or the ids are not those that were hashed."""
         try:
             tree: dict[str, Any] = json.loads(text)
-            labeled, unlabeled = tuple(tree["labeled_ids"]), tuple(tree["unlabeled_ids"])
+            found = assemble(
+                tree["labeled_ids"],
+                tree["unlabeled_ids"],
+                tree["labeled"],
+                tree["fold"],
+                tree.get("unlabeled_sha256"),
+            )
             classes = tuple(ClassCount(**c) for c in tree["classes"])
-            fraction, fold, source = tree["labeled"], tree["fold"], tree["source_sha256"]
-            sha256 = tree["sha256"]
-        except (KeyError, TypeError, ValueError) as error:
+            source, sampling, sha256 = tree["source_sha256"], tree.get("sampling", "random"), tree["sha256"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             got = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where}: expected a split manifest, got {got}; restore the run's file") from error
-        if sha256 != _hash(labeled, unlabeled):
-            raise ValueError(f"{where}: the ids do not have the hash {sha256}; restore the run's file")
-        split = Split(labeled_ids=labeled, unlabeled_ids=unlabeled, labeled=fraction, fold=fold, sha256=sha256)
-        return cls(split=split, classes=classes, source_sha256=source)
+            raise ValueError(
+                f"{where}: expected a split manifest, got {got}; give a file of `pais-ray split` or a run's split.json"
+            ) from error
+        if sha256 != found.sha256:
+            raise ValueError(f"{where}: the ids do not have the hash {sha256}; restore the file")
+        return cls(split=found, classes=classes, source_sha256=source, sampling=sampling)
 
 
-def split(image_ids: Sequence[int], labeled: float, fold: int) -> Split:
+def read_manifest(path: str | Path) -> SplitManifest:
+    """The manifest in a file. Raises ValueError (DataError where there is none)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError("file-missing", str(path), f"expected a split manifest, got {error.strerror}") from error
+    return SplitManifest.from_json(text, str(path))
+
+
+def assemble(
+    labeled_ids: Iterable[int],
+    unlabeled_ids: Iterable[int],
+    labeled: float,
+    fold: int,
+    unlabeled_sha256: str | None = None,
+) -> Split:
+    """The split of these ids, whatever their order. Raises ValueError where they are none, or in both parts."""
+    chosen, rest = sorted(labeled_ids), sorted(unlabeled_ids)
+    if not chosen:
+        raise ValueError("a split needs a labeled image")
+    if len(set(chosen)) != len(chosen) or len(set(rest)) != len(rest):
+        raise ValueError("image ids occur twice")
+    if unlabeled_sha256 is None and (both := set(chosen) & set(rest)):
+        raise ValueError(f"image {min(both)} is labeled and unlabeled")
+    text = json.dumps([chosen, rest] + [unlabeled_sha256] * (unlabeled_sha256 is not None), separators=(",", ":"))
+    return Split(
+        labeled_ids=tuple(chosen),
+        unlabeled_ids=tuple(rest),
+        labeled=labeled,
+        fold=fold,
+        unlabeled_sha256=unlabeled_sha256,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def split(
+    image_ids: Sequence[int], labeled: float, fold: int, cover: Mapping[int, Collection[int]] | None = None
+) -> Split:
     """A random part of the images as labeled, plain, without replacement; ``labeled=1`` labels all of them.
 
     int(labeled * N) images, but at least one. The draw depends on (fold, ids) only: images are taken in the
     order of sha256("fold:id"), so neither the order given nor a library's random stream matters, and of one
-    fold the smaller fraction is a subset of the larger.
+    fold the smaller fraction is a subset of the larger. ``cover`` (image id -> its classes) asks that each class
+    be seen: first, from the rarest class on, the first image of that order with a class not seen yet. All are
+    covered where there are as many labeled images as classes, and the mixture of classes is no longer the plain one.
     """
     if not (0 < labeled <= 1 and math.isfinite(labeled)):
         raise ValueError(f"data.labeled: expected a fraction in (0, 1], got {labeled}; 0.1 labels 10 % of the images")
@@ -94,12 +165,80 @@ def split(image_ids: Sequence[int], labeled: float, fold: int) -> Split:
     if len(set(image_ids)) != len(image_ids):
         raise ValueError("data.labeled: image ids occur twice; give each image its own id")
     drawn = sorted(image_ids, key=lambda image_id: hashlib.sha256(f"{fold}:{image_id}".encode()).digest())
+    if cover is not None:
+        drawn = _covering(drawn, cover)
     num_labeled = max(1, int(labeled * len(drawn)))
-    chosen, rest = tuple(sorted(drawn[:num_labeled])), tuple(sorted(drawn[num_labeled:]))
-    return Split(labeled_ids=chosen, unlabeled_ids=rest, labeled=labeled, fold=fold, sha256=_hash(chosen, rest))
+    return assemble(drawn[:num_labeled], drawn[num_labeled:], labeled, fold)
 
 
-def manifest(split: Split, dataset: CocoDataset) -> SplitManifest:
+def draw(
+    dataset: CocoDataset,
+    protocol: str | None,
+    shares: Sequence[float],
+    folds: Sequence[int],
+    unlabeled: Sequence[Record] | None = None,
+    *,
+    cover: bool = False,
+) -> list[SplitManifest]:
+    """The manifests of a protocol of ``PROTOCOLS`` or of the ``shares`` and ``folds`` given, which come first.
+
+    With ``unlabeled``, images of another source, also the one that labels all of ``dataset``. Raises ValueError.
+    """
+    base = PROTOCOLS[protocol] if protocol else Protocol(shares=(), folds=(1,))
+    ids = [record.image_id for record in dataset.records]
+    classes = classes_of(dataset) if cover else None
+    sampling: Sampling = "covering" if cover else "random"
+    made = [
+        manifest(split(ids, share, fold, classes), dataset, sampling)
+        for share in tuple(shares) or base.shares
+        for fold in tuple(folds) or base.folds
+    ]
+    if unlabeled is not None:  # nothing is drawn: one fold
+        made.append(manifest(with_unlabeled(split(ids, 1.0, 0), unlabeled), dataset))
+    return made
+
+
+def with_unlabeled(split: Split, records: Sequence[Record]) -> Split:
+    """The split with images of another source as its unlabeled part, instead of what it leaves of its own."""
+    names = sorted(f"{r.image_id} {os.path.basename(r.path)}" for r in records)
+    source = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return assemble(split.labeled_ids, (r.image_id for r in records), split.labeled, split.fold, source)
+
+
+def for_run(
+    dataset: CocoDataset, labeled: float, fold: int, path: str | None, unlabeled: Sequence[Record] | None
+) -> SplitManifest:
+    """The manifest a run works with: the one at ``path``, which must be of this data, or a new draw.
+
+    ``unlabeled`` are the images of data.unlabeled, where that is set. Raises ValueError.
+    """
+    if path is None:
+        drawn = split([r.image_id for r in dataset.records], labeled, fold)
+        return manifest(drawn if unlabeled is None else with_unlabeled(drawn, unlabeled), dataset)
+    given = read_manifest(path)
+    if given.source_sha256 != dataset.sha256:
+        raise ValueError(
+            f"data.split: {path} was made of other annotations than {dataset.path}; "
+            "give those, or make a manifest of these with `pais-ray split`"
+        )
+    found = given.split
+    ids = {r.image_id for r in dataset.records}
+    own = found.labeled_ids if found.unlabeled_sha256 is not None else (*found.labeled_ids, *found.unlabeled_ids)
+    if unknown := set(own) - ids:
+        raise ValueError(f"data.split: {path} names image {min(unknown)}, which {dataset.path} does not have")
+    if found.unlabeled_sha256 is None and unlabeled is not None:
+        raise ValueError(
+            f"data.split: {path} takes its unlabeled images from {dataset.path}, and data.unlabeled is set; "
+            "unset it, or make a manifest with `pais-ray split --unlabeled`"
+        )
+    if found.unlabeled_sha256 is not None and unlabeled is None:
+        raise ValueError(f"data.split: {path} has unlabeled images of another source; set data.unlabeled to it")
+    if unlabeled is not None and with_unlabeled(found, unlabeled).sha256 != found.sha256:
+        raise ValueError(f"data.split: {path} was made with other unlabeled images than those of data.unlabeled")
+    return manifest(found, dataset, given.sampling)
+
+
+def manifest(split: Split, dataset: CocoDataset, sampling: Sampling = "random") -> SplitManifest:
     """The manifest of a split of ``dataset``, with the instances of each class in the labeled part."""
     chosen = set(split.labeled_ids)
     counts = np.zeros(len(dataset.categories), dtype=np.int64)
@@ -107,9 +246,39 @@ def manifest(split: Split, dataset: CocoDataset) -> SplitManifest:
         if record.image_id in chosen:
             counts += np.bincount(record.labels, minlength=len(counts))
     classes = tuple(ClassCount(id=c.id, name=c.name, instances=int(counts[c.index])) for c in dataset.categories)
-    return SplitManifest(split=split, classes=classes, source_sha256=dataset.sha256)
+    return SplitManifest(split=split, classes=classes, source_sha256=dataset.sha256, sampling=sampling)
 
 
-def _hash(labeled: Iterable[int], unlabeled: Iterable[int]) -> str:
-    text = json.dumps([list(labeled), list(unlabeled)], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def classes_of(dataset: CocoDataset) -> dict[int, frozenset[int]]:
+    """Image id -> indices of the classes that have an instance in it, without crowds."""
+    return {record.image_id: frozenset(record.labels.tolist()) for record in dataset.records}
+
+
+def difference(a: SplitManifest, b: SplitManifest) -> dict[str, Any]:
+    """What two manifests have in common and what not: hashes, ids of each part, instances of each class."""
+    tree: dict[str, Any] = {
+        "same": a.split.sha256 == b.split.sha256 and a.source_sha256 == b.source_sha256,
+        "same_source": a.source_sha256 == b.source_sha256,
+    }
+    for part in ("labeled_ids", "unlabeled_ids"):
+        in_a, in_b = set(getattr(a.split, part)), set(getattr(b.split, part))
+        tree[part] = {"both": len(in_a & in_b), "only_a": sorted(in_a - in_b), "only_b": sorted(in_b - in_a)}
+    counts = [{c.name: c.instances for c in m.classes} for m in (a, b)]
+    names = list(dict.fromkeys([*counts[0], *counts[1]]))
+    tree["classes"] = {n: [count.get(n) for count in counts] for n in names}
+    return tree
+
+
+def _covering(drawn: list[int], cover: Mapping[int, Collection[int]]) -> list[int]:
+    """The same images with one of each class in front, from the class with the fewest images on."""
+    showing: dict[int, list[int]] = defaultdict(list)
+    for image_id in drawn:
+        for label in cover.get(image_id, ()):
+            showing[label].append(image_id)
+    seen: set[int] = set()
+    front: dict[int, None] = {}
+    for label in sorted(showing, key=lambda label: (len(showing[label]), label)):
+        if label not in seen:
+            front[showing[label][0]] = None
+            seen.update(cover[showing[label][0]])
+    return [*front, *(i for i in drawn if i not in front)]

@@ -46,6 +46,13 @@ RULES: dict[str, str] = {
     "rle-size": "write size as [height, width] of the image",
     "rle-decodes": "encode the mask again, with pycocotools.mask.encode",
     "rle-sum": "encode the mask again at the size of its image",
+    "cityscapes-layout": (
+        "arrange the files as ROOT/gtFine/PART/CITY/NAME_gtFine_instanceIds.png (or NAME_gtFine_polygons.json) and "
+        "ROOT/leftImg8bit/PART/CITY/NAME_leftImg8bit.png, and give data.train=ROOT/gtFine/train"
+    ),
+    "cityscapes-label": "use the labels of Cityscapes, or remove the object",
+    "cityscapes-ids": "give the instanceIds.png of the release (not labelIds, not train ids)",
+    "cityscapes-results": "write one NAME.txt an image with lines `mask.png label score`, masks beside it",
 }
 
 

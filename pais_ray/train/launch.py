@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pais_ray import plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
-from pais_ray.data import pipeline, sources, splits, synthetic
+from pais_ray.data import formats, pipeline, sources, splits, synthetic
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import worker
@@ -26,6 +26,7 @@ from pais_ray.train.state import ROLES, checkpoint_folder, checkpoints, metric_r
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
+GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
 
 
@@ -37,7 +38,7 @@ class Data:
     labeled: tuple[sources.LabeledRecord, ...]
     unlabeled: tuple[sources.Record, ...]
     val: tuple[sources.Record, ...]
-    val_json: str
+    truth: str | dict[str, Any]  # of the validation images: a COCO file, or its content
     manifest: splits.SplitManifest
 
 
@@ -72,8 +73,8 @@ def prepare(config: Config) -> tuple[Config, Data]:
     if config.data.train is None:
         config = embedded(config)
     data = config.data
-    train = sources.read_coco(*data.part("train"))
-    val = sources.read_coco(*data.part("val"))
+    train = formats.read_labeled(*data.part("train"))
+    val = formats.read_labeled(*data.part("val"))
     if [(c.id, c.name) for c in train.categories] != [(c.id, c.name) for c in val.categories]:
         raise sources.DataError(
             "categories",
@@ -81,22 +82,28 @@ def prepare(config: Config) -> tuple[Config, Data]:
             f"has other categories than {train.path}",
             "give both files the same `categories` list",
         )
-    split = splits.split([r.image_id for r in train.records], data.labeled, data.fold)
-    by_id = {r.image_id: r for r in train.records}
-    labeled = tuple(by_id[i] for i in split.labeled_ids)
+    unlabeled = None
     if data.unlabeled is not None:
         unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
-    else:
-        unlabeled = tuple(sources.unlabel(by_id[i]) for i in split.unlabeled_ids)
+    manifest = splits.for_run(train, data.labeled, data.fold, data.split, unlabeled)
+    if data.split is not None:  # what the manifest says is what the run did
+        told = {"labeled": manifest.split.labeled, "fold": manifest.split.fold}
+        config = config.model_copy(update={"data": data.model_copy(update=told)})
+    by_id = {r.image_id: r for r in train.records}
+    labeled = tuple(by_id[i] for i in manifest.split.labeled_ids)
+    if unlabeled is None:
+        unlabeled = tuple(sources.unlabel(by_id[i]) for i in manifest.split.unlabeled_ids)
+    if config.method.uses_unlabeled and not unlabeled:
+        remedy = "set data.unlabeled, or label fewer with data.labeled or data.split"
+        raise ConfigError(f"data: {config.method.name} needs unlabeled images and there are none; {remedy}")
     # Workers may run elsewhere on the disk than the driver: absolute paths.
     val_records = tuple(replace(sources.unlabel(r), path=os.path.abspath(r.path)) for r in val.records)
-    manifest = splits.manifest(split, train)
     return config, Data(
         train=train,
         labeled=labeled,
         unlabeled=unlabeled,
         val=val_records,
-        val_json=val.path,
+        truth=val.truth,
         manifest=manifest,
     )
 
@@ -175,7 +182,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
         categories=data.train.categories,
         feed=pipeline.make_feed(plan, data.labeled, data.unlabeled),
         val=ray.put(data.val),
-        ground_truth=os.path.abspath(data.val_json),
+        ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
         monitor=monitor,
         tracking_run=run_id,
         threads=threads,
@@ -378,7 +385,7 @@ def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
 
 
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml and split.json; metrics.jsonl, checkpoints/ and figures/ follow."""
+    """config.yaml, split.json, schedule.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     papers = {
@@ -386,6 +393,8 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
         "split.json": data.manifest.to_json(),
         "schedule.json": json.dumps(asdict(schedule)),
     }
+    if not isinstance(data.truth, str):
+        papers[GROUND_TRUTH] = json.dumps(data.truth)
     for name, text in papers.items():
         aside = root / f".{name}.{os.getpid()}.partial"
         aside.write_text(text)

@@ -1,0 +1,41 @@
+"""Which reader is for which annotations: a file is COCO JSON, a folder is Cityscapes' gtFine/PART. Torch-free."""
+
+import os
+from typing import Any
+
+from pais_ray.data import cityscapes
+from pais_ray.data.sources import CocoDataset, build_dataset, read_coco
+from pais_ray.data.validate import DataError
+
+
+def is_folder(annotations: str) -> bool:
+    """Whether annotations at this path are a folder's, be it there or not."""
+    return os.path.isdir(annotations) or cityscapes.images_beside(annotations) is not None
+
+
+def read_labeled(annotations: str, images: str | None) -> CocoDataset:
+    """The data set of ``annotations`` with its images under ``images``; Cityscapes knows its own by default.
+
+    Raises DataError.
+    """
+    if not is_folder(annotations):
+        if images is None:
+            raise DataError("file-missing", annotations, "its images need a folder", "give the folder of the images")
+        return read_coco(annotations, images)
+    images = images or cityscapes.images_beside(annotations)
+    if images is None:
+        raise DataError("cityscapes-layout", annotations, "expected a COCO file or a folder gtFine/PART, got a folder")
+    return cityscapes.read_cityscapes(annotations, images)
+
+
+def read_annotations(annotations: str) -> CocoDataset:
+    """The data set without its images, whose paths are names that nobody looked for. Raises DataError."""
+    if not is_folder(annotations):
+        return read_coco(annotations, None)
+    tree, sha256 = cityscapes.to_coco(annotations)
+    return build_dataset(tree, annotations, None, sha256, truth=tree)
+
+
+def read_truth(annotations: str) -> str | dict[str, Any]:
+    """What ``evaluate.score`` takes as ground truth: the COCO file itself, or the content made of Cityscapes."""
+    return cityscapes.to_coco(annotations)[0] if is_folder(annotations) else annotations
