@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.json_schema import models_json_schema
 
 from pais_ray import plugins
+from pais_ray.data.validate import LIMITS, MAX_PIXELS, Limits
 from pais_ray.data.views import AugmentConfig
 from pais_ray.optim import OptimConfig, Schedule, plan_schedule
 from pais_ray.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
@@ -49,6 +50,26 @@ class DataConfig(Section):
     )
     labeled: float = Field(default=1.0, gt=0, le=1, description="share of train that keeps its labels")
     fold: int = Field(default=1, ge=0, description="which draw of that share")
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description="of an image; at most twice the default, where Pillow refuses",
+        json_schema_extra=FREE,
+    )
+    max_instances: int = Field(
+        default=LIMITS.max_instances, ge=1, description="annotations of an image", json_schema_extra=FREE
+    )
+    max_json_gib: float = Field(
+        default=LIMITS.max_json_gib,
+        gt=0,
+        description="memory an annotation file may take, parsed",
+        json_schema_extra=FREE,
+    )
+
+    def limits(self) -> Limits:
+        """The caps, as the readers take them."""
+        return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
 
     def part(self, name: Literal["train", "val"]) -> tuple[str, str]:
         """(annotation file, image folder) of a part. Raises ConfigError where one is not set."""

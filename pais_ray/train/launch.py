@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pais_ray import plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
-from pais_ray.data import pipeline, sources, splits, synthetic
+from pais_ray.data import entries, pipeline, sources, splits, synthetic
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import worker
@@ -72,20 +72,16 @@ def prepare(config: Config) -> tuple[Config, Data]:
     if config.data.train is None:
         config = embedded(config)
     data = config.data
-    train = sources.read_coco(*data.part("train"))
-    val = sources.read_coco(*data.part("val"))
-    if [(c.id, c.name) for c in train.categories] != [(c.id, c.name) for c in val.categories]:
-        raise sources.DataError(
-            "categories",
-            val.path,
-            f"has other categories than {train.path}",
-            "give both files the same `categories` list",
-        )
+    limits = data.limits()
+    train = sources.read_coco(*data.part("train"), limits)
+    val = sources.read_coco(*data.part("val"), limits)
+    names, val_names = ({c.id: c.name for c in part.categories} for part in (train, val))
+    entries.check_same_categories(val_names, val.path, names, train.path)
     split = splits.split([r.image_id for r in train.records], data.labeled, data.fold)
     by_id = {r.image_id: r for r in train.records}
     labeled = tuple(by_id[i] for i in split.labeled_ids)
     if data.unlabeled is not None:
-        unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
+        unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images, limits)
     else:
         unlabeled = tuple(sources.unlabel(by_id[i]) for i in split.unlabeled_ids)
     # Workers may run elsewhere on the disk than the driver: absolute paths.
