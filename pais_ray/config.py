@@ -210,6 +210,12 @@ def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Confi
     return build(resolve(words, search))
 
 
+def compose_data(words: Sequence[str], search: Sequence[Path] | None = None) -> DataConfig:
+    """The section `data:` alone of what ``words`` spell; they need to name neither segmentor nor method."""
+    section: DataConfig = _typed(DataConfig, resolve(words, search).get("data", {}), "data")
+    return section
+
+
 def load(path: Path | str) -> Config:
     """The Config of one file, as written by ``dump``."""
     return build(resolve([str(path)]))

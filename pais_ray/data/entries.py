@@ -95,6 +95,12 @@ def check_reference(entry: Mapping[str, Any], kind: str, known: Collection[int],
     return value
 
 
+def check_some_categories(names: Collection[object], path: str) -> None:
+    """There is something to tell apart."""
+    if not names:
+        raise DataError("key-type", path, "expected at least one category, got none")
+
+
 def check_category_names(names: Mapping[int, str], used: Iterable[int], path: str) -> None:
     """Two categories that both have annotations need different names; ``names`` is id -> name."""
     owner: dict[str, int] = {}

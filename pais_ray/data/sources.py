@@ -95,6 +95,15 @@ def read_folder(folder: str, limits: Limits = LIMITS) -> tuple[Record, ...]:
 
     Hidden files and folders are skipped. Sizes come from the headers; broken files raise DataError.
     """
+    records = []
+    for position, path in enumerate(list_folder(folder)):
+        height, width = upright_size(path, max_pixels=limits.max_pixels)
+        records.append(Record(image_id=position, path=path, height=height, width=width))
+    return tuple(records)
+
+
+def list_folder(folder: str) -> list[str]:
+    """The paths of all image files under ``folder``, in the order of their relative paths."""
     if not os.path.isdir(folder):
         raise DataError("file-missing", folder, "expected a folder of images, got no folder")
     folder = os.path.abspath(folder)
@@ -106,12 +115,7 @@ def read_folder(folder: str, limits: Limits = LIMITS) -> tuple[Record, ...]:
     if not names:
         raise DataError("image-missing", folder, f"expected images ({' '.join(SUFFIXES)}), got none")
     names.sort(key=lambda name: name.split(os.sep))
-    records = []
-    for position, name in enumerate(names):
-        path = os.path.join(folder, name)
-        height, width = upright_size(path, max_pixels=limits.max_pixels)
-        records.append(Record(image_id=position, path=path, height=height, width=width))
-    return tuple(records)
+    return [os.path.join(folder, name) for name in names]
 
 
 def read_unlabeled(source: str, images: str | None, limits: Limits = LIMITS) -> tuple[Record, ...]:
@@ -205,8 +209,7 @@ def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
     for entry in listed:
         category_id = entries.check_id(entry, "category", path, names)
         names[category_id] = entries.check_text(entry, "name", f"{path}: category {category_id}")
-    if not names:
-        raise DataError("key-type", path, "expected at least one category, got none")
+    entries.check_some_categories(names, path)
     return tuple(Category(id=key, name=names[key], index=i) for i, key in enumerate(sorted(names)))
 
 

@@ -29,6 +29,10 @@ MAX_POLYGONS = 2000
 BOX_OVERHANG = 2.0
 # A box or mask with a side below this is a stray click: COCO train2017 has two with a side of zero.
 STRAY_CLICK = 2.0
+# Boxes are drawn to 3 px in COCO; one COCO annotation in some 2000 of ours has an IoU below this.
+BOX_SLACK, BOX_MASK_IOU = 3.0, 0.5
+AREA_SLACK = 0.1  # of the mask; polygons are measured exactly or by their pixels, which differ along the border
+MAX_DETS = 100  # detections of an image that COCO figures count
 MAX_RUN = 2**32 - 1  # pycocotools keeps run lengths in 32 bits
 
 
@@ -289,6 +293,28 @@ def check_instance(
             raise DataError("box-empty", where, f"bbox is {w:g} x {h:g} px, though the mask covers {area:g}")
         return False
     return True
+
+
+def check_box_mask(box: Sequence[float], mask_box: Sequence[float], where: str) -> None:
+    """A warning where the box and the mask's own box, both XYWH px, have less than half in common."""
+    (x, y, w, h), (mx, my, mw, mh) = box, mask_box
+    right, bottom, mask_right, mask_bottom = x + w, y + h, mx + mw, my + mh
+    off = max(abs(x - mx), abs(y - my), abs(right - mask_right), abs(bottom - mask_bottom))
+    if off <= BOX_SLACK:
+        return
+    across = max(0.0, min(right, mask_right) - max(x, mx))
+    common = across * max(0.0, min(bottom, mask_bottom) - max(y, my))
+    iou = common / (w * h + mw * mh - common)
+    if iou < BOX_MASK_IOU:
+        message = f"bbox [{x:g}, {y:g}, {w:g}, {h:g}] and the mask's own [{mx:g}, {my:g}, {mw:g}, {mh:g}] "
+        raise DataError("box-mask", where, message + f"have an IoU of {iou:.2f}, less than {BOX_MASK_IOU}")
+
+
+def check_area_mask(area: float | None, mask_box: Sequence[float], mask_area: float, where: str) -> None:
+    """A warning where ``area`` is not the mask's, px: a tenth, and the pixels along the border, are let through."""
+    if area is not None and abs(area - mask_area) > AREA_SLACK * mask_area + mask_box[2] + mask_box[3]:
+        kind = " (it is that of the box)" if abs(area - mask_box[2] * mask_box[3]) <= 0.1 * area else ""
+        raise DataError("area-mask", where, f"area is {area:g}{kind}, the mask covers {mask_area:g} px")
 
 
 def _are_numbers(values: Sequence[object]) -> bool:
