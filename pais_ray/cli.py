@@ -178,6 +178,7 @@ def validate(
         raise click.UsageError(
             "--images, --fix and caps go with --annotations; WORDS have data.images, data.max_pixels"
         )
+    check_targets(annotations, fix, json_path)
     from pais_ray.data import report as reports
     from pais_ray.data.validate import MAX_PIXELS, Limits
 
@@ -193,9 +194,21 @@ def validate(
     if fix is not None and annotations is not None:
         more["changes"] = fixed(annotations, fix, images, limits, report.broken)
     if json_path is not None:
-        report.write(json_path, **more)
+        try:
+            report.write(json_path, **more)
+        except OSError as error:
+            raise click.UsageError(f"--json {json_path}: {error}") from error
     if report.number("error"):
         sys.exit(FAILED)
+
+
+def check_targets(source: str | None, *targets: str | None) -> None:
+    """What is written must be neither the source nor each other."""
+    paths = [Path(path) for path in (source, *targets) if path is not None]
+    for i, path in enumerate(paths):
+        for other in paths[:i]:
+            if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
+                raise click.UsageError(f"expected different files, got {other} and {path}; the source is never changed")
 
 
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
@@ -230,6 +243,8 @@ def fixed(source: str, out: str, images: str | None, limits: Any, broken: dict[i
 
     try:
         changes = repair(source, out, images, limits, broken)
+    except OSError as error:
+        raise click.UsageError(f"--fix {out}: {error}") from error
     except DataError as error:
         click.echo(f"not repaired: {error}", err=True)
         return []

@@ -37,9 +37,16 @@ def inspect_coco(path: str, folder: str | None, limits: Limits, report: Report, 
     ``folder`` holds the images; None: names are looked at, files are not.
     """
     content = Content(path=path)
+    with entries.no_collection():
+        _inspect(content, folder, limits, report, labels)
+    return content
+
+
+def _inspect(content: Content, folder: str | None, limits: Limits, report: Report, labels: bool) -> None:
+    path = content.path
     read = report.check(entries.read_tree, path, limits)
     if read is None:
-        return content
+        return
     tree = read[0]
     if folder is not None:
         folder = report.check(entries.check_folder, folder, path)
@@ -50,7 +57,6 @@ def inspect_coco(path: str, folder: str | None, limits: Limits, report: Report, 
         if listed is not None and has_images and has_categories:
             _annotations(listed, content, limits, report)
             _names(content, report)
-    return content
 
 
 def absent_categories(content: Content, image_ids: Collection[int], report: Report) -> None:

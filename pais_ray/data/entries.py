@@ -28,7 +28,7 @@ def read_json(path: str, limits: Limits = LIMITS) -> tuple[Any, str]:
     try:
         text = data.decode(json.detect_encoding(data), "surrogatepass")
         del data  # the text alone is as large again
-        with _no_collection():
+        with no_collection():
             return json.loads(text.removeprefix("\ufeff")), sha256
     except (ValueError, RecursionError) as error:
         raise DataError("file-json", path, f"expected JSON, got {str(error)[:200]}") from error
@@ -179,8 +179,8 @@ def _keys(entry: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """The cyclic garbage collector would walk the growing tree again and again: parsing takes half the time."""
+def no_collection() -> Iterator[None]:
+    """The cyclic garbage collector would walk a large tree again and again: without, parsing takes half the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -41,8 +41,13 @@ def repair(
     """
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"--fix: expected another file than the source, got {out}; the source is never changed")
+    with entries.no_collection():
+        return _repair(path, out, folder, limits, broken or {})
+
+
+def _repair(path: str, out: str, folder: str | None, limits: Limits, broken: Mapping[int, str]) -> list[Change]:
     tree, _ = entries.read_tree(path, limits)
-    copy = _Copy(path, folder, limits, broken or {})
+    copy = _Copy(path, folder, limits, broken)
     listed = {key: entries.check_list(tree, key, path) for key in ("categories", "images", "annotations")}
     categories = copy.categories(listed["categories"])
     entries.check_some_categories(categories, path)
