@@ -214,6 +214,7 @@ def check_targets(source: str | None, *targets: str | None) -> None:
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
     """The parts of the data set that ``words`` spell, all of whose paths exist, and its caps."""
     from pais_ray.config import compose_data
+    from pais_ray.data.entries import check_folder
     from pais_ray.data.report import Part
     from pais_ray.data.validate import DataError
 
@@ -229,6 +230,8 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
         folder = Path(data.unlabeled).is_dir()
         images = data.unlabeled if folder else data.unlabeled_images or data.images
         source = None if folder else data.unlabeled
+        if source is not None:
+            check_folder(images, source)
         parts.append(Part(name="unlabeled", annotations=source, images=images, labels=False))
     for path in (path for part in parts for path in (part.annotations, part.images)):
         if path is not None and not Path(path).exists():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pais_ray.cli import main
+from pais_ray.data.entries import parsed_bytes
 from pais_ray.data.report import Part, examine
 from pais_ray.data.sources import encode_masks, read_coco
 from pais_ray.data.validate import RULES, WARNINGS, DataError, Limits, severity
@@ -308,6 +310,46 @@ def test_the_repaired_copy_has_no_error_and_the_source_is_as_it_was(folder, name
         assert all(set(change) == {"where", "rule", "change"} for change in changes)
 
 
+def test_what_a_repair_writes(folder):
+    """Each value that is recomputed, against numbers worked out by hand."""
+    square = tree()["annotations"][0]
+    broken = same_name(used=True)
+    broken["annotations"] = [
+        square | {"id": 5, "bbox": ["10", "10", "20", "15"], "area": 999, "category_id": 3},
+        square | {"id": 5, "bbox": [-4, 8, 36, 17], "iscrowd": "0"},
+        square | {"id": "x", "bbox": [200, 200, 1, 1], "segmentation": [SQUARE, [1, 2], [NAN, *SQUARE, 3]]},
+        square | {"id": 7, "iscrowd": 1},
+        square | {"id": 8, "bbox": [10, 10, 0, 4], "area": 4, "segmentation": [[10, 10, 11, 10, 11, 14, 10, 14]]},
+        square | {"id": 9, "bbox": [0, 0, 5, 5], "area": None},
+        square | {"id": 10, "segmentation": [[NAN] * 6]},
+        square | {"id": 11, "segmentation": []},
+        square | {"id": 12, "image_id": 5},
+    ]
+    copied, out = folder / "copy.json", folder / "out.json"
+    assert call("--annotations", written(folder, broken), "--fix", copied, "--json", out).exit_code == 1
+    repaired = json.loads(copied.read_text())
+    assert repaired["info"] == {"year": 2024}
+    assert repaired["categories"] == [{"id": 1, "name": "cat"}]
+    assert [e["id"] for e in repaired["annotations"]] == [5, 12 + 1, 12 + 2, 7, 8, 9]
+    assert {e["category_id"] for e in repaired["annotations"]} == {1}
+    assert [e["bbox"] for e in repaired["annotations"]] == [
+        [10, 10, 20, 15],
+        [0, 8, 32, 17],
+        [10, 10, 20, 15],
+        [10, 10, 20, 15],
+        [10, 10, 1, 4],
+        [10, 10, 20, 15],
+    ]
+    assert [e["area"] for e in repaired["annotations"]] == [AREA, AREA, AREA, AREA, 4, None]
+    assert [e["iscrowd"] for e in repaired["annotations"]] == [0, 0, 0, 1, 0, 0]
+    assert repaired["annotations"][2]["segmentation"] == [SQUARE]
+    mask = np.zeros((1, H, W), bool)
+    mask[:, 10:25, 10:30] = True
+    assert repaired["annotations"][3]["segmentation"] == {"size": [H, W], "counts": encode_masks(mask)[0].decode()}
+    removed = [change["where"] for change in json.loads(out.read_text())["changes"] if change["change"] == "removed"]
+    assert [re.search(r"annotation (\d+)", where)[1] for where in removed] == ["12", "10", "11"]
+
+
 def test_several_faults_are_all_found(folder):
     broken = annotation(bbox=[1, 2, 3], iscrowd=7, segmentation=[[1, 2]], area="x", category_id=4)
     broken["images"][1]["height"] = "40"
@@ -332,6 +374,9 @@ def test_names_cannot_write_escape_sequences(folder):
     done = call("--annotations", written(folder, tree() | {"categories": [{"id": 1, "name": "\x1b[31m\u202e\ud800"}]}))
     assert done.exit_code == 1
     assert "\x1b" not in done.output
+    path = written(folder, annotation(bbox=None)).rename(folder / "\x1b[31m.json")
+    shown = examine([Part(name="file", annotations=str(path), images=None)]).table()
+    assert "?[31m.json: annotation 1" in shown, "click itself takes escapes away from what is no terminal"
 
 
 # --- image files -----------------------------------------------------------------------------------------
@@ -623,6 +668,33 @@ def test_a_large_file_is_refused_by_its_size_and_what_does_not_fit_by_name(folde
     done = limited(path)
     assert (done.returncode, "file-size" in done.stdout) == (1, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        b"{}",
+        b'{"":0}',
+        b'{"a":{"b":1}}',
+        b"[]",
+        b"[[]]",
+        b"1.5",
+        b"300",
+        b'"ab"',
+        b'"\xf0\x9f\x90\xb1"',
+        b"[1.5,2.5,3.5]",
+        None,
+    ],
+)
+def test_the_estimate_of_memory_bounds_what_parsing_takes(unit):
+    count = 50_000
+    data = b"[" + b",".join([unit] * count) + b"]" if unit else json.dumps({str(i): i for i in range(count)}).encode()
+    tracemalloc.start()
+    parsed = json.loads(data)
+    taken = tracemalloc.get_traced_memory()[1] + len(data)
+    tracemalloc.stop()
+    assert len(parsed) == count
+    assert taken <= parsed_bytes(data) <= 8 * taken
 
 
 def test_long_thin_images_are_no_way_around_the_cap_of_an_outline(folder):

@@ -125,8 +125,6 @@ def read_unlabeled(source: str, images: str | None, limits: Limits = LIMITS) -> 
     """
     if os.path.isdir(source):
         return read_folder(source, limits)
-    if images is None:
-        raise DataError("file-missing", source, "its images need a folder", "give data.unlabeled_images or data.images")
     tree, _ = entries.read_tree(source, limits)
     return _image_records(entries.check_list(tree, "images", source), source, images, limits)
 
@@ -213,7 +211,7 @@ def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
     return tuple(Category(id=key, name=names[key], index=i) for i, key in enumerate(sorted(names)))
 
 
-def _image_records(listed: list[Any], path: str, images: str, limits: Limits) -> tuple[Record, ...]:
+def _image_records(listed: list[Any], path: str, images: str | None, limits: Limits) -> tuple[Record, ...]:
     folder = entries.check_folder(images, path)
     seen: set[int] = set()
     records = []

@@ -43,7 +43,7 @@ class Limits:
     max_pixels: int = MAX_PIXELS  # of an image; at most 2 * MAX_PIXELS
     # of an image, crowds included; the densest aerial set we know (iSAID) has about 8000
     max_instances: int = 10_000
-    # GiB that an annotation file may take, text and parsed: COCO train2017 takes 3.5, LVIS 7
+    # GiB that an annotation file may take, text and parsed: as estimated, COCO train2017 takes 6
     max_json_gib: float = 16.0
 
 
