@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 20
 
-.PHONY: demo test test-all test-faults lint bench env clean
+.PHONY: demo test test-all test-faults fuzz lint bench env clean
 
 env: .venv/.installed
 
@@ -33,6 +33,10 @@ test-all: env lint
 
 test-faults: env
 	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest tests/ray -k kill
+
+# Mutated annotation files for MINUTES, none of which may end in a traceback, a crash or a hang.
+fuzz: env
+	MINUTES=$(MINUTES) $(BIN)/python -m pytest -q -s --timeout 0 tests/test_validate_fuzz.py
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

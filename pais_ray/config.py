@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from pais_ray import plugins
 from pais_ray.data import formats
+from pais_ray.data.validate import LIMITS, MAX_PIXELS, Limits
 from pais_ray.data.views import AugmentConfig
 from pais_ray.optim import OptimConfig, Schedule, plan_schedule
 from pais_ray.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
@@ -57,6 +58,26 @@ class DataConfig(Section):
         default=None,
         description="manifest of `pais-ray split` that says which images are labeled, instead of labeled and fold",
     )
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description="of an image; at most twice the default, where Pillow refuses",
+        json_schema_extra=FREE,
+    )
+    max_instances: int = Field(
+        default=LIMITS.max_instances, ge=1, description="annotations of an image", json_schema_extra=FREE
+    )
+    max_json_gib: float = Field(
+        default=LIMITS.max_json_gib,
+        gt=0,
+        description="memory an annotation file may take, parsed",
+        json_schema_extra=FREE,
+    )
+
+    def limits(self) -> Limits:
+        """The caps, as the readers take them."""
+        return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
 
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
@@ -197,6 +218,12 @@ def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Confi
     """The Config that ``words`` spell: names of files in ``search`` (config_dirs() unless given) or paths to
     .yaml, left to right, then `a.b=value` overrides. Raises ConfigError."""
     return build(resolve(words, search))
+
+
+def compose_data(words: Sequence[str], search: Sequence[Path] | None = None) -> DataConfig:
+    """The section `data:` alone of what ``words`` spell; they need to name neither segmentor nor method."""
+    section: DataConfig = _typed(DataConfig, resolve(words, search).get("data", {}), "data")
+    return section
 
 
 def load(path: Path | str) -> Config:

@@ -6,7 +6,6 @@ there reads foreign memory, never returns or ends the process (landscape E.5).
 
 import contextlib
 import io
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,26 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pais_ray import evaluate_cityscapes
-from pais_ray.data.validate import DataError, check_box, check_rle, check_segmentation, check_size
+from pais_ray.data.entries import check_id, check_list, check_reference, read_json
+from pais_ray.data.sources import merge
+from pais_ray.data.validate import (
+    MAX_PIXELS,
+    DataError,
+    Limits,
+    check_area,
+    check_box,
+    check_rle,
+    check_segmentation,
+    check_size,
+    short,
+)
 from pais_ray.structures import Predictions
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = ("segm", "bbox")
+
+# A run's own caps have been at work before; these keep a stray file from taking the machine.
+LOOSEST = Limits(max_pixels=2 * MAX_PIXELS)
 
 Json = dict[str, Any]
 
@@ -65,23 +79,28 @@ def load_ground_truth(source: Json | str | Path, image_ids: Collection[int] | No
     annotation.
     """
     where, data = _read(source, "ground truth")
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "categories")):
+    if not isinstance(data, dict):
         raise DataError("file-json", where, "expected COCO annotations with 'images' and 'categories'")
-    images = {image.get("id"): image for image in data["images"]}
-    for key, image in images.items():
-        check_size(image.get("height"), image.get("width"), f"{where}: image {key}")
-    categories = {category["id"] for category in data["categories"]}
+    images: dict[int, Json] = {}
+    for image in check_list(data, "images", where):
+        key = check_id(image, "image", where, images)
+        check_size(image.get("height"), image.get("width"), f"{where}: image {key}", LOOSEST)
+        images[key] = image
+    categories: set[int] = set()
+    for category in check_list(data, "categories", where):
+        categories.add(check_id(category, "category", where, categories))
     wanted = set(images) if image_ids is None else set(image_ids)
     if unknown := sorted(wanted - set(images)):
         raise DataError("id-unknown", where, f"has no image {unknown[0]}", "ask for images of this file")
     annotations: list[Json] = []
-    for annotation in data.get("annotations", []):
-        here = f"{where}: annotation {annotation.get('id')}"
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if annotation.get(key) not in known:
-                raise DataError("id-unknown", here, f"{key} {annotation.get(key)!r} is not in the file")
-        if annotation["image_id"] in wanted:
-            whole = _whole_annotation(annotation, images[annotation["image_id"]], here)
+    for position, annotation in enumerate(check_list({"annotations": [], **data}, "annotations", where)):
+        if not isinstance(annotation, dict):
+            raise DataError("key-type", f"{where}: annotation", f"expected an object, got {short(annotation)}")
+        here = f"{where}: annotation {short(annotation.get('id', position))}"
+        image_id = check_reference(annotation, "image", images, here)
+        check_reference(annotation, "category", categories, here)
+        if image_id in wanted:
+            whole = _whole_annotation(annotation, images[image_id], here)
             annotations.append(whole | {"id": len(annotations) + 1})
     kept = [image for image in data["images"] if image["id"] in wanted]
     return {"images": kept, "categories": data["categories"], "annotations": annotations}
@@ -105,7 +124,7 @@ def score(
     where, entries = _read(results, "results")
     if not isinstance(entries, list):
         remedy = "write image_id, category_id, score and segmentation of each detection"
-        raise DataError("file-json", where, f"expected a list of COCO results, got {entries!r:.60}", remedy)
+        raise DataError("file-json", where, f"expected a list of COCO results, got {short(entries)}", remedy)
     if iou_types is None:
         boxes_only = bool(entries) and not any(isinstance(e, dict) and "segmentation" in e for e in entries)
         iou_types = ("bbox",) if boxes_only else IOU_TYPES
@@ -187,8 +206,8 @@ def _check_results(entries: Iterable[Any], where: str, truth: Json, needs_mask: 
     for index, entry in enumerate(entries):
         here = f"{where}: entry {index}"
         if not isinstance(entry, dict):
-            raise DataError("key-type", here, f"expected an object, got {entry!r:.60}")
-        here = f"{here} (image {entry.get('image_id')!r})"
+            raise DataError("key-type", here, f"expected an object, got {short(entry)}")
+        here = f"{here} (image {short(entry.get('image_id'))})"
         if missing := {"image_id", "category_id", "score"} - set(entry):
             raise DataError("key-missing", here, f"no {sorted(missing)[0]!r}")
         if type(entry["image_id"]) is not int or entry["image_id"] not in sizes:
@@ -196,15 +215,15 @@ def _check_results(entries: Iterable[Any], where: str, truth: Json, needs_mask: 
             raise DataError("id-unknown", here, "the ground truth has no such image", remedy)
         if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
             known = ", ".join(map(str, sorted(categories)[:10])) + ", ..." * (len(categories) > 10)
-            message = f"expected one of the ground truth's category_id {known}, got {entry['category_id']!r}"
+            message = f"expected one of the ground truth's category_id {known}, got {short(entry['category_id'])}"
             raise DataError("id-unknown", here, message, "use the ids of that file, not labels 0..C-1")
         if type(entry["score"]) not in (int, float) or not math.isfinite(entry["score"]):
-            raise DataError("key-type", here, f"expected a finite score, got {entry['score']!r:.60}", "drop it")
+            raise DataError("key-type", here, f"expected a finite score, got {short(entry['score'])}", "drop it")
         if "bbox" in entry:
             check_box(entry["bbox"], here)
         if "segmentation" in entry:
             if not isinstance(entry["segmentation"], Mapping):
-                message = f"expected RLE as segmentation of a result, got {entry['segmentation']!r:.60}"
+                message = f"expected RLE as segmentation of a result, got {short(entry['segmentation'])}"
                 raise DataError("segmentation-type", here, message, "write an object with size and counts")
             check_rle(entry["segmentation"], *sizes[entry["image_id"]], here)
         elif needs_mask or "bbox" not in entry:
@@ -229,13 +248,12 @@ def _whole_annotation(annotation: Json, image: Json, where: str) -> Json:
         rle = _compressed(shape) if isinstance(shape, dict) else _merged(shape, size)
         whole = {"area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()} | whole
     whole.setdefault("area", whole["bbox"][2] * whole["bbox"][3])
-    if type(whole["area"]) not in (int, float) or not math.isfinite(whole["area"]):
-        raise DataError("key-type", where, f"expected a finite area, got {whole['area']!r:.60}")
+    check_area(whole["area"], where)
     return whole
 
 
 def _merged(polygons: list[list[float]], size: tuple[int, int]) -> Json:
-    return mask_utils.merge(mask_utils.frPyObjects(polygons, *size))
+    return merge(mask_utils.frPyObjects(polygons, *size))
 
 
 def _compressed(rle: Json) -> Json:
@@ -271,10 +289,4 @@ def _read(source: Any, name: str) -> tuple[str, Any]:
     """Where the data come from, for messages, and the data."""
     if not isinstance(source, str | Path):
         return name, source
-    path = Path(source)
-    try:
-        return str(path), json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError("file-missing", str(path), f"cannot read the {name} ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError("file-json", str(path), f"the {name} is not JSON ({error})", "write it anew") from None
+    return str(source), read_json(str(source), LOOSEST)[0]

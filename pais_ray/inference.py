@@ -21,7 +21,7 @@ from pais_ray.data.formats import is_folder, read_labeled
 from pais_ray.data.images import decode, upright_size
 from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
-from pais_ray.data.validate import DataError
+from pais_ray.data.validate import MAX_PIXELS, DataError
 from pais_ray.data.views import Sample, make_views
 from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
 from pais_ray.train.step import autocast
@@ -39,7 +39,7 @@ def predict_records(
     """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
 
     def read(record: Record) -> Sample:
-        image = torch.from_numpy(decode(Path(record.path).read_bytes(), record.path)).permute(2, 0, 1)
+        image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
     with ThreadPoolExecutor(2) as pool:
@@ -101,11 +101,11 @@ class Predictor:
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
         if annotations is None:
-            dataset = read_labeled(*self.config.data.part("val"))
+            dataset = read_labeled(*self.config.data.part("val"), self.config.data.limits())
         elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_labeled(annotations, images)
+            dataset = read_labeled(annotations, images, self.config.data.limits())
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",
@@ -142,6 +142,11 @@ class Predictor:
         }
 
 
+def read_picture(record: Record) -> np.ndarray:
+    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data."""
+    return decode(Path(record.path).read_bytes(), record.path, max(MAX_PIXELS, record.height * record.width))
+
+
 def image_records(sources: Sequence[Path]) -> Sequence[Record]:
     """Records of image files and of all images in folders, ids by position."""
     found: list[tuple[str, int, int]] = []
@@ -155,7 +160,7 @@ def image_records(sources: Sequence[Path]) -> Sequence[Record]:
 
 def draw_results(record: Record, results: Sequence[dict[str, Any]], names: dict[int, str]) -> np.ndarray:
     """The image (H, W, 3) uint8 with COCO results drawn over it."""
-    image = decode(Path(record.path).read_bytes(), record.path)
+    image = read_picture(record)
     rles = [r["segmentation"]["counts"].encode() for r in results]
     boxes = np.array([r["bbox"] for r in results], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

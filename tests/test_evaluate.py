@@ -248,10 +248,10 @@ def test_run_lengths_are_read_as_pycocotools_reads_them(truth):
 
 
 def test_files_that_are_not_there_or_not_json(truth, tmp_path):
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="file-missing"):
         score(truth, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match=r"expected JSON.*file-json"):
         score(tmp_path / "bad.json", [])
     with pytest.raises(ValueError, match="expected COCO annotations"):
         score([], [])

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from pais_ray.data import validate
 from pais_ray.data.sources import decode_rle, encode_masks, read_coco, read_folder, read_unlabeled
-from pais_ray.data.validate import RULES, DataError
+from pais_ray.data.validate import RULES, DataError, Limits
 
 H, W = 10, 12
 SQUARE = [2, 1, 6, 1, 6, 5, 2, 5]  # px 2..5 x 1..4
@@ -87,16 +87,16 @@ def test_counts_as_bytes_pass_the_check():
     validate.check_rle({"size": [H, W], "counts": encode_masks(square()[None])[0]}, H, W, "x")
 
 
-def test_crowds_empty_masks_and_outside_boxes_are_left_out_and_counted(tmp_path):
+def test_crowds_and_stray_clicks_are_left_out_and_counted(tmp_path):
     tree = copy.deepcopy(TREE)
     one = tree["annotations"][0]
     tree["annotations"] += [
         one | {"id": 5, "iscrowd": 1, "segmentation": {"size": [H, W], "counts": [H * W - 5, 5]}},
-        one | {"id": 6, "segmentation": {"size": [H, W], "counts": [H * W]}},
-        one | {"id": 7, "segmentation": []},
-        one | {"id": 8, "bbox": [W + 1, 0, 4, 4]},
-        one | {"id": 9, "bbox": [3, 3, 0, 2]},
-        one | {"id": 10, "bbox": [-3, -2, 40, 7.5]},
+        one | {"id": 6, "segmentation": {"size": [H, W], "counts": [H * W]}, "bbox": [3, 3, 1, 1]},
+        one | {"id": 7, "segmentation": [], "bbox": [3, 3, 0, 0]},
+        one | {"id": 8, "segmentation": {"size": [H, W], "counts": [H * W - 3, 3]}, "bbox": [W + 1, 8, 0, 3]},
+        one | {"id": 9, "segmentation": [[3, 3, 3.5, 3, 3.5, 5, 3, 5]], "bbox": [3, 3, 0, 2]},
+        one | {"id": 10, "bbox": [-1.5, -2, W + 3, 7.5]},
     ]
     dataset = read(tmp_path, tree)
     (record,) = dataset.records
@@ -164,6 +164,13 @@ FAULTS = [
     ({"bbox": [1, 2, INF, 3]}, "box-finite"),
     ({"bbox": [1, 2, -3, 3]}, "box-size"),
     ({"iscrowd": 2}, "crowd-flag"),
+    ({"area": NAN}, "area-type"),
+    ({"area": -1}, "area-type"),
+    ({"area": "9"}, "area-type"),
+    ({"area": True}, "area-type"),
+    ({"segmentation": [[0, 0, 9, 0, 9, 9, 0, 9] * 300]}, "polygon-outline"),
+    ({"segmentation": [SQUARE] * 2001}, "polygon-count"),
+    ({"segmentation": {"size": [H, float(W)], "counts": [120]}}, "rle-size"),
     ({"iscrowd": "0"}, "crowd-flag"),
     ({"image_id": 5}, "id-unknown"),
     ({"image_id": [0]}, "id-unknown"),
@@ -192,9 +199,50 @@ def test_each_fault_of_an_annotation_ends_in_its_rule(tmp_path, monkeypatch, fau
     assert str(pickle.loads(pickle.dumps(caught.value))) == message, "it travels between processes"
 
 
+@pytest.mark.parametrize(
+    ("fault", "rule"),
+    [
+        ({"segmentation": []}, "mask-empty"),
+        ({"segmentation": [[-9, -9, -5, -9, -5, -5]]}, "mask-empty"),
+        ({"segmentation": {"size": [H, W], "counts": [H * W]}}, "mask-empty"),
+        ({"bbox": [2, 1, 4, 4 + H]}, "box-outside"),
+        ({"bbox": [W + 3, 0, 0, 0]}, "box-outside"),
+        ({"bbox": [-2.5, 0, 9, 9]}, "box-outside"),
+        ({"bbox": [2, 1, 0, 4]}, "box-empty"),
+        ({"bbox": [W, 1, 2, 4]}, "box-empty"),
+        ({"bbox": [2, 1, 4, 0], "iscrowd": 1}, "box-empty"),
+    ],
+)
+def test_a_box_or_a_mask_that_contradicts_the_other_is_refused(tmp_path, fault, rule):
+    with pytest.raises(DataError, match=r"set\.json: annotation 4 \(image 0\)") as caught:
+        read(tmp_path, changed(**fault))
+    assert caught.value.rule == rule
+
+
+def test_more_instances_than_pycocotools_measures_at_once(tmp_path):
+    tree = copy.deepcopy(TREE)
+    tree["annotations"] = [tree["annotations"][0] | {"id": i} for i in range(300)]
+    assert len(read(tmp_path, tree).records[0].rles) == 300
+    with pytest.raises(DataError, match=r"300 annotations are more than max_instances = 299; .*data\.max_instances"):
+        read_coco(str(tmp_path / "set.json"), str(tmp_path), Limits(max_instances=299))
+
+
+def test_a_thousand_polygons_merge_to_their_union(tmp_path):
+    rows = [[2, y, 6, y, 6, y + 1, 2, y + 1] for y in range(1, 5)]
+    (record,) = read(tmp_path, changed(segmentation=rows * 250)).records
+    assert record.rles == tuple(encode_masks(square()[None]))
+
+
 def without(part: str, key: str) -> dict:
     tree = copy.deepcopy(TREE)
     del tree[part][0][key]
+    return tree
+
+
+def twins() -> dict:
+    tree = copy.deepcopy(TREE)
+    tree["categories"][1]["name"] = "cat"
+    tree["annotations"].append(tree["annotations"][0] | {"id": 5, "category_id": 0})
     return tree
 
 
@@ -220,6 +268,7 @@ def with_image(**image) -> dict:
         (TREE | {"categories": TREE["categories"] * 2}, "id-duplicate", "category 7"),
         (TREE | {"annotations": TREE["annotations"] * 2}, "id-duplicate", "annotation 4"),
         (TREE | {"annotations": [3]}, "key-type", "annotation"),
+        (twins(), "category-name", "category 7: .*'cat' like category 0"),
         ([1], "file-json", "list"),
         (with_image(height=0), "image-size", "image 0"),
         (with_image(width=12.0), "image-size", "image 0"),
@@ -231,7 +280,8 @@ def with_image(**image) -> dict:
         (with_image(file_name="a.png\0"), "image-path", "image 0"),
         (with_image(file_name="link.png"), "image-path", "image 0"),
         (with_image(file_name="folder/deep.png"), "image-path", "image 0"),
-        (with_image(file_name=".."), "image-missing", "image 0"),
+        (with_image(file_name=".."), "image-path", "image 0"),
+        (with_image(file_name="folder/\ud800.png"), "image-missing", "image 0"),
         (with_image(file_name=7), "key-type", "image 0"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from pais_ray.data import cityscapes
 from pais_ray.data.sources import CocoDataset, build_dataset, read_coco
-from pais_ray.data.validate import DataError
+from pais_ray.data.validate import LIMITS, DataError, Limits
 
 
 def is_folder(annotations: str) -> bool:
@@ -13,7 +13,7 @@ def is_folder(annotations: str) -> bool:
     return os.path.isdir(annotations) or cityscapes.images_beside(annotations) is not None
 
 
-def read_labeled(annotations: str, images: str | None) -> CocoDataset:
+def read_labeled(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
     """The data set of ``annotations`` with its images under ``images``; Cityscapes knows its own by default.
 
     Raises DataError.
@@ -21,7 +21,7 @@ def read_labeled(annotations: str, images: str | None) -> CocoDataset:
     if not is_folder(annotations):
         if images is None:
             raise DataError("file-missing", annotations, "its images need a folder", "give the folder of the images")
-        return read_coco(annotations, images)
+        return read_coco(annotations, images, limits)
     images = images or cityscapes.images_beside(annotations)
     if images is None:
         raise DataError("cityscapes-layout", annotations, "expected a COCO file or a folder gtFine/PART, got a folder")

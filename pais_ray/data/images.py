@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from pais_ray.data.validate import MAX_PIXELS, DataError
+from pais_ray.data.validate import MAX_PIXELS, DataError, Limits, check_size
 
 __all__ = ["MAX_PIXELS", "decode", "decode_values", "upright_size"]
 
@@ -30,14 +30,14 @@ _TURNED = (5, 6, 7, 8)  # width and height change places
 _ORIENTATION = 0x0112
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
+def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Picture (H, W, 3) uint8 RGB, upright, of an encoded image.
 
     Alpha is dropped, not composited: the colours under it are the photograph. 16-bit gray is scaled by its
     full range (65535 -> 255), not stretched to its content. Of several frames the first is taken.
     Raises DataError (a ValueError) that names ``where``, the rule and the remedy.
     """
-    with _opened(io.BytesIO(data), where) as image:
+    with _opened(io.BytesIO(data), where, max_pixels) as image:
         orientation = _orientation(image)  # before load(): upright_size knows the header only
         image.load()
         image.info.pop("transparency", None)  # else Pillow mixes or warns on the way to RGB
@@ -58,7 +58,7 @@ def decode_values(data: bytes, where: str) -> np.ndarray:
 
     For label images, where a value is a name and not a brightness. Raises DataError.
     """
-    with _opened(io.BytesIO(data), where) as image:
+    with _opened(io.BytesIO(data), where, MAX_PIXELS) as image:
         image.load()
         if image.mode in ("1", "L", "P"):
             return np.array(image, dtype=np.uint8)
@@ -68,17 +68,19 @@ def decode_values(data: bytes, where: str) -> np.ndarray:
         raise DataError("image-mode", where, f"expected one channel of 8 or 16 bits, got mode {image.mode}", remedy)
 
 
-def upright_size(source: bytes | str | os.PathLike[str], where: str | None = None) -> tuple[int, int]:
+def upright_size(
+    source: bytes | str | os.PathLike[str], where: str | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
     """(height, width) of the upright picture, from the header only; ``source`` is bytes or a path."""
     if isinstance(source, bytes):
-        with _opened(io.BytesIO(source), where or "image") as image:
+        with _opened(io.BytesIO(source), where or "image", max_pixels) as image:
             return _size(image)
     name = where or os.fspath(source)
     try:
         file = open(source, "rb")  # noqa: SIM115  closed below; here only its absence is of interest
     except OSError as error:
         raise DataError("image-missing", name, f"expected an image file, got {error.strerror}") from error
-    with file, _opened(file, name) as image:
+    with file, _opened(file, name, max_pixels) as image:
         return _size(image)
 
 
@@ -101,16 +103,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _opened(file: IO[bytes], where: str) -> Iterator[Image.Image]:
+def _opened(file: IO[bytes], where: str, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and its size checked; whatever goes wrong inside ends in a DataError."""
     if not file.read(1):
         raise DataError("image-empty", where, "expected an image, got 0 bytes")
     file.seek(0)
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                message = f"{image.height} x {image.width} px are more than {MAX_PIXELS}"
-                raise DataError("image-pixels", where, message)
+            check_size(image.height, image.width, where, Limits(max_pixels=max_pixels))
             yield image
     except DataError:
         raise

@@ -19,7 +19,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from pais_ray.data.images import decode
 from pais_ray.data.plan import StepPlan, rows_of
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
-from pais_ray.data.validate import DataError
+from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
 
 if TYPE_CHECKING:
     import torch
@@ -185,17 +185,12 @@ class _Collate(ArrowBatchCollateFn):
         from pais_ray.data.views import Sample, view_seed
 
         g, slot, image_id = (batch[name][i].as_py() for name in ("g", "slot", "image_id"))
-        image = decode(batch["bytes"][i].as_buffer(), batch["path"][i].as_py())
+        path, height, width = (batch[name][i].as_py() for name in ("path", "height", "width"))
+        # its size has passed the cap of this run's data, which may be higher than the common one
+        image = decode(batch["bytes"][i].as_buffer(), path, max(MAX_PIXELS, height * width))
         if not batch["boxes"][i].is_valid:
             return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
-        height, width = batch["height"][i].as_py(), batch["width"][i].as_py()
-        if image.shape[:2] != (height, width):
-            raise DataError(
-                "image-size",
-                batch["path"][i].as_py(),
-                f"the upright image is {image.shape[1]} x {image.shape[0]} px, its annotations say {width} x {height}",
-                "give the annotations of this very file",
-            )
+        check_upright(image.shape[0], image.shape[1], (height, width), path)
         if self.photometric is not None:
             image = self.photometric.apply(image, view_seed(self.seed, g, slot, "photometric"))
         return Sample(

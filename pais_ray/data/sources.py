@@ -3,8 +3,6 @@
 Legend: N instances of an image, crowds left out; boxes are (N, 4) XYXY px of the upright image.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pais_ray.data import validate
+from pais_ray.data import entries, validate
 from pais_ray.data.images import upright_size
-from pais_ray.data.validate import DataError
+from pais_ray.data.validate import LIMITS, DataError, Limits
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -57,39 +55,43 @@ class CocoDataset:
     num_dropped: int  # annotations left out because box or mask is empty within the image
 
 
-def read_coco(annotations: str, images: str | None) -> CocoDataset:
+def read_coco(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
     """The data set of a COCO annotation file whose images lie under the folder ``images``.
 
     Images without annotations are kept (N = 0). Polygons and both kinds of RLE become one compressed RLE an
     instance; boxes are the file's own, clipped to the image. Without ``images`` nobody looks for the images, and
     their paths are the names in the file. Raises DataError on the first broken rule.
     """
-    tree, sha256 = _read_json(annotations)
-    return build_dataset(tree, annotations, images, sha256, truth=annotations)
+    tree, sha256 = entries.read_tree(annotations, limits)
+    return build_dataset(tree, annotations, images, sha256, truth=annotations, limits=limits)
 
 
 def build_dataset(
-    tree: Mapping[str, Any], annotations: str, images: str | None, sha256: str, truth: str | dict[str, Any]
+    tree: Mapping[str, Any],
+    annotations: str,
+    images: str | None,
+    sha256: str,
+    truth: str | dict[str, Any],
+    limits: Limits = LIMITS,
 ) -> CocoDataset:
     """The data set of COCO annotations in memory, which came from ``annotations``. Raises DataError."""
-    categories = _categories(_list(tree, "categories", annotations), annotations)
-    plain = _image_records(_list(tree, "images", annotations), annotations, images)
+    categories = _categories(entries.check_list(tree, "categories", annotations), annotations)
+    plain = _image_records(entries.check_list(tree, "images", annotations), annotations, images, limits)
     by_image: dict[int, list[Mapping[str, Any]]] = {record.image_id: [] for record in plain}
     index = {category.id: category.index for category in categories}
     seen: set[int] = set()
-    for entry in _list(tree, "annotations", annotations):
-        annotation_id = _new_id(entry, "annotation", annotations, seen)
+    used: set[int] = set()
+    for entry in entries.check_list(tree, "annotations", annotations):
+        annotation_id = entries.check_id(entry, "annotation", annotations, seen)
+        seen.add(annotation_id)
         where = f"{annotations}: annotation {annotation_id}"
-        image_id, category_id = _value(entry, "image_id", where), _value(entry, "category_id", where)
-        if type(image_id) is not int or image_id not in by_image:
-            raise DataError("id-unknown", where, f"there is no image {image_id!r}")
-        if type(category_id) is not int or category_id not in index:
-            known = ", ".join(str(c.id) for c in categories[:20]) + (" ..." if len(categories) > 20 else "")
-            raise DataError("id-unknown", where, f"there is no category {category_id!r}, only {known}")
+        image_id = entries.check_reference(entry, "image", by_image, where)
+        used.add(entries.check_reference(entry, "category", index, where))
         by_image[image_id].append(entry)
+    entries.check_category_names({c.id: c.name for c in categories}, used, annotations)
     records, num_crowd, num_dropped = [], 0, 0
     for record in plain:
-        labeled, crowd, dropped = _label(record, by_image[record.image_id], index, annotations)
+        labeled, crowd, dropped = _label(record, by_image[record.image_id], index, annotations, limits)
         records.append(labeled)
         num_crowd, num_dropped = num_crowd + crowd, num_dropped + dropped
     return CocoDataset(
@@ -103,11 +105,20 @@ def build_dataset(
     )
 
 
-def read_folder(folder: str) -> tuple[Record, ...]:
+def read_folder(folder: str, limits: Limits = LIMITS) -> tuple[Record, ...]:
     """Every image under ``folder``, by relative path; the image id is the position in this order.
 
     Hidden files and folders are skipped. Sizes come from the headers; broken files raise DataError.
     """
+    records = []
+    for position, path in enumerate(list_folder(folder)):
+        height, width = upright_size(path, max_pixels=limits.max_pixels)
+        records.append(Record(image_id=position, path=path, height=height, width=width))
+    return tuple(records)
+
+
+def list_folder(folder: str) -> list[str]:
+    """The paths of all image files under ``folder``, in the order of their relative paths."""
     if not os.path.isdir(folder):
         raise DataError("file-missing", folder, "expected a folder of images, got no folder")
     folder = os.path.abspath(folder)
@@ -119,26 +130,23 @@ def read_folder(folder: str) -> tuple[Record, ...]:
     if not names:
         raise DataError("image-missing", folder, f"expected images ({' '.join(SUFFIXES)}), got none")
     names.sort(key=lambda name: name.split(os.sep))
-    records = []
-    for position, name in enumerate(names):
-        path = os.path.join(folder, name)
-        height, width = upright_size(path)
-        records.append(Record(image_id=position, path=path, height=height, width=width))
-    return tuple(records)
+    return [os.path.join(folder, name) for name in names]
 
 
-def read_unlabeled(source: str, images: str | None, *, look: bool = True) -> tuple[Record, ...]:
+def read_unlabeled(
+    source: str, images: str | None, limits: Limits = LIMITS, *, look: bool = True
+) -> tuple[Record, ...]:
     """Images of a COCO file, of which only the list of images is looked at, or of a plain folder.
 
     ``images`` is the folder the file's names are relative to; a plain folder needs none. Without ``look`` nobody
     looks for the images of a COCO file, and their paths are the names in it.
     """
     if os.path.isdir(source):
-        return read_folder(source)
+        return read_folder(source, limits)
     if images is None and look:
         raise DataError("file-missing", source, "its images need a folder", "give data.unlabeled_images or data.images")
-    tree, _ = _read_json(source)
-    return _image_records(_list(tree, "images", source), source, images if look else None)
+    tree, _ = entries.read_tree(source, limits)
+    return _image_records(entries.check_list(tree, "images", source), source, images if look else None, limits)
 
 
 def unlabel(record: Record) -> Record:
@@ -180,124 +188,93 @@ def encode_masks(masks: np.ndarray) -> list[bytes]:
     return [rle["counts"] for rle in coco_mask.encode(columns)]
 
 
-def _read_json(path: str) -> tuple[Mapping[str, Any], str]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise DataError("file-missing", path, f"expected a COCO annotation file, got {error.strerror}") from error
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError("file-json", path, f"expected JSON, got {error}") from error
-    if not isinstance(tree, dict):
-        hint = " (a results file?)" if isinstance(tree, list) else ""
-        raise DataError("file-json", path, f"expected a JSON object, got a {type(tree).__name__}{hint}")
-    return tree, hashlib.sha256(data).hexdigest()
+def to_rles(segmentations: Sequence[Any], height: int, width: int) -> list[dict[str, Any]]:
+    """One compressed RLE per validated segmentation, the polygons of an image through C in one go."""
+    polygons = [polygon for item in segmentations if isinstance(item, list) for polygon in item]
+    parts = iter(coco_mask.frPyObjects(polygons, height, width) if polygons else [])
+    rles: list[dict[str, Any]] = []
+    for item in segmentations:
+        if isinstance(item, list) and item:
+            rles.append(merge([next(parts) for _ in item]))
+            continue
+        counts = [height * width] if isinstance(item, list) else item["counts"]  # no polygon: all background
+        if isinstance(counts, list):
+            rles.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+        else:
+            data = counts.encode("ascii") if isinstance(counts, str) else counts
+            rles.append({"size": [height, width], "counts": data})
+    return rles
 
 
-def _list(tree: Mapping[str, Any], key: str, path: str) -> list[Any]:
-    if key not in tree:
-        raise DataError("key-missing", path, f"expected the key {key!r}, got {', '.join(map(repr, tree)) or 'none'}")
-    if not isinstance(tree[key], list):
-        raise DataError("key-type", path, f"expected {key!r} to be a list, got a {type(tree[key]).__name__}")
-    return tree[key]
+def merge(rles: list[dict[str, Any]]) -> dict[str, Any]:
+    """The union of at least one RLE. In groups: merging one by one takes quadratic time."""
+    while len(rles) > 1:
+        rles = [coco_mask.merge(rles[i : i + 8]) for i in range(0, len(rles), 8)]
+    return rles[0]
 
 
-def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in entry:
-        raise DataError("key-missing", where, f"expected the key {key!r}, got {', '.join(map(repr, entry))}")
-    return entry[key]
+def measure(rles: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Areas (N,) and boxes (N, 4) XYWH, px, of compressed RLEs."""
+    areas, boxes = [np.zeros(0)], [np.zeros((0, 4))]
+    for i in range(0, len(rles), 255):  # with NumPy 2, pycocotools 2.0.11 fails on more at a time
+        areas.append(np.asarray(coco_mask.area(list(rles[i : i + 255])), dtype=np.float64))
+        boxes.append(np.asarray(coco_mask.toBbox(list(rles[i : i + 255])), dtype=np.float64))
+    return np.concatenate(areas), np.concatenate(boxes)
 
 
-def _new_id(entry: object, kind: str, path: str, seen: set[int]) -> int:
-    """The id of an entry, added to ``seen``; 0 is an id like any other."""
-    if not isinstance(entry, dict):
-        raise DataError("key-type", f"{path}: {kind}", f"expected an object, got a {type(entry).__name__}")
-    value = _value(entry, "id", f"{path}: {kind} {str(entry)[:60]}")
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise DataError("id-type", f"{path}: {kind} {value!r}", f"expected a whole number, got {type(value).__name__}")
-    if value in seen:
-        raise DataError("id-duplicate", f"{path}: {kind} {value}", "this id occurs twice")
-    seen.add(value)
-    return value
-
-
-def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
-    value = _value(entry, key, where)
-    if not isinstance(value, str) or not value:
-        raise DataError("key-type", where, f"expected {key!r} to be a text, got {value!r}")
-    return value
-
-
-def _categories(entries: list[Any], path: str) -> tuple[Category, ...]:
-    seen: set[int] = set()
-    names = {}
-    for entry in entries:
-        category_id = _new_id(entry, "category", path, seen)
-        names[category_id] = _text(entry, "name", f"{path}: category {category_id}")
-    if not names:
-        raise DataError("key-type", path, "expected at least one category, got none")
+def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
+    names: dict[int, str] = {}
+    for entry in listed:
+        category_id = entries.check_id(entry, "category", path, names)
+        names[category_id] = entries.check_text(entry, "name", f"{path}: category {category_id}")
+    entries.check_some_categories(names, path)
     return tuple(Category(id=key, name=names[key], index=i) for i, key in enumerate(sorted(names)))
 
 
-def _image_records(entries: list[Any], path: str, images: str | None) -> tuple[Record, ...]:
-    if images is not None and not os.path.isdir(images):
-        raise DataError("file-missing", images, f"expected the folder of the images of {path}, got no folder")
-    folder = None if images is None else os.path.abspath(images)  # another process may run in another folder
+def _image_records(listed: list[Any], path: str, images: str | None, limits: Limits) -> tuple[Record, ...]:
+    folder = None if images is None else entries.check_folder(images, path)
     seen: set[int] = set()
     records = []
-    for entry in entries:
-        image_id = _new_id(entry, "image", path, seen)
+    for entry in listed:
+        image_id = entries.check_id(entry, "image", path, seen)
+        seen.add(image_id)
         where = f"{path}: image {image_id}"
-        height, width = _value(entry, "height", where), _value(entry, "width", where)
-        height, width = validate.check_size(height, width, where)
-        name = _text(entry, "file_name", where)
-        file = name if folder is None else _file(folder, name, where)
+        height, width = entries.check_value(entry, "height", where), entries.check_value(entry, "width", where)
+        height, width = validate.check_size(height, width, where, limits)
+        name = entries.check_text(entry, "file_name", where)
+        file = name if folder is None else entries.find_image(folder, name, where)
         records.append(Record(image_id=image_id, path=file, height=height, width=width))
     return tuple(records)
 
 
-def _file(folder: str, name: str, where: str) -> str:
-    """The path of an existing file that lies inside ``folder``, links followed; not itself resolved, because
-    another machine may mount the folder elsewhere."""
-    if "\0" in name or os.path.isabs(name) or "://" in name:
-        raise DataError("image-path", where, f"expected a file name relative to {folder}, got {name!r}")
-    path = os.path.join(folder, name)
-    if os.path.basename(name) != name or os.path.islink(path):  # else it cannot lead elsewhere
-        root = os.path.realpath(folder)
-        if os.path.commonpath([root, os.path.realpath(path)]) != root:
-            raise DataError("image-path", where, f"expected a file inside {folder}, got {name!r}, which is not")
-    if not os.path.isfile(path):
-        raise DataError("image-missing", where, f"there is no file {name!r} in {folder}")
-    return path
-
-
 def _label(
-    record: Record, entries: list[Mapping[str, Any]], index: Mapping[int, int], path: str
+    record: Record, own: list[Mapping[str, Any]], index: Mapping[int, int], path: str, limits: Limits
 ) -> tuple[LabeledRecord, int, int]:
     """The image with its instances, and how many annotations were crowds and how many were empty."""
     size = (record.height, record.width)
-    boxes, labels, segmentations, num_crowd = [], [], [], 0
-    for entry in entries:
+    validate.check_count(len(own), f"{path}: image {record.image_id}", limits)
+    boxes, labels, segmentations, crowds, places = [], [], [], [], []
+    for entry in own:
         where = f"{path}: annotation {entry['id']} (image {record.image_id})"
-        crowd = validate.check_crowd(entry.get("iscrowd", 0), where)
-        segmentation = _value(entry, "segmentation", where)
+        crowds.append(validate.check_crowd(entry.get("iscrowd", 0), where))
+        segmentation = entries.check_value(entry, "segmentation", where)
         validate.check_segmentation(segmentation, *size, where)
-        box = validate.check_box(_value(entry, "bbox", where), where)
-        if crowd:
-            num_crowd += 1
-            continue
+        box = validate.check_box(entries.check_value(entry, "bbox", where), where)
+        validate.check_area(entry.get("area"), where)
         boxes.append(box)
         labels.append(index[entry["category_id"]])
         segmentations.append(segmentation)
+        places.append(where)
+    rles = to_rles(segmentations, *size)
+    instances = zip(boxes, *(array.tolist() for array in measure(rles)[::-1]), places, strict=True)
+    keep = np.array([validate.check_instance(b, m, a, *size, where) for b, m, a, where in instances], dtype=bool)
     xyxy = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     xyxy[:, 2:] += xyxy[:, :2]
     xyxy = np.clip(xyxy, 0, [record.width, record.height] * 2).astype(np.float32)
-    rles = _to_rles(segmentations, *size)
-    keep = np.logical_and(*(xyxy[:, 2:] > xyxy[:, :2]).T)
-    if rles:
-        keep = keep & (np.asarray(coco_mask.area(rles)) > 0)
+    keep &= (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
+    learned = ~np.array(crowds, dtype=bool)
+    num_dropped = int((learned & ~keep).sum())
+    keep &= learned
     labeled = LabeledRecord(
         image_id=record.image_id,
         path=record.path,
@@ -307,23 +284,4 @@ def _label(
         labels=np.array(labels, dtype=np.int64)[keep],
         rles=tuple(rle["counts"] for rle, kept in zip(rles, keep, strict=True) if kept),
     )
-    return labeled, num_crowd, int((~keep).sum())
-
-
-def _to_rles(segmentations: list[Any], height: int, width: int) -> list[dict[str, Any]]:
-    """One compressed RLE per validated segmentation, the polygons of an image through C in one go."""
-    polygons = [polygon for item in segmentations if isinstance(item, list) for polygon in item]
-    parts = iter(coco_mask.frPyObjects(polygons, height, width) if polygons else [])
-    rles: list[dict[str, Any]] = []
-    for item in segmentations:
-        if isinstance(item, list) and item:
-            own = [next(parts) for _ in item]
-            rles.append(own[0] if len(own) == 1 else coco_mask.merge(own))
-            continue
-        counts = [height * width] if isinstance(item, list) else item["counts"]  # no polygon: all background
-        if isinstance(counts, list):
-            rles.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
-        else:
-            data = counts.encode("ascii") if isinstance(counts, str) else counts
-            rles.append({"size": [height, width], "counts": data})
-    return rles
+    return labeled, int((~learned).sum()), num_dropped

@@ -1,30 +1,69 @@
 """What may be wrong with a data set: one rule per fault, checked before any C call sees the data. Torch-free.
 
 A malformed polygon or run-length string makes pycocotools crash, hang or return uninitialised memory, so
-every annotation passes here first. Each check raises the first rule that is broken, by name.
+every annotation passes here first. Each check raises the first rule that is broken, by name; `report.py` collects.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# Pillow's own limit against decompression bombs: a quarter of a GiB of 24-bit pixels.
+# Pillow's own limit against decompression bombs: a quarter of a GiB of 24-bit pixels. It warns from here on and
+# refuses twice as many, which no setting of ours can change.
 MAX_PIXELS = 1024**3 // 4 // 3
 # Polygons reach over the border by rounding or by design of a tool; pycocotools takes time and memory linear
 # in the coordinate (1e7: 6.9 s and 1.2 GB), so what lies further out than this is an error.
 MAX_OVERHANG = 10
+# An outline may be this many times as long as height + width: its length is what pycocotools' time and memory are
+# linear in (1e6 px: 0.7 s and 0.14 GB), and a zigzag makes it as long as it likes. Real sets reach 4.
+MAX_OUTLINE = 100
+# ... and no longer than this, however long and thin an image claims to be.
+MAX_OUTLINE_PX = 1_000_000
+# Parts of one instance; the most in COCO and in our real sets are a few dozen.
+MAX_POLYGONS = 2000
+# px over the border that a box may reach: rounding, and tools that count from one.
+BOX_OVERHANG = 2.0
+# A box or mask with a side below this is a stray click: COCO train2017 has two with a side of zero.
+STRAY_CLICK = 2.0
+# Boxes are drawn to 3 px in COCO; one COCO annotation in some 2000 of ours has an IoU below this.
+BOX_SLACK, BOX_MASK_IOU = 3.0, 0.5
+AREA_SLACK = 0.1  # of the mask; polygons are measured exactly or by their pixels, which differ along the border
+MAX_DETS = 100  # detections of an image that COCO figures count
+MAX_RUN = 2**32 - 1  # pycocotools keeps run lengths in 32 bits
 
-# rule -> what the user can do about it
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one data set may cost: `data.max_pixels` and so on in a run, `--max-pixels` and so on of validate."""
+
+    max_pixels: int = MAX_PIXELS  # of an image; at most 2 * MAX_PIXELS
+    # of an image, crowds included; the densest aerial set we know (iSAID) has about 8000
+    max_instances: int = 10_000
+    # GiB that an annotation file may take, text and parsed: as estimated, COCO train2017 takes 6
+    max_json_gib: float = 16.0
+
+
+LIMITS = Limits()
+
+# rule -> what the user can do about it; docs/data.md says what each one means
 RULES: dict[str, str] = {
     "file-missing": "give an existing path",
+    "file-read": "make it a plain file that may be read",
+    "file-size": "split the file, or raise the cap (data.max_json_gib, --max-json-gib)",
     "file-json": "give a COCO file: an object with the lists images, annotations and categories",
     "key-missing": "add the key, see the COCO data format",
     "key-type": "write the value as the COCO data format has it",
     "id-type": "use whole numbers as ids",
     "id-duplicate": "give each entry its own id",
     "id-unknown": "remove the annotation or add the entry it refers to",
+    "categories": "give both files the same `categories` list",
+    "category-name": "merge the categories or rename one",
+    "category-twin": "remove the category without annotations or rename it",
+    "category-absent": "label examples of it, or draw another fold or a larger share",
     "image-path": "use names relative to the image folder, which must hold the files themselves",
     "image-missing": "put the file there, or give the folder the names are relative to (data.images)",
     "image-empty": "fetch the file again or remove it",
@@ -32,16 +71,30 @@ RULES: dict[str, str] = {
     "image-decodes": "fetch the file again or remove it",
     "image-mode": "convert it to 8-bit RGB or grayscale",
     "image-size": "write the upright height and width as positive whole numbers of pixels",
-    "image-pixels": f"scale the image down to at most {MAX_PIXELS} pixels",
+    "image-unlike": "give the annotations of this very file, in the frame of the upright picture",
+    "image-pixels": "scale the image down, or raise the cap (data.max_pixels, --max-pixels)",
+    "image-instances": "tile the image, or raise the cap (data.max_instances, --max-instances)",
+    "image-crowded": "tile the image if more than that many objects matter: COCO figures count no more",
+    "image-leak": "remove the picture from one of the two parts",
     "crowd-flag": "write iscrowd as 0 or 1",
+    "crowd-rle": "write the crowd as RLE, or iscrowd 0 if it is one object: crowds are not learned",
+    "area-type": "write the number of pixels of the mask, or leave it out",
+    "area-mask": "recompute area from the mask (--fix does)",
     "box-type": "write bbox as four numbers: x, y, width, height in pixels",
     "box-finite": "write finite numbers",
     "box-size": "write width and height, which are not negative",
+    "box-outside": "write bbox as x, y, width, height within the image (not as two corners, not at another scale)",
+    "box-empty": "recompute bbox from the mask (--fix does)",
+    "box-mask": "look which of the two is right; --fix recomputes bbox from the mask",
+    "mask-empty": "draw the mask within the image or remove the annotation",
+    "instance-empty": "remove the annotation; it is left out",
     "segmentation-type": "write a list of polygons, or RLE as an object with size and counts",
     "polygon-type": "write each polygon as a flat list of numbers: x1, y1, x2, y2, ...",
     "polygon-length": "give at least three points, as pairs x, y",
     "polygon-finite": "write finite numbers",
     "polygon-range": "write pixels of this image, not fractions of another one",
+    "polygon-outline": "draw a simpler outline, or encode the mask as RLE",
+    "polygon-count": "encode the mask as RLE",
     "rle-type": "write counts as a list of run lengths or as a compressed COCO string",
     "rle-size": "write size as [height, width] of the image",
     "rle-decodes": "encode the mask again, with pycocotools.mask.encode",
@@ -54,6 +107,18 @@ RULES: dict[str, str] = {
     "cityscapes-ids": "give the instanceIds.png of the release (not labelIds, not train ids)",
     "cityscapes-results": "write one NAME.txt an image with lines `mask.png label score`, masks beside it",
 }
+# Found and told, but nothing refuses the data: reading puts them right or leaves them out, or they are the user's call.
+WARNINGS = frozenset(
+    {
+        *("category-twin", "category-absent", "image-crowded", "crowd-rle"),
+        *("area-mask", "box-mask", "instance-empty"),
+    }
+)
+
+
+def severity(rule: str) -> str:
+    """ "error" or "warning"."""
+    return "warning" if rule in WARNINGS else "error"
 
 
 class DataError(ValueError):
@@ -68,33 +133,49 @@ class DataError(ValueError):
         return f"{self.where}: {self.message}; {self.remedy} [{self.rule}]"
 
 
-def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
+def check_size(height: Any, width: Any, where: str, limits: Limits = LIMITS) -> tuple[int, int]:
     """(height, width) in pixels: positive whole numbers within the pixel cap."""
     for name, value in (("height", height), ("width", width)):
         if type(value) is not int or value <= 0:
-            raise DataError("image-size", where, f"expected a positive whole {name}, got {_short(value)}")
-    if height * width > MAX_PIXELS:
-        raise DataError("image-pixels", where, f"{height} x {width} px are more than {MAX_PIXELS}")
+            raise DataError("image-size", where, f"expected a positive whole {name}, got {short(value)}")
+    if height * width > limits.max_pixels:
+        message = f"{short(height)} x {short(width)} px are more than max_pixels = {limits.max_pixels}"
+        raise DataError("image-pixels", where, message)
     return height, width
+
+
+def check_upright(height: int, width: int, expected: tuple[int, int], where: str) -> None:
+    """The upright picture, (height, width) px, against the size that the annotations say."""
+    if (height, width) != expected:
+        message = f"the upright picture is {height} x {width} px (height x width), its annotations say "
+        raise DataError("image-unlike", where, message + f"{expected[0]} x {expected[1]}")
+
+
+def check_count(instances: int, where: str, limits: Limits = LIMITS) -> None:
+    """The number of annotations of one image."""
+    if instances > limits.max_instances:
+        message = f"{instances} annotations are more than max_instances = {limits.max_instances}"
+        raise DataError("image-instances", where, message)
 
 
 def check_box(box: object, where: str) -> tuple[float, float, float, float]:
     """A COCO box (x, y, width, height) in pixels; it may lie outside the image and be empty."""
     if type(box) is not list or len(box) != 4 or not _are_numbers(box):
-        raise DataError("box-type", where, f"expected bbox [x, y, width, height], got {_short(box)}")
+        raise DataError("box-type", where, f"expected bbox [x, y, width, height], got {short(box)}")
     # 1e15 px and more is finite, yet x + width would not be exact
     if not all(-1e15 < value < 1e15 for value in box):
-        raise DataError("box-finite", where, f"expected four finite numbers, got {_short(box)}")
+        raise DataError("box-finite", where, f"expected four finite numbers, got {short(box)}")
     x, y, width, height = box
     if width < 0 or height < 0:
-        raise DataError("box-size", where, f"expected bbox [x, y, width, height], got a negative size {_short(box)}")
+        raise DataError("box-size", where, f"expected bbox [x, y, width, height], got a negative size {short(box)}")
     return float(x), float(y), float(width), float(height)
 
 
 def check_polygon(polygon: object, height: int, width: int, where: str) -> None:
-    """One polygon [x1, y1, x2, y2, ...]: at least 3 points, finite, at most ``MAX_OVERHANG`` images away."""
+    """One polygon [x1, y1, x2, y2, ...]: at least 3 points, finite, at most ``MAX_OVERHANG`` images
+    away, with an outline that can be drawn."""
     if type(polygon) is not list or not _are_numbers(polygon):
-        raise DataError("polygon-type", where, f"expected a flat list of numbers, got {_short(polygon)}")
+        raise DataError("polygon-type", where, f"expected a flat list of numbers, got {short(polygon)}")
     if len(polygon) < 6 or len(polygon) % 2:
         raise DataError("polygon-length", where, f"expected an even number of at least 6 values, got {len(polygon)}")
     limit = MAX_OVERHANG * max(height, width)
@@ -106,27 +187,33 @@ def check_polygon(polygon: object, height: int, width: int, where: str) -> None:
         if any(value != value for value in polygon):
             raise DataError("polygon-finite", where, "a coordinate is not a number")
         far = low if -low > high else high
-        message = f"a coordinate of {_short(far)} is further than {MAX_OVERHANG} images ({limit} px) away"
+        message = f"a coordinate of {short(far)} is further than {MAX_OVERHANG} images ({limit} px) away"
         raise DataError("polygon-range", where, message)
+    longest = min(MAX_OUTLINE * (height + width), MAX_OUTLINE_PX)
+    if len(polygon) // 2 * (high - low) > longest:  # a bound that is quick to see
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        outline = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+        if outline > longest:
+            raise DataError("polygon-outline", where, f"an outline of {outline:.0f} px is longer than {longest} px")
 
 
 def check_rle(rle: Mapping[str, Any], height: int, width: int, where: str) -> None:
     """Run lengths of a mask (height, width), compressed or not: they must be readable and fill it exactly."""
     size = rle.get("size")
-    if type(size) is not list or size != [height, width]:
-        raise DataError("rle-size", where, f"expected size [{height}, {width}], got {_short(size)}")
+    if type(size) is not list or size != [height, width] or set(map(type, size)) != {int}:
+        raise DataError("rle-size", where, f"expected size [{height}, {width}], got {short(size)}")
     counts = rle.get("counts")
     if isinstance(counts, str | bytes):
         total = int(parse_counts(counts, where).sum())
     elif type(counts) is list and set(map(type, counts)) <= {int}:
         if counts and min(counts) < 0:
-            raise DataError("rle-decodes", where, f"expected run lengths, got the negative {_short(min(counts))}")
+            raise DataError("rle-decodes", where, f"expected run lengths, got the negative {short(min(counts))}")
         total = sum(counts)
     else:
-        message = f"expected counts as a list of whole numbers or a string, got {_short(counts)}"
+        message = f"expected counts as a list of whole numbers or a string, got {short(counts)}"
         raise DataError("rle-type", where, message)
     if total != height * width:
-        raise DataError("rle-sum", where, f"the runs cover {_short(total)} of {height * width} pixels")
+        raise DataError("rle-sum", where, f"the runs cover {short(total)} of {height * width} pixels")
 
 
 def parse_counts(counts: str | bytes, where: str) -> np.ndarray:
@@ -154,7 +241,7 @@ def parse_counts(counts: str | bytes, where: str) -> np.ndarray:
     values -= np.where(bits[last] & 16, np.int64(1) << (5 * lengths), 0)
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
-    if values.min() < 0 or values.max() > MAX_PIXELS:
+    if values.min() < 0 or values.max() > MAX_RUN:
         raise DataError("rle-decodes", where, "the compressed counts hold a run of negative or absurd length")
     return values
 
@@ -162,29 +249,93 @@ def parse_counts(counts: str | bytes, where: str) -> np.ndarray:
 def check_segmentation(segmentation: object, height: int, width: int, where: str) -> None:
     """A list of polygons (perhaps empty) or an RLE of the image's size."""
     if type(segmentation) is list:
+        if len(segmentation) > MAX_POLYGONS:
+            message = f"{len(segmentation)} polygons of one instance are more than {MAX_POLYGONS}"
+            raise DataError("polygon-count", where, message)
         for polygon in segmentation:
             check_polygon(polygon, height, width, where)
     elif isinstance(segmentation, Mapping):
         check_rle(segmentation, height, width, where)
     else:
-        message = f"expected a list of polygons or an RLE object, got {_short(segmentation)}"
+        message = f"expected a list of polygons or an RLE object, got {short(segmentation)}"
         raise DataError("segmentation-type", where, message)
 
 
 def check_crowd(flag: object, where: str) -> bool:
     """The ``iscrowd`` flag."""
     if type(flag) not in (int, bool) or flag not in (0, 1):
-        raise DataError("crowd-flag", where, f"expected iscrowd 0 or 1, got {_short(flag)}")
+        raise DataError("crowd-flag", where, f"expected iscrowd 0 or 1, got {short(flag)}")
     return bool(flag)
+
+
+def check_area(area: object, where: str) -> float | None:
+    """The ``area`` of an annotation, px; None where it has none."""
+    if area is None:
+        return None
+    if type(area) not in (int, float) or not 0 <= area < 1e15:  # type: ignore[operator]
+        raise DataError("area-type", where, f"expected a finite number of pixels, got {short(area)}")
+    return float(area)  # type: ignore[arg-type]
+
+
+def check_instance(
+    box: Sequence[float], mask_box: Sequence[float], area: float, height: int, width: int, where: str
+) -> bool:
+    """Whether an instance has anything to learn: its box (XYWH px) against the image, its mask's box and area.
+
+    False where neither is more than a stray click; an error where one is empty and the other is not.
+    """
+    x, y, w, h = box
+    over = max(-x, -y, x + w - width, y + h - height)
+    if over > BOX_OVERHANG:
+        message = f"bbox [{x:g}, {y:g}, {w:g}, {h:g}] reaches {over:g} px out of the {height} x {width} image"
+        raise DataError("box-outside", where, message)
+    inside = min(min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0))  # the shorter side
+    if area == 0:
+        if inside >= STRAY_CLICK:
+            message = f"the mask covers no pixel of the image, though bbox is {w:g} x {h:g} px"
+            raise DataError("mask-empty", where, message)
+        return False
+    if inside <= 0:
+        if min(mask_box[2], mask_box[3]) >= STRAY_CLICK:
+            raise DataError("box-empty", where, f"bbox is {w:g} x {h:g} px, though the mask covers {area:g}")
+        return False
+    return True
+
+
+def check_box_mask(box: Sequence[float], mask_box: Sequence[float], where: str) -> None:
+    """A warning where the box and the mask's own box, both XYWH px, have less than half in common."""
+    (x, y, w, h), (mx, my, mw, mh) = box, mask_box
+    right, bottom, mask_right, mask_bottom = x + w, y + h, mx + mw, my + mh
+    off = max(abs(x - mx), abs(y - my), abs(right - mask_right), abs(bottom - mask_bottom))
+    if off <= BOX_SLACK:
+        return
+    across = max(0.0, min(right, mask_right) - max(x, mx))
+    common = across * max(0.0, min(bottom, mask_bottom) - max(y, my))
+    iou = common / (w * h + mw * mh - common)
+    if iou < BOX_MASK_IOU:
+        message = f"bbox [{x:g}, {y:g}, {w:g}, {h:g}] and the mask's own [{mx:g}, {my:g}, {mw:g}, {mh:g}] "
+        raise DataError("box-mask", where, message + f"have an IoU of {iou:.2f}, less than {BOX_MASK_IOU}")
+
+
+def check_area_mask(area: float | None, mask_box: Sequence[float], mask_area: float, where: str) -> None:
+    """A warning where ``area`` is not the mask's, px: a tenth, and the pixels along the border, are let through."""
+    if area is not None and abs(area - mask_area) > AREA_SLACK * mask_area + mask_box[2] + mask_box[3]:
+        kind = " (it is that of the box)" if abs(area - mask_box[2] * mask_box[3]) <= 0.1 * area else ""
+        raise DataError("area-mask", where, f"area is {area:g}{kind}, the mask covers {mask_area:g} px")
 
 
 def _are_numbers(values: Sequence[object]) -> bool:
     return set(map(type, values)) <= {int, float}  # leaves out bool, str and None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """The value as Python shows it, cut: whatever a file holds, a message stays one readable line."""
     try:
-        text = repr(value)
-    except ValueError:  # an int of thousands of digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+        return _repr.repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlevel = 2

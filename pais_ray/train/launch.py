@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pais_ray import plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
-from pais_ray.data import formats, pipeline, sources, splits, synthetic
+from pais_ray.data import entries, formats, pipeline, sources, splits, synthetic
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import worker
@@ -73,18 +73,14 @@ def prepare(config: Config) -> tuple[Config, Data]:
     if config.data.train is None:
         config = embedded(config)
     data = config.data
-    train = formats.read_labeled(*data.part("train"))
-    val = formats.read_labeled(*data.part("val"))
-    if [(c.id, c.name) for c in train.categories] != [(c.id, c.name) for c in val.categories]:
-        raise sources.DataError(
-            "categories",
-            val.path,
-            f"has other categories than {train.path}",
-            "give both files the same `categories` list",
-        )
+    limits = data.limits()
+    train = formats.read_labeled(*data.part("train"), limits)
+    val = formats.read_labeled(*data.part("val"), limits)
+    names, val_names = ({c.id: c.name for c in part.categories} for part in (train, val))
+    entries.check_same_categories(val_names, val.path, names, train.path)
     unlabeled = None
     if data.unlabeled is not None:
-        unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
+        unlabeled = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images, limits)
     manifest = splits.for_run(train, data.labeled, data.fold, data.split, unlabeled)
     if data.split is not None:  # what the manifest says is what the run did
         told = {"labeled": manifest.split.labeled, "fold": manifest.split.fold}
