@@ -338,13 +338,16 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
     """The parts of the data set that ``words`` spell, all of whose paths exist, and its caps."""
     from pais_ray.config import compose_data
     from pais_ray.data.entries import check_folder
+    from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
     from pais_ray.data.validate import DataError
 
     data = compose_data(words)
     if data.train is None:
         raise ValueError("data.train: null is the generated data set, which needs no check; set it to a COCO JSON")
-    (train, train_images), (val, val_images) = data.part("train"), data.part("val")
+    (train, train_images), (val, val_images) = (
+        (annotations, images_of(annotations, images)) for annotations, images in (data.part("train"), data.part("val"))
+    )
     parts = [
         Part(name="train", annotations=train, images=train_images, labeled=data.labeled, fold=data.fold),
         Part(name="val", annotations=val, images=val_images),

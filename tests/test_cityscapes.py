@@ -5,7 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from pais_ray.cli import main
 from pais_ray.data import cityscapes
 from pais_ray.data.formats import read_annotations, read_labeled, read_truth
 from pais_ray.data.images import decode_values
@@ -295,3 +297,17 @@ def test_the_preset_names_the_native_layout():
     assert data.part("train") == ("data/cityscapes/gtFine/train", None)
     converted = compose(["cityscapes", "mask_rcnn", "pais", "data.train=a.json", "data.train_images=b"]).data
     assert converted.part("train") == ("a.json", "b")
+
+
+def test_validate_serves_the_layout(root):
+    shutil.copytree(root / "gtFine" / "train", root / "gtFine" / "val")
+    shutil.copytree(root / "leftImg8bit" / "train", root / "leftImg8bit" / "val")
+    words = ["validate", "cityscapes", f"data.train={root}/gtFine/train", f"data.val={root}/gtFine/val"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert "image-leak" in done.output, "both parts hold the same pictures"
+    assert "3 errors" in done.output, "and nothing else is wrong"
+    next((root / "gtFine" / "val" / "ulm").glob("*_instanceIds.png")).write_bytes(b"no png")
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert "image-format" in done.output

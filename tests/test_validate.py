@@ -731,7 +731,8 @@ def test_the_page_of_rules_is_that_of_the_code():
 
 def test_every_rule_is_broken_by_some_test():
     """Rules of other readers are named here until their tests are in this file."""
-    text = Path(__file__).read_text()
+    readers = ["test_validate.py", "test_cityscapes.py", "test_evaluate_cityscapes.py"]
+    text = "".join((Path(__file__).parent / name).read_text() for name in readers)
     elsewhere = {"file-missing", "categories", "box-size"}
     for rule in RULES:
         assert f'"{rule}"' in text or rule in elsewhere, rule

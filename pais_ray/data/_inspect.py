@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pais_ray.data import entries, validate
+from pais_ray.data import entries, formats, validate
 from pais_ray.data._findings import Report
 from pais_ray.data.sources import measure, to_rles
 from pais_ray.data.validate import MAX_DETS, DataError, Limits, short
@@ -44,7 +44,7 @@ def inspect_coco(path: str, folder: str | None, limits: Limits, report: Report, 
 
 def _inspect(content: Content, folder: str | None, limits: Limits, report: Report, labels: bool) -> None:
     path = content.path
-    read = report.check(entries.read_tree, path, limits)
+    read = report.check(formats.read_tree, path, limits)
     if read is None:
         return
     tree = read[0]

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from pais_ray.data import cityscapes
+from pais_ray.data import cityscapes, entries
 from pais_ray.data.sources import CocoDataset, build_dataset, read_coco
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
@@ -34,6 +34,16 @@ def read_annotations(annotations: str) -> CocoDataset:
         return read_coco(annotations, None)
     tree, sha256 = cityscapes.to_coco(annotations)
     return build_dataset(tree, annotations, None, sha256, truth=tree)
+
+
+def read_tree(annotations: str, limits: Limits = LIMITS) -> tuple[dict[str, Any], str]:
+    """The content of ``annotations`` as COCO's, and its hash. Raises DataError."""
+    return cityscapes.to_coco(annotations) if is_folder(annotations) else entries.read_tree(annotations, limits)
+
+
+def images_of(annotations: str, images: str | None) -> str | None:
+    """The folder given, or the one that Cityscapes' layout implies."""
+    return images or cityscapes.images_beside(annotations)
 
 
 def read_truth(annotations: str) -> str | dict[str, Any]:
