@@ -6,7 +6,7 @@ Legend: B images, H x W pixels of the padded view.
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import safetensors.torch
 import torch
@@ -37,10 +37,16 @@ class BackboneConfig(BaseModel):
     frozen_stages: int = Field(default=1, ge=-1, le=4)
     fpn_channels: int = Field(default=256, gt=0)
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what differs from the fields' defaults, by preset
+
+    @model_validator(mode="before")
     @classmethod
-    def filled(cls, given: Mapping[str, object], preset: Mapping[str, object]) -> dict[str, object]:
-        """``given`` over ``preset``, and what follows from the weights where neither says it."""
-        both = {**preset, **given}
+    def _fill_from_preset(cls, given: Any) -> Any:
+        """What is given over the preset, and what follows from the weights where neither says it."""
+        if not isinstance(given, Mapping):
+            return given
+        preset = given.get("preset", "r50")
+        both = {**(cls.PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
         weights = both.get("weights", "imagenet")
         if weights is None:  # frozen statistics of nothing would normalise nothing
             return {"norm": "group", "frozen_stages": -1, **both}

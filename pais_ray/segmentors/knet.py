@@ -8,8 +8,7 @@ Legend: B images, N kernels, T targets of all images, P pairs of kernel and targ
 padded view, X cells (stride 4) or points that masks are compared at.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +51,7 @@ class KNetConfig(BackboneConfig):
 
     name: Literal["knet"] = "knet"
     preset: Literal["r50", "nano"] = "r50"
+    PRESETS: ClassVar = PRESETS
 
     num_kernels: int = Field(default=100, gt=0)  # at least the objects of the fullest image; released code
     stages: int = Field(default=3, ge=1)  # of kernel updates; K-Net-S3
@@ -71,14 +71,6 @@ class KNetConfig(BackboneConfig):
     mask_weight: float = Field(default=1.0, ge=0)
     mask_iou_weight: float = Field(default=1.0, ge=0)  # released code
     semantic_weight: float = Field(default=1.0, ge=0)  # released code
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        preset = given.get("preset", "r50")
-        return cls.filled(given, PRESETS.get(preset, {}) if isinstance(preset, str) else {})
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "KNetConfig":

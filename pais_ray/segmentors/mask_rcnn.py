@@ -6,8 +6,7 @@ have no low-quality matches, frozen batch norm has no trainable affine.
 Legend: B images, N instances, C classes without background, H x W pixels of the padded view.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -70,6 +69,7 @@ class MaskRCNNConfig(BackboneConfig):
 
     name: Literal["mask_rcnn"] = "mask_rcnn"
     preset: Literal["r50", "nano"] = "r50"
+    PRESETS: ClassVar = PRESETS
     # `weights` may be `coco` too: torchvision's Mask R-CNN, resnet50
 
     anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # px, one for each of P2..P6
@@ -99,14 +99,6 @@ class MaskRCNNConfig(BackboneConfig):
     mask_iou_dim: int = Field(default=1024, gt=0)  # released code
     mask_iou_pool: Literal[1, 2, 7, 14] = 1  # averages the 14x14 features first; released code: 1
     mask_iou_loss_weight: float = Field(default=0.25, ge=0)  # released code
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        preset = given.get("preset", "r50")
-        return cls.filled(given, PRESETS.get(preset, {}) if isinstance(preset, str) else {})
 
     @model_validator(mode="after")
     def _coco_weights_fit(self) -> Self:
