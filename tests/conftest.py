@@ -43,3 +43,15 @@ def free_port() -> int:
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with the two images of ``malformed.tree``."""
+    from PIL import Image
+
+    from tests.malformed import H, W
+
+    for i in range(2):
+        Image.new("RGB", (W, H), (40 * i, 90, 200)).save(tmp_path / f"{i}.png")
+    return tmp_path

@@ -24,7 +24,7 @@ from pais_ray.data.report import Part, Report, examine
 from pais_ray.data.sources import read_coco
 from pais_ray.data.validate import LIMITS, RULES, DataError, severity
 from tests.conftest import SHARED
-from tests.test_validate import tree
+from tests.malformed import tree
 
 MINUTES = float(os.environ.get("MINUTES", "0"))
 REAL = {
