@@ -251,7 +251,7 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
             asked += 1
             if asked > 1:
                 raise
-            monitor.request_stop.remote()
+            ray.get(monitor.request_stop.remote())  # what is announced has happened
             say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
     fatal = show(ray.get(monitor.drain.remote())) or fatal
     if fatal is not None:
