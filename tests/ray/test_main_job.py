@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -181,20 +182,24 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "interrupted")]
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, **pipes)
+    # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, preexec_fn=heed, **pipes)
     wait_for(lambda: 2 in steps_logged(root), lambda: driver.poll() is None)
     # Held still until the driver has asked for the stop: else a quick run ends before a slow machine's driver wakes.
     held = train_workers()
-    for worker in held:
-        worker.suspend()
-    driver.send_signal(signal.SIGINT)
-    output = ""
-    while "stopping after this step" not in output:
-        line = driver.stdout.readline()
-        assert line, output
-        output += line
-    for worker in held:
-        worker.resume()
+    try:
+        for worker in held:
+            worker.suspend()
+        driver.send_signal(signal.SIGINT)
+        output = ""
+        while "stopping after this step" not in output:
+            line = driver.stdout.readline()
+            assert line, output
+            output += line
+    finally:
+        for worker in held:
+            worker.resume()
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
     assert "resume with:" in output
