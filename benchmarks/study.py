@@ -22,7 +22,7 @@ from pais_ray.data.plan import StepPlan
 from pais_ray.data.views import Sample, make_batch, make_views
 from pais_ray.inference import predict_sample
 from pais_ray.structures import Masks, Predictions, Targets
-from pais_ray.train.launch import embedded
+from pais_ray.train.prepare import embedded
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
 

@@ -289,16 +289,16 @@ def test_wrong_words_of_split_exit_with_2(tiny_coco, tmp_path, words):
 
 
 def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
-    """Through launch.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
+    """Through prepare.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
     from pais_ray.config import ConfigError, compose
-    from pais_ray.train import launch
+    from pais_ray.train import launch, prepare
 
     paths = [f"data.train={tiny_coco}/train.json", f"data.val={tiny_coco}/val.json", f"data.images={tiny_coco}/images"]
     base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
     assert call("split", *base, "--labeled", "0.25", "--fold", "4", "--cover").exit_code == 0
     path = tmp_path / "labeled_25pct_fold4.json"
     words = ["synthetic", "mask_rcnn", "pais", *paths, f"run.storage_path={tmp_path}"]
-    config, data = launch.prepare(compose([*words, f"data.split={path}"]))
+    config, data = prepare.prepare(compose([*words, f"data.split={path}"]))
     given = SplitManifest.from_json(path.read_text())
     assert data.manifest == given
     assert tuple(r.image_id for r in data.labeled) == given.split.labeled_ids
@@ -309,4 +309,4 @@ def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     assert (tags["labels_pct"], tags["fold"]) == ("25", "4")
     assert call("split", *base, "--labeled", "1").exit_code == 0
     with pytest.raises(ConfigError, match="pais needs unlabeled images"):
-        launch.prepare(compose([*words, f"data.split={tmp_path}/labeled_100pct_fold1.json"]))
+        prepare.prepare(compose([*words, f"data.split={tmp_path}/labeled_100pct_fold1.json"]))

@@ -1,0 +1,95 @@
+"""Verbs on a trained model or its results: evaluate, predict."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pais_ray.cli.common import json_option, verb, write_json
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(exists=True, file_okay=False))
+@click.option("--annotations", type=click.Path(exists=True), help="COCO ground truth JSON, or Cityscapes' gtFine/PART.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False), help="The ground truth's images.")
+@click.option(
+    "--predictions",
+    type=click.Path(exists=True),
+    help="COCO results JSON, or a folder of Cityscapes results, to score.",
+)
+@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@json_option
+@verb
+def evaluate(
+    run: str | None,
+    annotations: str | None,
+    images: str | None,
+    predictions: str | None,
+    role: str,
+    checkpoint: str,
+    device: str | None,
+    json_path: str | None,
+) -> None:
+    """COCO AP of a RUN's checkpoint on its validation images (or on --annotations with --images), or of any
+    results file: --annotations GT.json --predictions RESULTS.json. On Cityscapes its own instance AP is added."""
+    from pais_ray.evaluate import score, table
+
+    if predictions is not None:
+        if annotations is None or run is not None:
+            raise click.UsageError("--predictions goes with --annotations and without RUN")
+        scores = score(*truth_and_results(annotations, predictions))
+    elif run is not None:
+        from pais_ray.inference import Predictor
+
+        predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
+        scores = predictor.evaluate(annotations, images)
+    else:
+        raise click.UsageError("give RUN, or --annotations with --predictions")
+    click.echo(table(scores))
+    write_json(json_path, scores)
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.argument("images", nargs=-1, type=click.Path(exists=True))
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for results and overlays.")
+@click.option("--score", default=0.5, show_default=True, help="Detections below it are not drawn (all are written).")
+@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@json_option
+@verb
+def predict(
+    run: str,
+    images: tuple[str, ...],
+    out: str,
+    score: float,
+    role: str,
+    checkpoint: str,
+    device: str | None,
+    json_path: str | None,
+) -> None:
+    """Instances in IMAGES (files or folders; default: the run's validation images).
+
+    Writes OUT/results.json (COCO results), OUT/images.json (which id is which file) and OUT/overlays/."""
+    from pais_ray.inference import Predictor
+
+    predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
+    summary = predictor.predict([Path(i) for i in images], Path(out), draw_above=score)
+    click.echo(f"{summary['images']} images, {summary['instances']} instances: {out}")
+    write_json(json_path, summary)
+
+
+def truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
+    """Ground truth and predictions as ``evaluate.score`` takes them."""
+    from pais_ray.data.cityscapes import read_results
+    from pais_ray.data.formats import read_truth
+
+    truth = read_truth(annotations)
+    if not Path(predictions).is_dir():
+        return truth, predictions
+    if isinstance(truth, str):
+        raise click.UsageError(f"{predictions}: a folder of results goes with --annotations ROOT/gtFine/PART")
+    return truth, read_results(predictions, truth)

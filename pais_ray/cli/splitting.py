@@ -1,0 +1,116 @@
+"""`pais-ray split`: which images are labeled."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pais_ray.cli.common import FAILED, json_option, verb, write_json
+
+if TYPE_CHECKING:
+    from pais_ray.data.splits import SplitManifest
+
+
+@click.group(invoke_without_command=True)
+@click.option("--annotations", type=click.Path(), help="COCO JSON of the training images, or Cityscapes' gtFine/train.")
+@click.option("--protocol", type=click.Choice(["coco", "cityscapes"]), help="The paper's shares and folds.")
+@click.option("--labeled", type=float, multiple=True, help="Share of the images to label, 0.1; repeatable.")
+@click.option("--fold", type=int, multiple=True, help="Which draw; repeatable. Default: the protocol's, or 1.")
+@click.option("--unlabeled", help="COCO JSON or folder of other images: all of --annotations labeled (100 %).")
+@click.option("--cover", is_flag=True, help="See that every class is labeled, instead of a plain random draw.")
+@click.option("--out", type=click.Path(file_okay=False), help="Directory for the manifests.")
+@json_option
+@click.pass_context
+@verb
+def split(
+    context: click.Context,
+    annotations: str | None,
+    protocol: str | None,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    unlabeled: str | None,
+    cover: bool,
+    out: str | None,
+    json_path: str | None,
+) -> None:
+    """Which images are labeled, as manifests for data.split: `split --annotations A.json --protocol coco --out DIR`.
+
+    Needs the annotations, no images. Equal input gives equal files, wherever and in whatever order it is read."""
+    if context.invoked_subcommand is not None:
+        return
+    if annotations is None or out is None or not (protocol or labeled or unlabeled):
+        raise click.UsageError("give --annotations, --out and one of --protocol, --labeled, --unlabeled")
+    from pais_ray.data.formats import read_annotations
+    from pais_ray.data.sources import read_unlabeled
+    from pais_ray.data.splits import draw
+
+    others = None if unlabeled is None else read_unlabeled(unlabeled, None, look=False)
+    made = draw(read_annotations(annotations), protocol, labeled, fold, others, cover=cover)
+    write_manifests(made, Path(out), protocol or "labeled", json_path)
+
+
+@split.command("import")
+@click.argument("published", type=click.Path(exists=True, dir_okay=False))
+@click.option("--annotations", type=click.Path(), required=True, help="The COCO JSON that the lists were made for.")
+@click.option("--labeled", type=float, multiple=True, help="Only these shares, 0.01; repeatable. Default: all.")
+@click.option("--fold", type=int, multiple=True, help="Only these seeds; repeatable. Default: all.")
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for the manifests.")
+@json_option
+@verb
+def split_import(
+    published: str,
+    annotations: str,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    out: str,
+    json_path: str | None,
+) -> None:
+    """Manifests of a PUBLISHED file: Unbiased Teacher's COCO_supervision.txt, or the labeled file of a pair
+    instances_train2017.SEED@PERCENT.json / -unlabeled.json (SoftTeacher, STAC)."""
+    from pais_ray.data.formats import read_annotations
+    from pais_ray.data.split_lists import import_splits
+
+    made = import_splits(published, read_annotations(annotations), labeled, fold)
+    write_manifests(made, Path(out), Path(published).name.split(".")[0].lower(), json_path)
+
+
+@split.command("diff")
+@click.argument("a", type=click.Path(exists=True, dir_okay=False))
+@click.argument("b", type=click.Path(exists=True, dir_okay=False))
+@json_option
+@verb
+def split_diff(a: str, b: str, json_path: str | None) -> None:
+    """What two manifests have in common; exit code 1 where they differ, as with diff."""
+    from pais_ray.data.splits import difference, read_manifest
+
+    tree = difference(read_manifest(a), read_manifest(b))
+    write_json(json_path, tree)
+    click.echo(f"A {a}\nB {b}")
+    click.echo("annotations: " + ("the same" if tree["same_source"] else "others: ids may mean other images"))
+    for part in ("labeled_ids", "unlabeled_ids"):
+        found = tree[part]
+        numbers = f"{found['both']} in both, {len(found['only_a'])} in A only, {len(found['only_b'])} in B only"
+        click.echo(f"{part.removesuffix('_ids')}: {numbers}")
+    changed = {name: counts for name, counts in tree["classes"].items() if counts[0] != counts[1]}
+    for name, (in_a, in_b) in changed.items():
+        click.echo(f"  {name}: {in_a} -> {in_b} labeled instances")
+    click.echo("the same split" if tree["same"] else "not the same split")
+    if not tree["same"]:
+        sys.exit(FAILED)
+
+
+def write_manifests(made: Sequence["SplitManifest"], out: Path, name: str, json_path: str | None) -> None:
+    """One file each, named by share and fold, and a line on what it holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for manifest in made:
+        split = manifest.split
+        path = out / f"{name}_{100 * split.labeled:g}pct_fold{split.fold}.json"
+        path.write_text(manifest.to_json(), encoding="utf-8")
+        counts = f"{len(split.labeled_ids)} labeled + {len(split.unlabeled_ids)} unlabeled"
+        absent = f", no instance of {', '.join(manifest.absent)}" if manifest.absent else ""
+        click.echo(f"{path}: {counts}, sha256 {split.sha256[:12]}{absent}")
+        rows.append({"path": str(path), "labeled": split.labeled, "fold": split.fold, "sha256": split.sha256})
+    write_json(json_path, {"manifests": rows})

@@ -1,0 +1,35 @@
+"""Verbs around a run: train, show."""
+
+import click
+
+from pais_ray.cli.common import WORDS, json_option, verb, write_json
+
+
+@click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
+@click.argument("words", nargs=-1)
+@click.option("--force", is_flag=True, help="Resume even though identity settings differ from the run's start.")
+@json_option
+@verb
+def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
+    from pais_ray.config import compose
+
+    config = compose(words or ("quickstart",))
+    from pais_ray.train import launch
+
+    result = launch.train(config, force=force)
+    write_json(json_path, result.to_json())
+    click.echo(launch.summary(result, config))
+
+
+@click.command(help="Resolved config, schedule and batch arithmetic.\n\n" + WORDS)
+@click.argument("words", nargs=-1)
+@json_option
+@verb
+def show(words: tuple[str, ...], json_path: str | None) -> None:
+    from pais_ray.config import compose, dump, run_schedule
+
+    config = compose(words)
+    schedule = run_schedule(config)
+    click.echo(dump(config), nl=False)
+    click.echo("# " + schedule.explain().replace("\n", "\n# "))
+    write_json(json_path, {"config": config.model_dump(mode="json"), "schedule": vars(schedule)})
