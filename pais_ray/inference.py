@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,8 @@ from torch import nn
 
 from pais_ray import evaluate, geometry, plots, plugins
 from pais_ray.config import Config, load
+from pais_ray.data import storage
+from pais_ray.data.encoded import Reader, name_of
 from pais_ray.data.formats import is_folder, read_labeled
 from pais_ray.data.images import decode, upright_size
 from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
@@ -26,30 +27,25 @@ from pais_ray.data.views import Sample, make_views
 from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
 from pais_ray.train.step import autocast
 
-AHEAD = 4  # images decoded ahead of the network
+AHEAD, THREADS = 4, 2  # images decoded ahead of the network, and the threads that do it
 
 
 def predict_records(
     segmentor: nn.Module,
-    records: Iterable[Record],
+    records: Sequence[Record],
     config: Config,
     category_ids: list[int],
     device: torch.device,
-) -> Iterator[dict[str, Any]]:
-    """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
+) -> Iterator[list[dict[str, Any]]]:
+    """COCO results of ``segmentor`` on images, in their own frame, image after image; decoding runs ahead."""
+    reader = Reader(record.path for record in records)
 
     def read(record: Record) -> Sample:
-        image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
+        image = torch.from_numpy(read_picture(record, reader)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
-    with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[Sample]] = deque()
-        for record in records:
-            ahead.append(pool.submit(read, record))
-            if len(ahead) > AHEAD:
-                yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
-        while ahead:
-            yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+    for sample in storage.in_order(read, records, THREADS, AHEAD):
+        yield predict_sample(segmentor, sample, config, category_ids, device)
 
 
 def predict_sample(
@@ -90,8 +86,10 @@ class Predictor:
     def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
         """COCO results of images, with a progress bar on a terminal."""
         ids = [c["id"] for c in self.categories]
-        with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-            return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
+        found = predict_records(self.segmentor, records, self.config, ids, self.device)
+        hidden = not sys.stderr.isatty()
+        with click.progressbar(found, len(records), label=label, file=sys.stderr, hidden=hidden) as bar:
+            return [result for results in bar for result in results]
 
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
         """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
@@ -101,11 +99,11 @@ class Predictor:
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
         if annotations is None:
-            dataset = read_labeled(*self.config.data.part("val"), self.config.data.limits())
+            dataset = read_labeled(*self.config.data.part("val"), self.config.data.limits(), "val")
         elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_labeled(annotations, images, self.config.data.limits())
+            dataset = read_labeled(annotations, images, self.config.data.limits(), "val")
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",
@@ -129,9 +127,10 @@ class Predictor:
             if result["score"] >= draw_above:
                 of_image[result["image_id"]].append(result)
         names = {c["id"]: c["name"] for c in self.categories}
+        reader = Reader(record.path for record in records)
         for record in records:
-            picture = draw_results(record, of_image[record.image_id], names)
-            stem = f"{record.image_id:06d}_{Path(record.path).stem}"
+            picture = draw_results(record, reader, of_image[record.image_id], names)
+            stem = f"{record.image_id:06d}_{Path(name_of(record.path)).stem}"
             Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)
         drawn = sum(len(v) for v in of_image.values())
         return {
@@ -142,9 +141,10 @@ class Predictor:
         }
 
 
-def read_picture(record: Record) -> np.ndarray:
+def read_picture(record: Record, reader: Reader) -> np.ndarray:
     """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data."""
-    return decode(Path(record.path).read_bytes(), record.path, max(MAX_PIXELS, record.height * record.width))
+    data = reader.read(record.path, record.image_id)["bytes"]
+    return decode(data, record.path, max(MAX_PIXELS, record.height * record.width))
 
 
 def image_records(sources: Sequence[Path]) -> Sequence[Record]:
@@ -158,9 +158,11 @@ def image_records(sources: Sequence[Path]) -> Sequence[Record]:
     return [Record(image_id=i, path=p, height=h, width=w) for i, (p, h, w) in enumerate(found)]
 
 
-def draw_results(record: Record, results: Sequence[dict[str, Any]], names: dict[int, str]) -> np.ndarray:
+def draw_results(
+    record: Record, reader: Reader, results: Sequence[dict[str, Any]], names: dict[int, str]
+) -> np.ndarray:
     """The image (H, W, 3) uint8 with COCO results drawn over it."""
-    image = read_picture(record)
+    image = read_picture(record, reader)
     rles = [r["segmentation"]["counts"].encode() for r in results]
     boxes = np.array([r["bbox"] for r in results], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

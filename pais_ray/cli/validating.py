@@ -82,6 +82,8 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
     from pais_ray.data.entries import check_folder
     from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
+    from pais_ray.data.shards import is_shards
+    from pais_ray.data.storage import is_url
     from pais_ray.data.validate import DataError
 
     data = compose_data(words)
@@ -90,19 +92,18 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
     (train, train_images), (val, val_images) = (
         (annotations, images_of(annotations, images)) for annotations, images in (data.part("train"), data.part("val"))
     )
-    parts = [
-        Part(name="train", annotations=train, images=train_images, labeled=data.labeled, fold=data.fold),
-        Part(name="val", annotations=val, images=val_images),
-    ]
+    parts = [Part(name="train", annotations=train, images=train_images, labeled=data.labeled, fold=data.fold)]
+    if not (val == train and is_shards(train)):  # which hold both
+        parts.append(Part(name="val", annotations=val, images=val_images))
     if data.unlabeled is not None:
-        folder = Path(data.unlabeled).is_dir()
+        folder = is_url(data.unlabeled) or Path(data.unlabeled).is_dir()
         images = data.unlabeled if folder else data.unlabeled_images or data.images
         source = None if folder else data.unlabeled
         if source is not None:
             check_folder(images, source)
         parts.append(Part(name="unlabeled", annotations=source, images=images, labels=False))
     for path in (path for part in parts for path in (part.annotations, part.images)):
-        if path is not None and not Path(path).exists():
+        if path is not None and not is_url(path) and not Path(path).exists():
             raise DataError("file-missing", path, "there is no such file or folder")
     return parts, data.limits()
 

@@ -1,11 +1,10 @@
 """Records -> Ray Data -> one stream of step rows per rank.
 
-Encoded bytes travel through the object store; pixels exist only in the worker, decoded in its collate
-threads. The tasks that read bytes import this module, so it must not import torch at the top: that costs
-seconds in every one of Ray's task processes.
+Encoded bytes travel through the object store, at most ``READ_AHEAD_BYTES`` of them ahead; pixels exist only in the
+worker, decoded in its collate threads. The tasks that read bytes import this module, so it must not import torch at
+the top: that costs seconds in every one of Ray's task processes.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import pyarrow as pa
 import ray
 from ray.data.collate_fn import ArrowBatchCollateFn
 
+from pais_ray.data.encoded import Reader
 from pais_ray.data.images import decode
 from pais_ray.data.plan import StepPlan, rows_of
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
-from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
+from pais_ray.data.validate import MAX_PIXELS, check_upright
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from pais_ray.data.views import Sample
 
 ROWS_PER_BLOCK = 16  # a block of 16 rows x 4 images x ~0.15 MB is ~10 MB: a few MB are best (docs/architecture.md)
+BLOCK_BYTES = 8 * 2**20  # from which on a task's rows make a block
+# Row groups that a task reads of the part drawn least: the last one is shared with the next task, and read twice.
+GROUPS_PER_TASK = 8
 READ_AHEAD_BYTES = 256 * 2**20  # a stream's blocks in the object store, read but not yet used
 LOOP_PAUSE_S = 0.05  # between two rounds of Ray Data's scheduling loop
 READ_TASK_CPUS = 0.25  # reading waits for the disk; with whole CPUs two streams starve on a two-CPU machine
@@ -40,6 +43,7 @@ class Feed:
     plan: StepPlan
     labeled: "ray.ObjectRef[pa.Table]"
     unlabeled: "ray.ObjectRef[pa.Table]"
+    max_pixels: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,13 @@ class Row:
     unlabeled: list["Sample"]
 
 
-def make_feed(plan: StepPlan, labeled: Sequence[LabeledRecord], unlabeled: Sequence[Record]) -> Feed:
-    """Puts the records (paths, sizes, RLE; no pixels) into the object store."""
-    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)))
+def make_feed(
+    plan: StepPlan, labeled: Sequence[Record], unlabeled: Sequence[Record], max_pixels: int = MAX_PIXELS
+) -> Feed:
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store. Labels of shards stay in the shards."""
+    return Feed(
+        plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)), max_pixels=max_pixels
+    )
 
 
 def step_rows(
@@ -81,21 +89,30 @@ def step_rows(
     context.custom_execution_callback_classes = [_Pause]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES  # a task gives its rows away block by block, as it reads on
     images = feed.plan.images_per_row
-    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // ROWS_PER_BLOCK)).map_batches(
+    rows_per_task = task_rows(feed.plan)
+    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // rows_per_task)).map_batches(
         _read_rows,
         batch_format="pyarrow",
-        batch_size=ROWS_PER_BLOCK,
+        batch_size=rows_per_task,
         num_cpus=READ_TASK_CPUS,
         fn_kwargs={"feed": feed, "first": rows.start, "step": rows.step},
     )
     batches = stream.iterator().iter_torch_batches(
         batch_size=images,
         prefetch_batches=prefetch,
-        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric),
+        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric, max_pixels=feed.max_pixels),
         device="cpu",
     )
     yield from batches
+
+
+def task_rows(plan: StepPlan) -> int:
+    """Step rows of a reading task: of shards so many that few row groups are needed by two tasks."""
+    parts = ((plan.labeled_groups, plan.labeled), (plan.unlabeled_groups, plan.unlabeled))
+    whole = (GROUPS_PER_TASK * max(groups) // count for groups, count in parts if groups and count)
+    return max(ROWS_PER_BLOCK, *whole, 0)
 
 
 class _Pause:
@@ -116,7 +133,7 @@ class _Pause:
 def _table(records: Sequence[Record]) -> pa.Table:
     columns = {
         "image_id": pa.array([r.image_id for r in records], pa.int64()),
-        "path": pa.array([os.path.abspath(r.path) for r in records], pa.string()),
+        "path": pa.array([r.path for r in records], pa.string()),
         "height": pa.array([r.height for r in records], pa.int32()),
         "width": pa.array([r.width for r in records], pa.int32()),
     }
@@ -144,31 +161,33 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> pa.Table:
+def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> Iterator[pa.Table]:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
-    labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
-    out: list[dict[str, Any]] = []
-    for index in ids["id"].to_pylist():
-        g = first + index * step
-        of_labeled, of_unlabeled = feed.plan.row(g)
-        picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
-        for slot, (table, i) in enumerate(picked):
-            record = table.slice(int(i), 1).to_pylist()[0]
-            try:
-                with open(record["path"], "rb") as file:
-                    out.append({"g": g, "slot": slot, "bytes": file.read(), **record})
-            except FileNotFoundError as error:
-                where, remedy = record["path"], "restore it, or take it out of the annotations"
-                raise DataError("image-missing", where, "is there no more", remedy) from error
-    return pa.Table.from_pylist(out, schema=_SCHEMA)
+    rows = [first + index * step for index in ids["id"].to_pylist()]
+    drawn = [feed.plan.row(g) for g in rows]
+    parts: list[tuple[Reader, Iterator[dict[str, Any]]]] = []  # and what each reads, in order
+    for table, positions in zip(ray.get([feed.labeled, feed.unlabeled]), zip(*drawn, strict=True), strict=True):
+        records = table.take(np.concatenate(positions)).to_pylist()
+        reader = Reader((r["path"] for r in records), labels=not parts and "rles" not in table.column_names)
+        parts.append((reader, iter(records)))
+    (labeled, of_labeled), (unlabeled, of_unlabeled) = parts
+    for start in range(0, len(rows), ROWS_PER_BLOCK):
+        out: list[dict[str, Any]] = []
+        for g in rows[start : start + ROWS_PER_BLOCK]:
+            picked = [(labeled, next(of_labeled)) for _ in range(feed.plan.labeled)]
+            picked += [(unlabeled, next(of_unlabeled)) for _ in range(feed.plan.unlabeled)]
+            for slot, (reader, record) in enumerate(picked):
+                out.append({"g": g, "slot": slot, **record, **reader.read(record["path"], record["image_id"])})
+        yield pa.Table.from_pylist(out, schema=_SCHEMA)
 
 
 class _Collate(ArrowBatchCollateFn):
     """Decodes one step row. Runs in several threads at once, so it keeps no state."""
 
-    def __init__(self, *, seed: int, photometric: "Photometric | None") -> None:
+    def __init__(self, *, seed: int, photometric: "Photometric | None", max_pixels: int) -> None:
         self.seed = seed
         self.photometric = photometric
+        self.max_pixels = max_pixels
 
     def __call__(self, batch: pa.Table) -> Row:
         labeled: list[Sample] = []
@@ -186,8 +205,7 @@ class _Collate(ArrowBatchCollateFn):
 
         g, slot, image_id = (batch[name][i].as_py() for name in ("g", "slot", "image_id"))
         path, height, width = (batch[name][i].as_py() for name in ("path", "height", "width"))
-        # its size has passed the cap of this run's data, which may be higher than the common one
-        image = decode(batch["bytes"][i].as_buffer(), path, max(MAX_PIXELS, height * width))
+        image = decode(batch["bytes"][i].as_buffer(), path, self.max_pixels)
         if not batch["boxes"][i].is_valid:
             return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
         check_upright(image.shape[0], image.shape[1], (height, width), path)

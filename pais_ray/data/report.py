@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pais_ray.data import splits
+from pais_ray.data import shards, splits, storage
 from pais_ray.data._findings import Finding, Report
 from pais_ray.data._inspect import Content, absent_categories, inspect_coco
 from pais_ray.data._pictures import Job, look_at_all
 from pais_ray.data.entries import check_same_categories
-from pais_ray.data.sources import list_folder
+from pais_ray.data.sources import list_folder, list_prefix
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
 __all__ = ["Finding", "Part", "Report", "examine"]
@@ -23,8 +23,8 @@ class Part:
     """One part of a data set: a COCO file, its images, or both."""
 
     name: str  # train, val, unlabeled
-    annotations: str | None
-    images: str | None  # the folder; None: files are not looked at
+    annotations: str | None  # or shards
+    images: str | None  # the folder; None: files are not looked at, and of a URL only their names
     labels: bool = True  # whether annotations and categories count
     labeled: float = 1.0  # the share of images that keep their labels, and which draw of it
     fold: int = 1
@@ -40,6 +40,12 @@ def examine(
     jobs: list[tuple[Part, Job]] = []
     files: dict[str, Content] = {}
     for part in parts:
+        if shards.is_shards(part.annotations):
+            _shards(part, report, progress)
+            continue
+        if part.annotations is None and storage.is_url(part.images or ""):
+            report.images += len(report.check(list_prefix, part.images) or ())
+            continue
         if part.annotations is None:
             paths = report.check(list_folder, part.images) or []
             report.images += len(paths)
@@ -62,6 +68,15 @@ def examine(
         report.check(check_same_categories, val.names, val.path, train.names, train.path)
     _pictures(jobs, limits, report, progress)
     return report
+
+
+def _shards(part: Part, report: Report, progress: Progress) -> None:
+    """Every file of shards against their manifest. What they hold was checked when they were written."""
+    manifest = report.check(shards.read_manifest, part.annotations)
+    if manifest is not None:
+        report.images += sum(manifest.parts.values())
+        for file in progress(manifest.files, len(manifest.files)):
+            report.check(shards.verify, part.annotations, file)
 
 
 def _pictures(jobs: Sequence[tuple[Part, Job]], limits: Limits, report: Report, progress: Progress) -> None:

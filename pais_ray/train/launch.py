@@ -72,26 +72,30 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     config, data = prepare(config)
     check_resume(root, config, force)
     check_data(root, data, force)
+    lanes = kept_lanes(root, config, data, force)
     schedule = kept_schedule(root, run_schedule(config), force)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = steps_made(root)
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
     say(schedule.explain())
+    if data.labeled_groups is not None and len(data.labeled) < len(data.train.records):
+        say(f"hint: reading one image reads its row group, and {data.train.path} holds labeled and unlabeled images ")
+        say("      mixed; shards written with this split (pais-ray shard ... data.labeled or data.split) read less")
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
             close_tracking(root, config, read_run_id(root), "FINISHED")
         return result_of(root, schedule, run_id=read_run_id(root), stopped=False)
-    write_run_directory(root, config, data, schedule)
+    write_run_directory(root, config, data, schedule, lanes)
     started_here = connect()
     try:
-        return fit(root, config, data, schedule)
+        return fit(root, config, data, schedule, lanes)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResult:
+def fit(root: Path, config: Config, data: Data, schedule: Schedule, lanes: int) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
     run_id = tracking.open_run(
         config.tracking,
@@ -110,6 +114,9 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
         num_unlabeled=len(data.unlabeled),
         labeled=config.batch.labeled,
         unlabeled=config.batch.unlabeled,
+        labeled_groups=data.labeled_groups,
+        unlabeled_groups=data.unlabeled_groups,
+        lanes=lanes,
     )
     cpus, threads = worker_resources(config)
     job = worker.Job(
@@ -117,7 +124,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
         schedule=schedule,
         root=root,
         categories=data.train.categories,
-        feed=pipeline.make_feed(plan, data.labeled, data.unlabeled),
+        feed=pipeline.make_feed(plan, data.labeled, data.unlabeled, config.data.max_pixels),
         val=ray.put(data.val),
         ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
         monitor=monitor,
@@ -321,14 +328,30 @@ def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
     return began
 
 
-def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml, split.json, schedule.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+def kept_lanes(root: Path, config: Config, data: Data, force: bool) -> int:
+    """The lanes of the run's plan: the workers it began with, whatever their number now. Raises ConfigError where its
+    shards were written anew, which changes what a row holds."""
+    path = root / "plan.json"
+    if force or not checkpoints(root) or not path.exists():
+        return config.scaling.num_workers
+    began = json.loads(path.read_text())
+    if began["shards_sha256"] != data.shards_sha256:
+        raise ConfigError(
+            f"{data.train.path}: other shards than the run began with; restore them, choose another run.name, "
+            "or insist with --force"
+        )
+    return int(began["lanes"])
+
+
+def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule, lanes: int) -> None:
+    """config.yaml, split.json, schedule.json, plan.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     papers = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),
         "schedule.json": json.dumps(asdict(schedule)),
+        "plan.json": json.dumps({"lanes": lanes, "shards_sha256": data.shards_sha256}),
     }
     if not isinstance(data.truth, str):
         papers[GROUND_TRUTH] = json.dumps(data.truth)
