@@ -23,7 +23,8 @@ from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import MAX_PIXELS, DataError
 from pais_ray.data.views import Sample, make_views
-from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
+from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, newest_verified
+from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import autocast
 
 AHEAD = 4  # images decoded ahead of the network

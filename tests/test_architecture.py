@@ -12,7 +12,7 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
+    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py", "train/watchdog.py"},
     "mlflow": {"tracking.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
@@ -23,7 +23,7 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
-    2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking"},
+    2: {"data", "guards", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking"},
     3: {"config", "overlays", "plugins"},
     4: {"train", "inference"},
     5: {"cli", "__init__"},

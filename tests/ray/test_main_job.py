@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.train import launch
-from pais_ray.train.state import checkpoint_folder, checkpoints, metric_rows, newest_verified
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
