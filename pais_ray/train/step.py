@@ -20,6 +20,8 @@ from pais_ray.structures import Batch, Predictions, Targets
 from pais_ray.train.state import TrainState
 
 Metrics = dict[str, Tensor | float]
+# What must be finite: a teacher that is not would propose nothing, and nobody would see why.
+WATCHED = ("loss", "teacher_norm", "pseudo/score_sum", "pseudo/iou_sum")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,6 +108,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     limit = float("inf") if settings.clip_norm is None else settings.clip_norm
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(state.student.parameters(), limit)
+    metrics["teacher_norm"] = nn.utils.get_total_norm(state.teacher.parameters())
     # With fp16 an infinite gradient is the loss scale's fault until there is no scale left to lower.
     scale_to_blame = state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0
     bad, stop, norm = agree(metrics, stop, grad_matters=not scale_to_blame)
@@ -218,12 +221,12 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def agree(metrics: Metrics, stop: bool, *, grad_matters: bool) -> tuple[bool, bool, float]:
     """(something on some rank is not finite, some rank wants to stop, gradient norm), the same on every rank.
 
-    DDP has averaged the gradients, so their norm already agrees; losses and the teacher's scores do not. Where
+    DDP has averaged the gradients, so their norm already agrees; losses and the teacher do not. Where
     ``grad_matters`` is False an infinite gradient is left to the fp16 scaler, which skips such steps and lowers
     its scale.
     """
     norm = torch.as_tensor(metrics["grad_norm"]).float()
-    watched = [torch.as_tensor(metrics[k]) for k in ("loss", "pseudo/score_sum", "pseudo/iou_sum") if k in metrics]
+    watched = [torch.as_tensor(metrics[k]) for k in WATCHED if k in metrics]
     bad = ~torch.isfinite(torch.stack([w.to(norm.device).float() for w in watched])).all()
     bad = bad | (~torch.isfinite(norm) if grad_matters else torch.zeros_like(bad))
     flags = torch.stack([bad.float(), torch.full_like(norm, float(stop)), norm.nan_to_num(nan=math.inf)])
