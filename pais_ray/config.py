@@ -174,6 +174,10 @@ class ScalingConfig(Section):
         """Workers where the cluster has room for all."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
+    @property
+    def least(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
     @field_validator("num_workers")
     @classmethod
     def _in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:

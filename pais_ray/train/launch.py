@@ -22,7 +22,6 @@ from pais_ray import plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
 from pais_ray.data import pipeline, splits
 from pais_ray.data.plan import StepPlan
-from pais_ray.guards import GuardConfig
 from pais_ray.optim import Schedule
 from pais_ray.train import watchdog, worker
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
@@ -32,6 +31,7 @@ from pais_ray.train.prepare import Data, prepare
 from pais_ray.train.state import ROLES
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
+NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
 POLL_S = 0.5  # between two looks at the monitor
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
@@ -154,7 +154,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
     status = "FAILED"
     try:
         last = min(schedule.steps, config.train.stop_at or schedule.steps)
-        stopped = follow(trainer, monitor, root, last, config.guards)
+        stopped = follow(trainer, Watch(monitor, root, config, cpus), root, last)
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, run_id, status)
@@ -177,7 +177,7 @@ def close_tracking(root: Path, config: Config, run_id: str | None, status: str) 
     tracker.close(status)
 
 
-def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int, limits: GuardConfig) -> bool:
+def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
     prints what the workers say and watches over them. Returns whether the user stopped it; raises what training
     raised."""
@@ -197,21 +197,20 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int, limits: G
     asked = 0
     fatal: Exception | None = None
     patience = LAST_WORDS / POLL_S
-    watch = Watch(monitor, root, limits)
     with terminating_as_interrupt():
         while not done.is_set() and patience > 0:
             try:
                 done.wait(timeout=POLL_S)
-                fatal = show(ray.get(monitor.drain.remote())) or fatal
+                fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
                 patience -= fatal is not None
                 watch.look()
             except KeyboardInterrupt:
                 asked += 1
                 if asked > 1:
                     raise
-                ray.get(monitor.request.remote("stop"))  # what is announced has happened
+                ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
                 say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-    fatal = show(ray.get(monitor.drain.remote())) or fatal
+    fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
@@ -236,11 +235,12 @@ def terminating_as_interrupt() -> Iterator[None]:
 
 
 class Watch:
-    """Looks after the ranks from outside: nodes about to go, ranks that hang."""
+    """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
 
-    def __init__(self, monitor: Any, root: Path, limits: GuardConfig) -> None:
-        self.monitor, self.root, self.limits = monitor, root, limits
+    def __init__(self, monitor: Any, root: Path, config: Config, cpus: float) -> None:
+        self.monitor, self.root, self.config, self.cpus = monitor, root, config, cpus
         self.leaving: set[str] = set()
+        self.heard = time.monotonic()  # when some rank last gave a sign of life
         self.events = Lines(root / "events.jsonl")
 
     def look(self) -> None:
@@ -250,7 +250,15 @@ class Watch:
             self.monitor.request.remote("save")
         self.leaving = leaving
         pulse = ray.get(self.monitor.pulse.remote())
-        late = watchdog.stuck(pulse, self.limits)
+        now = time.monotonic()
+        if pulse:
+            self.heard = now
+        elif now - self.heard > NO_ROOM_S:
+            self.heard = now  # said again as long as it lasts
+            lacking = lack_of_room(self.config, self.cpus)
+            if lacking is not None:
+                self.tell(f"waiting for room: {lacking}", "no_room")
+        late = watchdog.stuck(pulse, self.config.guards)
         if late is not None:
             self.tell(watchdog.describe(late, self.root), "stall")
             watchdog.end(late, pulse)
@@ -304,26 +312,33 @@ def worker_resources(config: Config) -> tuple[float, int]:
     """(CPUs to reserve a worker, torch threads a worker). Reading tasks need a free CPU or the streams starve:
     workers take at most what leaves one, half a CPU each on two."""
     workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
-    least = config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else config.scaling.num_workers[0]
     cpus = config.scaling.cpus_per_worker
     if cpus is None:
         cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
         cpus = float(f"{cpus:.2f}")
-    if least * cpus + pipeline.READ_TASK_CPUS > total:
+    lacking = lack_of_room(config, cpus)
+    if lacking is not None:
         raise ConfigError(
-            f"scaling.num_workers: {least} workers of {cpus} CPUs and {pipeline.READ_TASK_CPUS} for reading data, "
-            f"and the cluster has {total:g}; lower scaling.num_workers or scaling.cpus_per_worker"
-        )
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if config.scaling.use_gpu and gpus < least:
-        raise ConfigError(
-            f"scaling.use_gpu: {least} workers need a GPU each, and the cluster has {gpus:g}; "
-            "lower scaling.num_workers or set scaling.use_gpu=false"
+            f"scaling.num_workers: {lacking}; lower scaling.num_workers or scaling.cpus_per_worker, "
+            "or set scaling.use_gpu=false"
         )
     nodes = max(1, len([n for n in ray.nodes() if n["Alive"]]))
     # Ray's count knows of a container's limits, the system's of this process's.
     cores = min(int(total / nodes) or 1, len(os.sched_getaffinity(0)))
     return cpus, config.train.threads_per_worker or max(1, cores // -(-workers // nodes))
+
+
+def lack_of_room(config: Config, cpus: float) -> str | None:
+    """What the cluster would need for the least number of workers and does not have."""
+    least, there = config.scaling.least, ray.cluster_resources()
+    need = {"CPU": least * cpus + pipeline.READ_TASK_CPUS, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
+    missing = [f"{there.get(k, 0.0):g} of {v:g} {k}s" for k, v in need.items() if there.get(k, 0.0) < v]
+    if not missing:
+        return None
+    return (
+        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}, and "
+        f"{pipeline.READ_TASK_CPUS} CPUs for reading data; the cluster has {' and '.join(missing)}"
+    )
 
 
 def connect() -> bool:
