@@ -28,7 +28,7 @@ class Heartbeat:
         self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born, "attempt": attempt}
         self.at = (0, "first_batch", time.monotonic())
         self.stopped = threading.Event()
-        self.stacks = stacks_file(root, rank).open("w")
+        self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
         faulthandler.register(STACKS_SIGNAL, self.stacks, all_threads=True)
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.thread.start()
@@ -48,6 +48,8 @@ class Heartbeat:
         self.thread.join()
         faulthandler.unregister(STACKS_SIGNAL)
         self.stacks.close()
+        if Path(self.stacks.name).stat().st_size == 0:
+            Path(self.stacks.name).unlink()
 
     def _beat(self) -> None:
         while not self.stopped.is_set():
@@ -57,7 +59,7 @@ class Heartbeat:
 
 
 def stacks_file(root: Path, rank: int) -> Path:
-    """Where the stacks of a rank are written when somebody asks."""
+    """Where the stacks of this rank's process are written when somebody asks."""
     folder = root / "stacks"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"rank{rank}.txt"
+    return folder / f"rank{rank}_{os.getpid()}.txt"

@@ -93,6 +93,9 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
             wrong_input = not isinstance(reason, TrainingEnded | StorageLost)
             ray.get(job.monitor.fatal.remote(str(reason), wrong_input=wrong_input))
         elif not ray.get(job.monitor.has_ended.remote()):
+            words = str(error).strip().splitlines() or [""]
+            text = f"a worker failed ({type(error).__name__}: {words[0][:300]}); the workers start again"
+            job.monitor.progress.remote({"text": text})
             raise
         if dist.is_initialized():
             dist.destroy_process_group()

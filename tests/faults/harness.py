@@ -23,11 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def words(data: Path, storage: Path, name: str, steps: int, *more: str) -> list[str]:
     """Two workers, nano Mask R-CNN on 64 px, all that a run has: pseudo-labels, evaluation, checkpoints."""
     return [
-        *("synthetic", "mask_rcnn", "pais"),
+        *("synthetic", "segmentor.name=mask_rcnn", "method.name=pais"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
         *("data.image_size=64", "data.labeled=0.25", "batch.labeled=1", "batch.unlabeled=1"),
         *("segmentor.preset=nano", "segmentor.weights=null", "method.burn_in=2", "method.tau_cls=0.05"),
-        *("optim.lr=0.02", f"train.steps={steps}", f"train.eval_every={steps // 2}", "train.checkpoint_every=5"),
+        *(
+            "optim.name=sgd",
+            "optim.lr=0.005",
+            f"train.steps={steps}",
+            f"train.eval_every={steps // 2}",
+            "train.checkpoint_every=5",
+        ),
         *("train.log_every=1", "train.panel_every=null", "train.keep_checkpoints=3", "scaling.num_workers=2"),
         *(f"run.storage_path={storage}", f"run.name={name}", f"tracking.uri=sqlite:///{storage}/mlflow.db"),
         "run.max_failures=-1",

@@ -108,8 +108,7 @@ def test_a_bad_day(start, tmp_path):
     assert state["rollbacks"] == len(events(root, "rollback"))
     assert state["g_next"] == 2 * (20 + 2 * state["rollbacks"]), "the data went on"
     assert all(torch.isfinite(v).all() for v in weights(root, 20).values() if v.is_floating_point())
-    stacks = (root / "stacks" / "rank0.txt").read_text()
-    assert "Thread" in stacks
+    assert any("Thread" in path.read_text() for path in (root / "stacks").glob("rank0_*.txt"))
 
 
 @slow
