@@ -1,15 +1,19 @@
 """Scored masks, malformed: every file ends in its rule, in the report and in reading, before any C call."""
 
+import copy
 import json
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 from pais_ray.data import scored
-from pais_ray.data.report import Part, examine
-from pais_ray.data.sources import Category, read_coco, read_folder
-from pais_ray.data.validate import DataError, severity
+from pais_ray.data.report import Part, Report, examine
+from pais_ray.data.sources import Category, Record, read_coco, read_folder
+from pais_ray.data.validate import LIMITS, DataError, severity
 from tests.malformed import AREA, INF, NAN, RLE, SQUARE, H, W, call, rules, tree
+from tests.test_validate_fuzz import mutate
 
 GOOD = {"image_id": 0, "category_id": 3, "segmentation": [SQUARE], "bbox": [10, 10, 20, 15], "score": 0.5}
 
@@ -20,6 +24,17 @@ def entry(**changes):
 
 def without(key):
     return [{k: v for k, v in GOOD.items() if k != key}]
+
+
+@st.composite
+def mutated(draw):
+    """A sound file of six masks of which up to four things were changed."""
+    sound = [GOOD | {"image_id": i % 2, "iou": 0.5} for i in range(3)]
+    sound += [GOOD | {"image_id": i % 2, "segmentation": RLE, "bbox": [4, 3, 6, 5]} for i in range(3)]
+    content = copy.deepcopy({"annotations": sound})
+    for _ in range(draw(st.integers(1, 4))):
+        mutate(draw, content)
+    return content.get("annotations", content)
 
 
 CORPUS: dict[str, tuple[object, str | None]] = {
@@ -100,6 +115,27 @@ def test_each_malformed_file_ends_in_its_rule_in_report_and_reading(folder, name
     else:
         found = scored.read_scored(str(path), records, (), categories, 0.0)
         assert sum(len(image.scores) for image in found.images) + found.empty == len(content)
+
+
+def test_mutated_files_end_in_findings_and_reading_refuses_the_same(folder):
+    records = [Record(image_id=i, path=f"{i}.png", height=H, width=W) for i in range(2)]
+    known = {i: scored.Known((H, W), f"{i}.png") for i in range(2)}
+    path = folder / "masks.json"
+
+    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(mutated())
+    def law(content):
+        path.write_text(json.dumps(content))
+        report, refused = Report(), None
+        scored.inspect_scored(str(path), known, {3}, LIMITS, report)
+        errors = {finding.rule for finding in report.findings if severity(finding.rule) == "error"}
+        try:
+            scored.read_scored(str(path), records, (), [Category(id=3, name="cat", index=0)], 0.0)
+        except DataError as error:
+            refused = error.rule
+        assert refused in errors if errors else refused is None
+
+    law()
 
 
 def test_every_entry_is_told_not_only_the_first(folder):
