@@ -89,6 +89,11 @@ class DataConfig(Section):
         """The caps, as the readers take them."""
         return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation images are some of train: a share of it, or those that the manifest names."""
+        return self.train is not None and self.val is None
+
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
         where one is not set."""
@@ -106,7 +111,7 @@ class DataConfig(Section):
         if self.train is None and (self.val is not None or self.holdout is not None):
             given = "val" if self.val is not None else "holdout"
             raise ValueError(f"train: expected a COCO JSON because {given} is set, got null; set both or neither")
-        if self.train is not None and self.val is None and self.holdout is None and self.split is None:
+        if self.holds_out and self.holdout is None and self.split is None:
             raise ValueError(
                 "val: expected a COCO JSON because train is set, got null; set it, or hold images out: data.holdout=0.2"
             )

@@ -105,7 +105,7 @@ class Predictor:
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
         data = self.config.data
-        if annotations is None and data.val is None:
+        if annotations is None and data.holds_out:
             dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
         elif annotations is None:
             dataset = read_labeled(*data.part("val"), data.limits())

@@ -182,12 +182,16 @@ def test_images_alone_say_what_is_missing_and_how_to_go_on(photos):
     done = call("train", f"data={photos}")
     assert done.exit_code == 2
     assert "[data-layout]" in done.stderr
-    assert "1 other JSON file" in refused_with(photos, "results.json", '[{"score": 1, "segmentation": {}}]')
+    coco(photos / "cut.json", ["1.png"])
+    (photos / "cut.json").write_text((photos / "cut.json").read_text()[:60])
+    assert f"10 images and no COCO JSON to learn from; {photos}/cut.json is none; label" in refused(photos)
 
 
-def refused_with(folder, name, text) -> str:
-    (folder / name).write_text(text)
-    return refused(folder)
+def test_a_missing_image_is_for_the_report_to_tell(photos):
+    (photos / "2.png").unlink()
+    done = call("validate", f"data={photos}")
+    assert done.exit_code == 1, done.output
+    assert "image-missing" in done.output
 
 
 def test_two_files_to_learn_from(photos):

@@ -96,7 +96,7 @@ def draw_of_folder(
     if data.unlabeled is None:
         return made
     others = read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
-    val = read_labeled(*data.part("val")).records if data.val is not None else ()
+    val = read_labeled(*data.part("val")).records if not data.holds_out else ()
     return [manifest(with_left(m.split, train, others, val), train, m.sampling) for m in made]
 
 

@@ -95,7 +95,7 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     train, images = data.part("train")
     draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
     parts = [Part(name="train", annotations=train, images=images_of(train, images), **draw)]
-    if data.val is not None:
+    if not data.holds_out:
         val, images = data.part("val")
         parts.append(Part(name="val", annotations=val, images=images_of(val, images)))
     if data.unlabeled is not None:

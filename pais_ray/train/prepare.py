@@ -31,7 +31,7 @@ def prepare(config: Config) -> tuple[Config, Data]:
     limits = data.limits()
     train = formats.read_labeled(*data.part("train"), limits)
     val = None
-    if data.val is not None:
+    if not data.holds_out:
         val = formats.read_labeled(*data.part("val"), limits)
         names, val_names = ({c.id: c.name for c in part.categories} for part in (train, val))
         entries.check_same_categories(val_names, val.path, names, train.path)
