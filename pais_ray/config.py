@@ -55,9 +55,19 @@ class DataConfig(Section):
     )
     labeled: float = Field(default=1.0, gt=0, le=1, description="share of train that keeps its labels")
     fold: int = Field(default=1, ge=0, description="which draw of that share")
+    holdout: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of train to evaluate on, held out before labels are drawn; where val is null",
+    )
     split: str | None = Field(
         default=None,
         description="manifest of `pais-ray split` that says which images are labeled, instead of labeled and fold",
+    )
+    pseudo_labels: str | None = Field(
+        default=None,
+        description="COCO results with scores (scored masks) that label the unlabeled images; null: the teacher does",
     )
     max_pixels: int = Field(
         default=MAX_PIXELS,
@@ -80,6 +90,11 @@ class DataConfig(Section):
         """The caps, as the readers take them."""
         return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation images are some of train: a share of it, or those that the manifest names."""
+        return self.train is not None and self.val is None
+
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
         where one is not set."""
@@ -94,9 +109,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _both_sides(self) -> Self:
-        if (self.train is None) != (self.val is None):
-            missing, given = ("val", "train") if self.val is None else ("train", "val")
-            raise ValueError(f"{missing}: expected a COCO JSON because {given} is set, got null; set both or neither")
+        if self.train is None and (self.val is not None or self.holdout is not None):
+            given = "val" if self.val is not None else "holdout"
+            raise ValueError(f"train: expected a COCO JSON because {given} is set, got null; set both or neither")
+        if self.holds_out and self.holdout is None and self.split is None:
+            raise ValueError(
+                "val: expected a COCO JSON because train is set, got null; set it, or hold images out: data.holdout=0.2"
+            )
+        if self.val is not None and self.holdout is not None:
+            raise ValueError(f"holdout: goes without val, got {self.holdout} and {self.val}; set one of them to null")
         return self
 
 
@@ -239,15 +260,18 @@ class Config(Section):
         leaves_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
         if self.method.uses_unlabeled and leaves_none:
             raise ValueError(
-                f"data.labeled: {name} needs unlabeled images and 1 leaves none; "
-                "set data.labeled=0.1, or data.unlabeled to a folder or JSON"
+                f"data.labeled: {name} needs unlabeled images and 1 leaves none; set data.labeled=0.1, or "
+                "data.unlabeled to a folder or JSON, or add the word supervised to learn from the labeled ones alone"
             )
+        if self.data.pseudo_labels is not None and not self.method.uses_unlabeled:
+            raise ValueError(f"data.pseudo_labels: {name} learns from labeled images alone; set it to null")
         return self
 
 
 def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Config:
     """The Config that ``words`` spell: names of files in ``search`` (config_dirs() unless given) or paths to
-    .yaml, left to right, then `a.b=value` overrides. Raises ConfigError."""
+    .yaml, left to right, then `a.b=value` overrides; data=FOLDER stands for the settings that its layout implies.
+    Raises ConfigError, or DataError where the folder is not recognised."""
     return build(resolve(words, search))
 
 

@@ -42,6 +42,8 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "data/split_lists.py",
     "data/cityscapes.py",
     "data/formats.py",
+    "data/detect.py",
+    "data/scored.py",
     "data/synthetic.py",
     "overlays.py",
     "plugins.py",

@@ -18,6 +18,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 
 from pais_ray.data.images import decode
 from pais_ray.data.plan import RankRows, StepPlan
+from pais_ray.data.scored import SCORED, ScoredMasks, to_predictions, to_table
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
 from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
 
@@ -40,6 +41,7 @@ class Feed:
     plan: StepPlan
     labeled: "ray.ObjectRef[pa.Table]"
     unlabeled: "ray.ObjectRef[pa.Table]"
+    scored: "ray.ObjectRef[pa.Table] | None" = None  # masks from elsewhere, a row an unlabeled image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,15 @@ class Row:
     unlabeled: list["Sample"]
 
 
-def make_feed(plan: StepPlan, labeled: Sequence[LabeledRecord], unlabeled: Sequence[Record]) -> Feed:
-    """Puts the records (paths, sizes, RLE; no pixels) into the object store."""
-    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)))
+def make_feed(
+    plan: StepPlan,
+    labeled: Sequence[LabeledRecord],
+    unlabeled: Sequence[Record],
+    scored: Sequence[ScoredMasks] | None = None,
+) -> Feed:
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store; ``scored`` has one item an unlabeled."""
+    masks = None if scored is None else ray.put(to_table(scored))
+    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)), scored=masks)
 
 
 def step_rows(
@@ -136,6 +144,7 @@ _SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # null in unlabeled rows, as the next two
         ("labels", pa.list_(pa.int64())),
         ("rles", pa.list_(pa.binary())),
+        ("scored", SCORED),
     ]
 )
 
@@ -143,6 +152,8 @@ _SCHEMA = pa.schema(
 def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> pa.Table:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
+    if feed.scored is not None:
+        unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
     out: list[dict[str, Any]] = []
     for index in ids["id"].to_pylist():
         g = rows[index]
@@ -185,7 +196,11 @@ class _Collate(ArrowBatchCollateFn):
         # its size has passed the cap of this run's data, which may be higher than the common one
         image = decode(batch["bytes"][i].as_buffer(), path, max(MAX_PIXELS, height * width))
         if not batch["boxes"][i].is_valid:
-            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
+            masks, scored = batch["scored"][i].as_py(), None
+            if masks is not None:
+                check_upright(image.shape[0], image.shape[1], (height, width), path)
+                scored = to_predictions(masks, height, width)
+            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot, scored=scored)
         check_upright(image.shape[0], image.shape[1], (height, width), path)
         if self.photometric is not None:
             image = self.photometric.apply(image, view_seed(self.seed, g, slot, "photometric"))

@@ -85,6 +85,8 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = steps_made(root)
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
+    if data.scored is not None:
+        say(data.scored.summary())
     say(schedule.explain())
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
@@ -128,7 +130,9 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
         schedule=schedule,
         root=root,
         categories=data.train.categories,
-        feed=pipeline.make_feed(plan, data.labeled, data.unlabeled),
+        feed=pipeline.make_feed(
+            plan, data.labeled, data.unlabeled, None if data.scored is None else data.scored.images
+        ),
         val=ray.put(data.val),
         ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
         monitor=monitor,
@@ -395,16 +399,20 @@ def with_threads(config: Config, threads: int | None) -> Config:
 
 
 def check_data(root: Path, data: Data, force: bool) -> None:
-    """Refuses to go on where the annotations changed under their path: labels could change sides."""
+    """Refuses to go on where annotations or scored masks changed under their path: labels could change sides."""
     path = root / "split.json"
     if force or not checkpoints(root) or not path.exists():
         return
     was = splits.SplitManifest.from_json(path.read_text(), str(path))
     now = data.manifest
+    changed = None
     if (was.split.sha256, was.source_sha256) != (now.split.sha256, now.source_sha256):
+        changed = data.train.path
+    elif was.scored_sha256 != now.scored_sha256:
+        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
+    if changed is not None:
         raise ConfigError(
-            f"{data.train.path}: changed since the run began; restore it, choose another run.name, "
-            "or insist with --force"
+            f"{changed}: changed since the run began; restore it, choose another run.name, or insist with --force"
         )
 
 
@@ -449,7 +457,9 @@ def read_run_id(root: Path) -> str | None:
 
 
 def run_tags(config: Config, data: Data) -> dict[str, str]:
+    scored = {} if data.scored is None else {"scored_sha256": data.scored.sha256}
     return {
+        **scored,
         "labels_pct": f"{100 * data.manifest.split.labeled:g}",
         "fold": str(data.manifest.split.fold),
         "split_sha256": data.manifest.split.sha256,

@@ -168,7 +168,9 @@ def batch_losses(
     if batch.weak is None or batch.strong is None or lambda_unlabeled == 0:
         return losses, {}
 
-    predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)  # type: ignore[operator]
+    predictions = batch.scored
+    if predictions is None:
+        predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)  # type: ignore[operator]
     predictions = [at_most(p, cap) for p in predictions]
     weak_targets = [method.pseudo_labels(p) for p in predictions]
     weak_to_strong = geometry.compose(batch.strong.matrix, geometry.invert(batch.weak.matrix))

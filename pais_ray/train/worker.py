@@ -401,11 +401,14 @@ class Worker:
         return step == self.job.schedule.steps or bool(every and step and step % every == 0)
 
     def panel(self, batch: Batch | None) -> None:
-        """A picture of what the teacher proposes now: weak and strong view, kept and dropped, both scores."""
+        """A picture of what the teacher proposes now, or what was given in its place: weak and strong view, kept
+        and dropped, both scores."""
         if self.log is None or batch is None or batch.weak is None or batch.strong is None:
             return
-        with autocast(self.device, self.config.train.precision):
-            predictions = self.state.teacher.predict(batch.weak)
+        predictions = batch.scored
+        if predictions is None:
+            with autocast(self.device, self.config.train.precision):
+                predictions = self.state.teacher.predict(batch.weak)
         rows = []
         for i, prediction in enumerate(predictions):
             kept = self.method.pseudo_labels(prediction)  # in the weak frame
