@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
         for name, tensors in snapshot.tensors.items():
             save_file(tensors, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
-        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(aside.iterdir())}
-        _write_durably(aside / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        write_manifest(aside, sorted(p.name for p in aside.iterdir()), {})
         if folder.exists():  # left over by a run that was killed after writing it: same content, written again
             shutil.rmtree(folder)
         os.replace(aside, folder)
@@ -158,6 +157,14 @@ def verify(folder: Path) -> None:
                 raise CheckpointError(f"{path}: differs from its manifest; the file is damaged, use another checkpoint")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); use another one") from error
+
+
+def write_manifest(folder: Path, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """States ``facts``, and size and digest of the files ``names`` of ``folder``; what ``verify`` reads."""
+    files = {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
+    manifest = {"format": FORMAT, **facts, "files": files}
+    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
 
 
 def read_state(folder: Path) -> dict[str, Any]:
