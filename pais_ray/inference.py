@@ -3,11 +3,11 @@
 import json
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import click
 import numpy as np
@@ -28,6 +28,9 @@ from pais_ray.train.step import autocast
 
 AHEAD = 4  # images decoded ahead of the network
 
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
 
 def predict_records(
     segmentor: nn.Module,
@@ -42,14 +45,20 @@ def predict_records(
         image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
+    for sample in ahead(read, records):
+        yield from predict_sample(segmentor, sample, config, category_ids, device)
+
+
+def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
+    """``read`` of each item, in order, made in two threads while the caller works on the one before."""
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[Sample]] = deque()
-        for record in records:
-            ahead.append(pool.submit(read, record))
-            if len(ahead) > AHEAD:
-                yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
-        while ahead:
-            yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+        waiting: deque[Future[Read]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def predict_sample(

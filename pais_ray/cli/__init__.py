@@ -2,8 +2,10 @@
 
 import click
 
+from pais_ray.cli.cluster import batch_predict, submit
 from pais_ray.cli.models import evaluate, predict
 from pais_ray.cli.splitting import split
+from pais_ray.cli.studying import audit, tables
 from pais_ray.cli.training import show, train
 from pais_ray.cli.validating import validate
 
@@ -13,5 +15,5 @@ def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
 
 
-for command in (train, show, evaluate, predict, split, validate):
+for command in (train, show, evaluate, predict, split, validate, submit, batch_predict, audit, tables):
     main.add_command(command)
