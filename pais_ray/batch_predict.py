@@ -170,6 +170,7 @@ def predicted(plan: Plan, out: Path, todo: list[Json], workers: int | None, use_
     size = workers or max(1, int(there.get("GPU", 0) if use_gpu else there.get("CPU", 1) - 1))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.print_on_execution_start = False
     made = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         PartPredictor,
         fn_constructor_kwargs={"plan": plan, "out": out},

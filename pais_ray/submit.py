@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import logging
 import os
 import shlex
 import tempfile
@@ -94,7 +95,10 @@ def connect(address: str) -> JobSubmissionClient:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own clients show it only then
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # else they would win over the address that was checked
         os.environ.pop(name, None)
-    return JobSubmissionClient(address)
+    client = JobSubmissionClient(address)
+    for name in ("job.sdk", "dashboard_sdk"):  # its uploads and connections are no news
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    return client
 
 
 def submit(

@@ -12,20 +12,27 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
+    "ray": {
+        "data/pipeline.py",
+        "train/worker.py",
+        "train/launch.py",
+        "train/monitor.py",
+        "batch_predict.py",
+        "submit.py",
+    },
     "mlflow": {"tracking.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
     "pycocotools": {"data/", "evaluate.py", "evaluate_cityscapes.py"},
-    "matplotlib": {"plots.py"},
+    "matplotlib": {"plots.py", "plots_audit.py"},
 }
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
-    2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking"},
+    2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "plots_audit", "tracking", "access"},
     3: {"config", "overlays", "plugins"},
-    4: {"train", "inference"},
+    4: {"train", "inference", "batch_predict", "audit", "tables", "submit"},
     5: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
@@ -46,6 +53,8 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "overlays.py",
     "plugins.py",
     "train/monitor.py",
+    "access.py",
+    "submit.py",
 }
 
 
