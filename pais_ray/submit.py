@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pais_ray import access
@@ -78,9 +79,15 @@ def check_address(address: str) -> None:
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not access.has_token():
         raise ValueError(
             f"--address {address}: no token, and without one anybody who reaches that address runs code on it; start "
-            f"the cluster with RAY_AUTH_MODE=token and put its token (`ray get-auth-token` on the head) into "
-            f"{access.token_file()} with mode 600, or name the file in RAY_AUTH_TOKEN_PATH"
+            f"the cluster with RAY_AUTH_MODE=token and {remedy()}"
         )
+
+
+def remedy() -> str:
+    return (
+        f"put its token (`ray get-auth-token` on the head) into {access.token_file()} with mode 600, or name the file "
+        "in RAY_AUTH_TOKEN_PATH"
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -95,7 +102,10 @@ def connect(address: str) -> JobSubmissionClient:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own clients show it only then
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # else they would win over the address that was checked
         os.environ.pop(name, None)
-    client = JobSubmissionClient(address)
+    try:
+        client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ValueError(f"--address {address}: {str(error).splitlines()[0]}; {remedy()}") from error
     for name in ("job.sdk", "dashboard_sdk"):  # its uploads and connections are no news
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     return client
