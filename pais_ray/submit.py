@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -135,7 +136,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         try:
             asyncio.run(shown.tail(client, job))
             info = client.get_job_info(job)
-        except (RuntimeError, OSError) as error:  # aiohttp's and requests' errors are OSErrors
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
             lost += 1
             if lost > LOST_AFTER:
                 raise ConnectionError(f"the cluster does not answer; the job may go on ({error})") from error

@@ -49,7 +49,7 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
     try:
         status = jobs.follow(client, job)
     except (KeyboardInterrupt, ConnectionError) as error:
-        click.echo(f"{error or 'not followed any more'}; the job goes on\n{jobs.commands(job, address)}", err=True)
+        click.echo(f"{str(error) or 'not followed any more'}; the job goes on\n{jobs.commands(job, address)}", err=True)
         sys.exit(FAILED)
     sys.exit(status)
 

@@ -1,13 +1,16 @@
 """A Ray cluster of several nodes on this machine: each its own processes, so that one can be killed whole."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,7 @@ from pais_ray import access
 
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: killed tests leave no cluster behind
 MEMORY = f"--object-store-memory={200 * 2**20}"
 
 
@@ -33,8 +37,9 @@ class Nodes:
         log = (self.folder / f"node{len(self.running)}.log").open("w")
         command = [*RAY, "start", "--block", "--disable-usage-stats", *options]
         started = subprocess.Popen(
-            command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder
-        )
+            command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder,
+            preexec_fn=partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM),
+        )  # fmt: skip
         self.running.append(started)
 
     def join(self, cpus: int) -> None:
