@@ -189,6 +189,9 @@ class ScalingConfig(Section):
     cpus_per_worker: float | None = Field(
         default=None, gt=0, description="CPUs to reserve a worker; null: what leaves one for reading data"
     )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="PACK", description="of the workers over the nodes, Ray's names; PACK: few nodes, less network"
+    )
 
     @property
     def most(self) -> int:
@@ -301,6 +304,11 @@ def run_schedule(config: Config) -> Schedule:
 def flatten(config: Config) -> dict[str, Scalar]:
     """Dotted name -> value; lists as JSON text."""
     return dict(_leaves(_plain(config)))
+
+
+def identity(config: Config) -> dict[str, Scalar]:
+    """Dotted name -> value of the settings that make a run what it is."""
+    return {name: value for name, value in flatten(config).items() if not _is_free(config, name)}
 
 
 def changed_identity(old: Config, new: Config) -> list[str]:

@@ -3,11 +3,11 @@
 import json
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import click
 import numpy as np
@@ -30,6 +30,9 @@ from pais_ray.train.step import autocast
 
 AHEAD = 4  # images decoded ahead of the network
 
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
 
 def predict_records(
     segmentor: nn.Module,
@@ -44,14 +47,20 @@ def predict_records(
         image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
+    for sample in ahead(read, records):
+        yield from predict_sample(segmentor, sample, config, category_ids, device)
+
+
+def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
+    """``read`` of each item, in order, made in two threads while the caller works on the one before."""
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[Sample]] = deque()
-        for record in records:
-            ahead.append(pool.submit(read, record))
-            if len(ahead) > AHEAD:
-                yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
-        while ahead:
-            yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+        waiting: deque[Future[Read]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def predict_sample(
@@ -72,8 +81,9 @@ class Predictor:
 
     segmentor: nn.Module
     config: Config
-    manifest: SplitManifest  # of the run
+    categories: list[dict[str, Any]]  # id and name as in the data set, by label
     device: torch.device
+    manifest: SplitManifest | None = None  # of the run; None for an exported model
 
     @classmethod
     def open(cls, run: Path, *, role: str = "teacher", checkpoint: str = "best", device: str | None = None) -> Self:
@@ -85,12 +95,9 @@ class Predictor:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         segmentor = plugins.segmentor(config.segmentor.name)(len(manifest.classes), config.segmentor, pretrained=False)
         load_segmentor(segmentor, choose_checkpoint(run, role, checkpoint), role)
-        return cls(segmentor=segmentor.to(where).eval(), config=config, manifest=manifest, device=where)
-
-    @property
-    def categories(self) -> list[dict[str, Any]]:
-        """Id and name as in the data set, by label."""
-        return [{"id": c.id, "name": c.name} for c in self.manifest.classes]
+        categories = [{"id": c.id, "name": c.name} for c in manifest.classes]
+        segmentor.to(where).eval()
+        return cls(segmentor=segmentor, config=config, categories=categories, device=where, manifest=manifest)
 
     def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
         """COCO results of images, with a progress bar on a terminal."""
@@ -106,7 +113,7 @@ class Predictor:
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
         data = self.config.data
-        if annotations is None and data.holds_out:
+        if annotations is None and data.holds_out and self.manifest is not None:
             dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
         elif annotations is None:
             dataset = read_labeled(*data.part("val"), data.limits())

@@ -12,13 +12,21 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py", "train/watchdog.py"},
+    "ray": {
+        "data/pipeline.py",
+        "train/worker.py",
+        "train/launch.py",
+        "train/monitor.py",
+        "train/watchdog.py",
+        "batch_predict.py",
+        "submit.py",
+    },
     "mlflow": {"tracking.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
     "pycocotools": {"data/", "evaluate.py", "evaluate_cityscapes.py"},
-    "matplotlib": {"plots.py"},
+    "matplotlib": {"plots.py", "plots_audit.py"},
     "onnx": {"export.py"},
     "onnxscript": {"export.py"},
     "onnxruntime": {"export.py", "onnx_runner.py"},
@@ -26,9 +34,20 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
-    2: {"data", "guards", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking", "onnx_runner"},
+    2: {
+        "data",
+        "guards",
+        "evaluate",
+        "evaluate_cityscapes",
+        "analysis",
+        "plots",
+        "plots_audit",
+        "tracking",
+        "onnx_runner",
+        "access",
+    },
     3: {"config", "overlays", "plugins"},
-    4: {"train", "inference", "export"},
+    4: {"train", "inference", "export", "batch_predict", "audit", "tables", "submit"},
     5: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
@@ -52,6 +71,8 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "overlays.py",
     "plugins.py",
     "train/monitor.py",
+    "access.py",
+    "submit.py",
 }
 
 

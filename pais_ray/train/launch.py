@@ -17,8 +17,9 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pais_ray import plots, tracking
+from pais_ray import access, plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
 from pais_ray.data import pipeline, splits
 from pais_ray.data.plan import StepPlan
@@ -27,7 +28,7 @@ from pais_ray.train import watchdog, worker
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
 from pais_ray.train.log import Lines
 from pais_ray.train.monitor import Monitor
-from pais_ray.train.prepare import Data, prepare
+from pais_ray.train.prepare import Data, check_outlives_job, prepare
 from pais_ray.train.state import ROLES
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
@@ -73,6 +74,8 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
         raise ConfigError(
             f"run.storage_path: expected a path that every node sees, got {config.run.storage_path!r}; mount the bucket"
         )
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # Ray sets it for a job's program
+        check_outlives_job(config)
     name = config.run.name or f"{config.segmentor.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     root = Path(config.run.storage_path).absolute() / name
@@ -116,7 +119,8 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
     )
     if run_id is not None:
         (root / "mlflow_run_id").write_text(run_id)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # outlives other nodes
     plan = StepPlan(
         seed=config.train.seed,
         num_labeled=len(data.labeled),
@@ -148,6 +152,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
             use_gpu=config.scaling.use_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.scaling.use_gpu else {})},
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
+            placement_strategy=config.scaling.placement_strategy,
         ),
         run_config=ray.train.RunConfig(
             name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
@@ -355,6 +360,7 @@ def connect() -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return False
+    access.ensure_token()
     ray.init(address="local", **quiet)
     return True
 

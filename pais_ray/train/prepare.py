@@ -97,3 +97,12 @@ def embedded(config: Config) -> Config:
         "images": str(folder / "images"),
     }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+def check_outlives_job(config: Config) -> None:
+    """Raises ConfigError where the run would lie in the folder that Ray makes for a job and deletes after it."""
+    if not os.path.isabs(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path: expected an absolute path that every node sees, got {config.run.storage_path!r}; "
+            "a job's own folder goes with the job"
+        )
