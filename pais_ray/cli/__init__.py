@@ -2,7 +2,9 @@
 
 import click
 
+from pais_ray.cli.comparing import compare
 from pais_ray.cli.models import evaluate, predict
+from pais_ray.cli.registering import promote, register, sync
 from pais_ray.cli.splitting import split
 from pais_ray.cli.training import show, train
 from pais_ray.cli.validating import validate
@@ -13,5 +15,5 @@ def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
 
 
-for command in (train, show, evaluate, predict, split, validate):
+for command in (train, show, evaluate, predict, split, validate, compare, sync, register, promote):
     main.add_command(command)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pais_ray.config import Config, ConfigError
 from pais_ray.data import entries, formats, sources, splits, synthetic
+from pais_ray.train import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Data:
     val: tuple[sources.Record, ...]
     truth: str | dict[str, Any]  # of the validation images: a COCO file, or its content
     manifest: splits.SplitManifest
+    facts: dict[str, dict[str, Any]]  # of each part: name, source, sha256 and counts; the run's data.json
 
 
 def prepare(config: Config) -> tuple[Config, Data]:
@@ -54,6 +56,7 @@ def prepare(config: Config) -> tuple[Config, Data]:
         val=val_records,
         truth=val.truth,
         manifest=manifest,
+        facts=describe.facts(config, train, val, manifest.split),
     )
 
 

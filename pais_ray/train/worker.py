@@ -29,6 +29,7 @@ from pais_ray.data.views import make_batch
 from pais_ray.inference import predict_records
 from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Views
+from pais_ray.system_metrics import NodeSampler
 from pais_ray.tracking import Tracker
 from pais_ray.train.state import (
     ROLES,
@@ -56,7 +57,6 @@ class Job:
     val: "ray.ObjectRef[tuple[Record, ...]]"
     ground_truth: str  # the validation JSON
     monitor: Any  # handle of launch.Monitor
-    tracking_run: str | None
     threads: int
 
 
@@ -124,6 +124,8 @@ class Worker:
             seed=job.config.train.seed,
         )
         self.log = Log(job, self.state.step) if self.rank == 0 else None
+        every = job.config.tracking.system_every if context.get_local_rank() == 0 else None  # one per node
+        self.sampler = NodeSampler(job.root, context.get_node_rank(), every if job.config.tracking.enabled else None)
         self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
         self.poll = self.job.monitor.stop_requested.remote()
 
@@ -260,6 +262,8 @@ class Worker:
             folder = checkpoint_folder(self.job.root, self.state.step)
             self.state.save(folder)
             retain(self.job.root, self.config.train.keep_checkpoints, self.state.best, self.state.step)
+            if self.log is not None:
+                self.log.tracker.changed()
 
     def evaluate(self) -> None:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
@@ -291,9 +295,7 @@ class Worker:
             assert self.log is not None
             self.log.scores(step, role, scores)
             ap = scores["segm"]["AP"]
-            if self.state.note_score(role, step, ap):
-                folder = checkpoint_folder(self.job.root, step)
-                self.log.tracker.log_checkpoint(role, str(folder), step, {f"{role}/segm_AP": ap})
+            self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
 
     def evaluation_due(self, step: int) -> bool:
@@ -321,9 +323,10 @@ class Worker:
             )
         path = self.job.root / "figures" / f"pseudo_labels_{self.state.step:08d}.png"
         plots.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
-        self.log.tracker.log_artifact(path, "figures")
+        self.log.tracker.changed()
 
     def close(self) -> None:
+        self.sampler.close()
         if self.log is not None:
             self.log.close()
 
@@ -400,19 +403,21 @@ class Log:
         self.path = job.root / "metrics.jsonl"
         # Lines of steps that will be made again go, and a half-written last one.
         aside = self.path.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in metric_rows(job.root, step)))
+        rows = metric_rows(job.root, step)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(aside, self.path)
+        self.clock = max((row["time"] for row in rows), default=0.0)
         self.file = self.path.open("a")
-        self.tracker = Tracker(job.config.tracking, job.root, job.tracking_run)
-        for name in ("config.yaml", "split.json"):
-            self.tracker.log_artifact(job.root / name)
+        self.tracker = Tracker(job.config.tracking, job.root)
 
     def event(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl (null where a value is not finite) and the same metrics to MLflow."""
+        """One line of metrics.jsonl, null where a value is not finite; MLflow takes it from there. Two lines never
+        have the same time: it tells them apart where MLflow asks what it has."""
         plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
+        self.clock = round(max(time.time(), self.clock + 0.001), 3)
+        self.file.write(json.dumps({"step": step, "time": self.clock, **plain}) + "\n")
         self.file.flush()
-        self.tracker.log_metrics({k: v for k, v in values.items() if math.isfinite(v)}, step)
+        self.tracker.changed()
 
     def write(self, step: int, values: dict[str, float], *, last: int, eta: float) -> None:
         self.event(step, values)
@@ -432,4 +437,4 @@ class Log:
 
     def close(self) -> None:
         self.file.close()
-        self.tracker.close(status=None)  # the run may go on: the driver ends it
+        self.tracker.close()  # the run may go on: the driver ends it
