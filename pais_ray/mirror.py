@@ -5,31 +5,30 @@ apart by metric, step and that time, so sending twice is sending once. Importing
 """
 
 import fcntl
+import hashlib
 import json
 import logging
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
+from pais_ray.ranking import Ranking, clean
+from pais_ray.tail import Row, Tail, milliseconds
 from pais_ray.tracking import RUN_ID, Card, read_run_id, without_secrets
 
 PAPERS = ("config.yaml", "split.json", "data.json")  # of the run directory; figures/ go as they are
-KEY = "pais_ray.key"  # tag of a run: Card.key
+KEY, PAPERS_TAG = "pais_ray.key", "pais_ray.papers"  # tags of a run: Card.key, digest of its papers
 MAX_VALUE = 500  # characters of a parameter that the UI still shows
 MAX_TAG = 5000  # characters
 MAX_METRICS, MAX_OTHERS = 1000, 100  # of one request, MLflow's limits
 DIGEST = 32  # characters of a SHA-256 that name a data set; MLflow's column has room for 36
 
-Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -54,16 +53,21 @@ class Mirror:
         self._known: dict[str, set[tuple[int, int]]] = {}  # what the store had before: metric -> steps and times
         self._old = set(run.data.metrics)  # metrics whose history nobody has asked for yet
         self._tails: dict[Path, Tail] = {}
-        self._scores: dict[tuple[str, int], Row] = {}  # (role, step) -> line of metrics.jsonl
-        self._uploaded = self._artifacts()
-        self._models = self._logged_models()
+        # Of figures the store tells the sizes and not when they were made.
+        figures = self.client.list_artifacts(self.run_id, "figures")
+        self._figures: dict[str, tuple[int, int | None]] = {Path(f.path).name: (f.file_size, None) for f in figures}
+        self._papers: list[tuple[int, int]] | None = None
+        self._digest = run.data.tags.get(PAPERS_TAG)
+        on = card.datasets.get("validation")
+        self._ranking = Ranking(self.client, run, root, self._tags, on and _dataset("validation", on).dataset)
         self._status = str(run.info.status)
         self._send_status()
 
     def update(self) -> None:
         """Sends what is new. Each part on its own: what one cannot get rid of does not hold up the others."""
         failures: list[Exception] = []
-        for part in (self._send_metrics, self._send_checkpoints, self._send_artifacts, self._send_status):
+        parts = (self._send_metrics, self._send_checkpoints, self._send_papers, self._send_figures, self._send_status)
+        for part in parts:
             try:
                 part()
             except Exception as error:
@@ -91,9 +95,9 @@ class Mirror:
 
     def _describe(self, run: Any, card: Card) -> None:
         """Parameters, tags and data sets, as far as the store lacks them."""
-        params = {_name(key): _short(value) for key, value in card.params.items()}
+        params = {clean(key): _short(value) for key, value in card.params.items()}
         changed = {f"resumed.{k}": v for k, v in params.items() if run.data.params.get(k, v) != v}
-        self._tags = {_name(key): value[:MAX_TAG] for key, value in card.tags.items()}
+        self._tags = {clean(key): value[:MAX_TAG] for key, value in card.tags.items()}
         tags = {**self._tags, **changed, **_parent(card)}
         new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         told = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
@@ -104,14 +108,13 @@ class Mirror:
         datasets = [d for d in datasets if (d.dataset.name, d.dataset.digest) not in seen]
         if datasets:
             self.client.log_inputs(self.run_id, datasets)
-        self._validation = card.datasets.get("validation")
 
     def _send_metrics(self) -> None:
         for path in [self.root / "metrics.jsonl", *sorted(self.root.glob("system_metrics/*.jsonl"))]:
             tail = self._tails.setdefault(path, Tail(path))
             rows = tail.read()
             if path.name == "metrics.jsonl":
-                self._note_scores(rows, anew=tail.anew)
+                self._ranking.take(rows, anew=tail.anew)
             metrics = [m for row in rows if row["time"] > tail.until for m in self._metrics(row)]
             for i in range(0, len(metrics), MAX_METRICS):
                 self.client.log_batch(self.run_id, metrics=metrics[i : i + MAX_METRICS])
@@ -125,7 +128,7 @@ class Mirror:
         for name, value in row.items():
             if name in ("step", "time") or not isinstance(value, int | float):
                 continue
-            key = _name(name)
+            key = clean(name)
             if key in self._old:
                 history = self.client.get_metric_history(self.run_id, key)
                 self._known[key] = {(m.step, m.timestamp) for m in history}
@@ -133,105 +136,31 @@ class Mirror:
             if (step, time) not in self._known.get(key, ()):
                 yield Metric(key, float(value), time, step)
 
-    def _note_scores(self, rows: list[Row], anew: bool) -> None:
-        if anew:
-            self._scores = {}
-        for row in rows:
-            for role in ("teacher", "student"):
-                if isinstance(row.get(f"{role}/segm_AP"), int | float):
-                    self._scores[role, int(row["step"])] = row
-
     def _send_checkpoints(self) -> None:
-        """Each scored checkpoint is a logged model, external: its path, tags and metrics; no weights are copied."""
-        places = self._places()
-        for (role, step), row in self._scores.items():
-            name = f"{role}-{step:08d}"
-            path = self.root / "checkpoints" / f"step_{step:08d}"
-            own = {"role": role, "step": str(step), "path": str(path), "checkpoint": places(role, step)}
-            model = self._models.get(name) or self._new_model(name, step, {**self._tags, **own})
-            if changed := {k: v for k, v in own.items() if model.tags.get(k) != v}:
-                self.client.set_logged_model_tags(model.id, changed)
-                model.tags.update(changed)
-            self._rank(model, role, row)
+        self.sent["checkpoints"] += self._ranking.send()
 
-    def _places(self) -> Callable[[str, int], str]:
-        """What is left of the checkpoint of a role and step: best, last, kept or deleted."""
-        there = {int(p.parent.name[5:]) for p in self.root.glob("checkpoints/step_*/manifest.json")}
-        best: dict[str, int] = {}
-        for (role, step), row in sorted(self._scores.items()):  # of equals the first, as in TrainState
-            ap = f"{role}/segm_AP"
-            if role not in best or row[ap] > self._scores[role, best[role]][ap]:
-                best[role] = step
-
-        def place(role: str, step: int) -> str:
-            words = ["best"] * (best[role] == step) + ["last"] * (step == max(there, default=-1))
-            return ", ".join(words or ["kept"]) if step in there else "deleted"
-
-        return place
-
-    def _new_model(self, name: str, step: int, tags: dict[str, str]) -> "Ranked":
-        """What mlflow.create_external_model makes, without its process-wide tracking URI."""
-        model = self.client.create_logged_model(
-            self.experiment_id, name, self.run_id, {**tags, MLFLOW_MODEL_IS_EXTERNAL: "true"}, model_type="checkpoint"
-        )
-        self.client.finalize_logged_model(model.model_id, "READY")
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-        self._models[name] = Ranked(model.model_id, tags, set())
-        self.sent["checkpoints"] += 1
-        return self._models[name]
-
-    def _rank(self, model: "Ranked", role: str, row: Row) -> None:
-        """The role's scores as metrics of the model, on the validation set."""
-        time, step = milliseconds(row), int(row["step"])
-        if time in model.times:
+    def _send_papers(self) -> None:
+        """The run's papers, all of them where one is not as the store has them: a tag says what it has."""
+        paths = [path for name in PAPERS if (path := self.root / name).exists()]
+        state = [_state(path) for path in paths]
+        if state == self._papers:
             return
-        on = _dataset("validation", self._validation).dataset if self._validation else None
-        metrics = [
-            Metric(_name(k), float(v), time, step, model.id, on and on.name, on and on.digest)
-            for k, v in row.items()
-            if k.startswith(f"{role}/") and "_class/" not in k and isinstance(v, int | float)
-        ]
-        self.client.log_batch(self.run_id, metrics=metrics)
-        model.times.add(time)
+        texts = {path.name: without_secrets(path.read_text(encoding="utf-8")) for path in paths}
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        if digest != self._digest:
+            for name, text in texts.items():
+                self.client.log_text(self.run_id, text, name)
+            self.client.set_tag(self.run_id, PAPERS_TAG, digest)
+            self.sent["artifacts"] += len(texts)
+        self._papers, self._digest = state, digest
 
-    def _logged_models(self) -> "dict[str, Ranked]":
-        """The run's checkpoints in the store, by name."""
-        models: dict[str, Ranked] = {}
-        token = None
-        while True:
-            page = self.client.search_logged_models(
-                [self.experiment_id], f"source_run_id = '{self.run_id}'", page_token=token
-            )
-            for model in page:
-                times = {m.timestamp for m in model.metrics or []}
-                models[model.name] = Ranked(model.model_id, dict(model.tags), times)
-            token = page.token
-            if not token:
-                return models
-
-    def _send_artifacts(self) -> None:
-        figures = sorted(p for p in self.root.glob("figures/*") if not p.name.startswith("."))
-        for path in [*(self.root / name for name in PAPERS), *figures]:
-            try:
-                stat = path.stat()
-            except OSError:
-                continue
-            name = path.relative_to(self.root).as_posix()
-            state = (stat.st_size, stat.st_mtime_ns)
-            before = self._uploaded.get(name)
-            if before == state or (before == (stat.st_size, None) and name not in PAPERS):
-                continue
-            if name in PAPERS:
-                self.client.log_text(self.run_id, without_secrets(path.read_text(encoding="utf-8")), name)
-            else:
+    def _send_figures(self) -> None:
+        for path in sorted(self.root.glob("figures/[!.]*")):
+            state = _state(path)
+            if self._figures.get(path.name) not in (state, (state[0], None)):
                 self.client.log_artifact(self.run_id, str(path), "figures")
-            self._uploaded[name] = state
-            self.sent["artifacts"] += 1
-
-    def _artifacts(self) -> dict[str, tuple[int, int | None]]:
-        """Names and sizes of the figures in the store; nothing tells when they were made."""
-        found = self.client.list_artifacts(self.run_id, "figures")
-        return {f.path: (f.file_size, None) for f in found if not f.is_dir}
+                self.sent["artifacts"] += 1
+            self._figures[path.name] = state
 
     def _send_status(self) -> None:
         card = Card.read(self.root)
@@ -242,46 +171,6 @@ class Mirror:
         else:
             self.client.set_terminated(self.run_id, card.status)
         self._status = card.status
-
-
-@dataclass
-class Ranked:
-    """A checkpoint as the store knows it."""
-
-    id: str
-    tags: dict[str, str]
-    times: set[int]  # ms, of the evaluations that it has the scores of
-
-
-class Tail:
-    """New whole lines of a file that grows, and that is written anew where a run goes back to a checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.until = -1.0  # time of the last line that was sent
-        self.anew = True  # the last read began at the file's beginning
-        self._inode, self._offset = -1, 0
-        self._next = (-1, 0)
-
-    def read(self) -> list[Row]:
-        """The lines since ``taken``, or all of them where the file was written anew."""
-        try:
-            with self.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                self.anew = stat.st_ino != self._inode or stat.st_size < self._offset
-                start = 0 if self.anew else self._offset
-                file.seek(start)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._next = (stat.st_ino, start + len(whole))
-        return [row for line in whole.splitlines() if (row := _row(line)) is not None]
-
-    def taken(self, rows: list[Row]) -> None:
-        """The lines were sent: the next ``read`` goes on after them."""
-        self._inode, self._offset = self._next
-        self.until = max([self.until, *(row["time"] for row in rows)])
 
 
 def connect(uri: str) -> MlflowClient:
@@ -300,19 +189,19 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
-def milliseconds(row: Row) -> int:
-    """When a line was written, as MLflow has it."""
-    return round(1000 * row["time"])
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     """The experiment's id. A server knows where artifacts go; with a database they go beside the runs."""
-    found = client.get_experiment_by_name(name)
+    found = client.get_experiment_byclean(name)
     if found is None:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts and artifacts.as_uri()))
         except MlflowException:  # another driver was first
-            found = client.get_experiment_by_name(name)
+            found = client.get_experiment_byclean(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
@@ -333,19 +222,5 @@ def _dataset(context: str, facts: dict[str, Any]) -> DatasetInput:
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
 
 
-def _row(line: bytes) -> Row | None:
-    """A line of metrics, or None: half a line that a killed writer left, say."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"step", "time"} <= row.keys() else None
-
-
 def _short(value: str) -> str:
     return value if len(value) <= MAX_VALUE else value[: MAX_VALUE - 3] + "..."
-
-
-def _name(text: str) -> str:
-    """A name MLflow takes: letters, digits, and _ - . space : /"""
-    return re.sub(r"[^\w\-. :/]", "_", text)[:250]

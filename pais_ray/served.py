@@ -56,7 +56,7 @@ class Served(mlflow.pyfunc.PythonModel):
         try:
             picture, results = self.predictor.of_bytes(data, where)
         except DataError as error:
-            raise MlflowException(str(error), error_code="BAD_REQUEST") from error
+            raise MlflowException.invalid_parameter_value(str(error)) from error
         names = {c["id"]: c["name"] for c in self.predictor.categories}
         keys = ("category_id", "bbox", "score", "mask_iou", "segmentation")
         kept = [r for r in results if r["score"] >= least]

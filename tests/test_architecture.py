@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
     "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
-    "mlflow": {"tracking.py"},
+    # A run's image, its checkpoints and its node's samples in MLflow; versions; the file that MLflow runs to serve one.
+    "mlflow": {"mirror.py", "ranking.py", "system_metrics.py", "registry.py", "served.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
@@ -23,9 +24,12 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
-    2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking"},
+    2: {
+        *("data", "evaluate", "evaluate_cityscapes", "analysis", "plots"),
+        *("tracking", "mirror", "ranking", "tail", "system_metrics"),
+    },
     3: {"config", "overlays", "plugins"},
-    4: {"train", "inference"},
+    4: {"train", "inference", "gallery", "compare", "registry", "served"},
     5: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}

@@ -103,7 +103,7 @@ def test_a_picture_beyond_the_caps_is_refused_by_its_rule(loaded, data, rule):
         data = file.getvalue()
     with pytest.raises(MlflowException, match=rule) as caught:
         loaded.predict(pandas.DataFrame({"image": [data]}))
-    assert caught.value.error_code == "BAD_REQUEST"
+    assert caught.value.get_http_status_code() == 400
 
 
 def test_mlflow_serves_an_answer_over_http(first, loaded, uri, photo, tmp_path):

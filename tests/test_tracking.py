@@ -229,7 +229,7 @@ def test_what_one_part_cannot_get_rid_of_does_not_hold_up_the_others(uri, root, 
     def refuse(self):
         raise RuntimeError("no such bucket")
 
-    monkeypatch.setattr(Mirror, "_send_artifacts", refuse)
+    monkeypatch.setattr(Mirror, "_send_figures", refuse)
     monkeypatch.setattr(tracking, "LAST_ATTEMPTS", 1)
     write_row(root, 1, loss=1.0)
     follow(HERE, root)

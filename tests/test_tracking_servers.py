@@ -103,7 +103,7 @@ def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkey
         server.start()
         done = CliRunner().invoke(main, ["sync", str(root)])
         assert done.exit_code == 0, done.output
-        assert "4 metric values, 1 figures and papers, 1 checkpoints" in done.output
+        assert "sent 4 metric values, 1 figures and papers, 1 checkpoints" in done.output
         assert there(9, 3)
         assert client(server.url).get_run(read_run_id(root)).info.status == "FINISHED"
         again = CliRunner().invoke(main, ["sync", str(root)])
