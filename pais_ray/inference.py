@@ -105,6 +105,14 @@ class Predictor:
         with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
             return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
 
+    def of_bytes(self, data: bytes, where: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The upright picture (H, W, 3) of an encoded image within the run's size cap, and its COCO results. Raises
+        DataError naming ``where``."""
+        picture = decode(data, where, self.config.data.max_pixels)
+        sample = Sample(image=torch.from_numpy(picture).permute(2, 0, 1), image_id=0, row=0, slot=0)
+        ids = [c["id"] for c in self.categories]
+        return picture, predict_sample(self.segmentor, sample, self.config, ids, self.device)
+
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
         """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
         dataset = self.validation(annotations, images)

@@ -21,7 +21,8 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
         "batch_predict.py",
         "submit.py",
     },
-    "mlflow": {"tracking.py"},
+    # A run's image, its checkpoints and its node's samples in MLflow; versions; the file that MLflow runs to serve one.
+    "mlflow": {"mirror.py", "ranking.py", "system_metrics.py", "registry.py", "served.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
@@ -35,19 +36,14 @@ LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
     2: {
-        "data",
-        "guards",
-        "evaluate",
-        "evaluate_cityscapes",
-        "analysis",
-        "plots",
-        "plots_audit",
-        "tracking",
-        "onnx_runner",
-        "access",
+        *("data", "guards", "evaluate", "evaluate_cityscapes", "analysis", "plots", "plots_audit"),
+        *("tracking", "mirror", "ranking", "tail", "system_metrics", "onnx_runner", "access"),
     },
     3: {"config", "overlays", "plugins"},
-    4: {"train", "inference", "export", "batch_predict", "audit", "tables", "submit"},
+    4: {
+        *("train", "inference", "export", "batch_predict", "audit", "tables", "submit"),
+        *("gallery", "compare", "registry", "served"),
+    },
     5: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}

@@ -3,8 +3,10 @@
 import click
 
 from pais_ray.cli.cluster import batch_predict, submit
+from pais_ray.cli.comparing import compare
 from pais_ray.cli.exporting import export
 from pais_ray.cli.models import evaluate, predict
+from pais_ray.cli.registering import promote, register, sync
 from pais_ray.cli.splitting import split
 from pais_ray.cli.studying import audit, tables
 from pais_ray.cli.training import show, train
@@ -28,6 +30,10 @@ VERBS = (
     batch_predict,
     audit,
     tables,
+    compare,
+    sync,
+    register,
+    promote,
 )
 for command in VERBS:
     main.add_command(command)

@@ -19,12 +19,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pais_ray import access, plots, tracking
+from pais_ray import access, gallery, plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
 from pais_ray.data import pipeline, splits
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
-from pais_ray.train import watchdog, worker
+from pais_ray.train import describe, watchdog, worker
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
 from pais_ray.train.log import Lines
 from pais_ray.train.monitor import Monitor
@@ -32,6 +32,7 @@ from pais_ray.train.prepare import Data, check_outlives_job, prepare
 from pais_ray.train.state import ROLES
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
+PANEL_IMAGES = 4  # validation images in the picture of a run's end
 NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
 POLL_S = 0.5  # between two looks at the monitor
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
@@ -94,8 +95,8 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
-            close_tracking(root, config, read_run_id(root), "FINISHED")
-        return result_of(root, schedule, run_id=read_run_id(root), stopped=False)
+            close_tracking(root, config, "FINISHED")
+        return result_of(root, schedule, stopped=False)
     started_here = connect()
     try:
         cpus, threads = worker_resources(config)
@@ -109,16 +110,8 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
 
 def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
-    run_id = tracking.open_run(
-        config.tracking,
-        Path(config.run.storage_path).absolute(),
-        root.name,
-        flatten(config),
-        run_tags(config, data),
-        read_run_id(root),
-    )
-    if run_id is not None:
-        (root / "mlflow_run_id").write_text(run_id)
+    tags = describe.tags(config, data.manifest.split, data.facts)
+    tracking.open_run(config.tracking, root.parent, root.name, flatten(config), tags, datasets=data.facts)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # outlives other nodes
     plan = StepPlan(
@@ -140,7 +133,6 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
         val=ray.put(data.val),
         ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
         monitor=monitor,
-        tracking_run=run_id,
         threads=config.train.threads_per_worker,
     )
     trainer = TorchTrainer(
@@ -160,30 +152,27 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
         ),
     )
-    status = "FAILED"
+    status: tracking.Status = "FAILED"
     try:
         last = min(schedule.steps, config.train.stop_at or schedule.steps)
         stopped = follow(trainer, Watch(monitor, root, config, cpus), root, last)
         status = "KILLED" if stopped else "FINISHED"
     finally:
-        close_tracking(root, config, run_id, status)
-    return result_of(root, schedule, run_id=run_id, stopped=stopped)
+        close_tracking(root, config, status)
+    return result_of(root, schedule, stopped=stopped)
 
 
-def close_tracking(root: Path, config: Config, run_id: str | None, status: str) -> None:
-    """Curves of what there is, the run's papers as artifacts, and the end of the MLflow run."""
-    rows = metric_rows(root)
-    tracker = tracking.Tracker(config.tracking, root, run_id)
+def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
+    """Pictures of what there is, and the end of the MLflow run."""
     try:
+        rows = metric_rows(root)
         if rows:
             plots.curves(rows, root / "figures" / "curves.png")
-            tracker.log_artifact(root / "figures" / "curves.png", "figures")
+        if newest_verified(root)[0] is not None:
+            plots.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
     except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
-        say(f"no curves were drawn: {error}")
-    last, _ = newest_verified(root)
-    if last is not None:
-        tracker.log_checkpoint("last", str(last), int(last.name.split("_")[1]), {})
-    tracker.close(status)
+        say(f"not all pictures were drawn: {error}")
+    tracking.Tracker(config.tracking, root).close(status)
 
 
 def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool:
@@ -435,13 +424,14 @@ def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
 
 
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml, split.json, schedule.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+    """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     papers = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),
         "schedule.json": json.dumps(asdict(schedule)),
+        "data.json": json.dumps(data.facts, indent=1),
     }
     if not isinstance(data.truth, str):
         papers[GROUND_TRUTH] = json.dumps(data.truth)
@@ -457,25 +447,7 @@ def steps_made(root: Path) -> int:
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
 
 
-def read_run_id(root: Path) -> str | None:
-    path = root / "mlflow_run_id"
-    return path.read_text().strip() if path.exists() else None
-
-
-def run_tags(config: Config, data: Data) -> dict[str, str]:
-    scored = {} if data.scored is None else {"scored_sha256": data.scored.sha256}
-    return {
-        **scored,
-        "labels_pct": f"{100 * data.manifest.split.labeled:g}",
-        "fold": str(data.manifest.split.fold),
-        "split_sha256": data.manifest.split.sha256,
-        "segmentor": config.segmentor.name,
-        "method": config.method.name,
-        "data_sha256": data.train.sha256,
-    }
-
-
-def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bool) -> TrainResult:
+def result_of(root: Path, schedule: Schedule, *, stopped: bool) -> TrainResult:
     """What the run directory says of the run."""
     last, _ = newest_verified(root)
     state = {} if last is None else json.loads((last / "state.json").read_text())
@@ -484,7 +456,7 @@ def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bo
         scores |= {k: v for k, v in row.items() if k.startswith(("teacher/", "student/")) and "_class/" not in k}
     best = state.get("best", {}).get("teacher")
     return TrainResult(
-        run_id=run_id,
+        run_id=tracking.read_run_id(root),
         run_dir=str(root),
         step=state.get("step", 0),
         steps=schedule.steps,

@@ -89,25 +89,27 @@ class Log:
         self.job = job
         self.rewind(step)
         self.events = Lines(job.root / "events.jsonl")
-        self.tracker = Tracker(job.config.tracking, job.root, job.tracking_run)
-        for name in ("config.yaml", "split.json"):
-            self.tracker.log_artifact(job.root / name)
+        self.tracker = Tracker(job.config.tracking, job.root)
 
     def rewind(self, step: int) -> None:
         """Lines of steps that will be made again go, and a half-written last one."""
         path = self.job.root / "metrics.jsonl"
         aside = path.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in metric_rows(self.job.root, step)))
+        rows = metric_rows(self.job.root, step)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(aside, path)
+        self.clock = max((row.get("time", 0.0) for row in rows), default=0.0)
         self.metrics = Lines(path)
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl (null where a value is not finite) and the same metrics to MLflow."""
+        """One line of metrics.jsonl, null where a value is not finite; MLflow takes it from there. Two lines never
+        have the same time: it tells them apart where MLflow asks what it has."""
         plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        trouble = self.metrics.append({"step": step, **plain})
+        self.clock = round(max(time.time(), self.clock + 0.001), 3)
+        trouble = self.metrics.append({"step": step, "time": self.clock, **plain})
         if trouble is not None:
             self.job.monitor.progress.remote({"text": trouble})
-        self.tracker.log_metrics({k: v for k, v in values.items() if math.isfinite(v)}, step)
+        self.tracker.changed()
 
     def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
         """What happened to the run, for people and for events.jsonl; called from the checkpoint thread as well."""
@@ -131,4 +133,4 @@ class Log:
         self.job.monitor.progress.remote({"step": step, "role": role, **values})
 
     def close(self) -> None:
-        self.tracker.close(status=None)  # the run may go on: the driver ends it
+        self.tracker.close()  # the run may go on: the driver ends it

@@ -31,11 +31,11 @@ from pais_ray.guards import Guards
 from pais_ray.inference import predict_records
 from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Views
+from pais_ray.system_metrics import NodeSampler
 from pais_ray.train.checkpoints import (
     CheckpointError,
     StorageLost,
     Writer,
-    checkpoint_folder,
     metric_rows,
     usable_checkpoint,
 )
@@ -60,7 +60,6 @@ class Job:
     val: "ray.ObjectRef[tuple[Record, ...]]"
     ground_truth: str  # the validation JSON
     monitor: Any  # handle of launch.Monitor
-    tracking_run: str | None
     threads: int
 
 
@@ -142,6 +141,8 @@ class Worker:
         self.guards = Guards(job.config.guards)
         self.log: Log | None = None
         self.writer: Writer | None = None
+        every = job.config.tracking.system_every if context.get_local_rank() == 0 else None  # one per node
+        self.sampler = NodeSampler(job.root, context.get_node_rank(), every if job.config.tracking.enabled else None)
         if self.rank == 0:
             self.log = Log(job, self.state.step)
             self.writer = Writer(job.root, job.config.train.keep_checkpoints, self.tell)
@@ -387,9 +388,7 @@ class Worker:
             assert self.log is not None
             self.log.scores(step, role, scores)
             ap = found[step, role] = scores["segm"]["AP"]
-            if self.state.note_score(role, step, ap):
-                folder = checkpoint_folder(self.job.root, step)
-                self.log.tracker.log_checkpoint(role, str(folder), step, {f"{role}/segm_AP": ap})
+            self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
         for step in {step for step, _ in found}:
             alarm = self.guards.teacher(*(found.get((step, role)) for role in ROLES))
@@ -424,13 +423,14 @@ class Worker:
             )
         path = self.job.root / "figures" / f"pseudo_labels_{self.state.step:08d}.png"
         plots.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
-        self.log.tracker.log_artifact(path, "figures")
+        self.log.tracker.changed()
 
     def close(self) -> None:
         self.heart.close()
         self.job.monitor.silence.remote(self.rank)
         if self.writer is not None:
             self.writer.close()
+        self.sampler.close()
         if self.log is not None:
             self.log.close()
 

@@ -150,7 +150,7 @@ def assert_same_end(root: Path, other: Path, step: int) -> None:
 
 def figures(root: Path) -> list[dict]:
     """metrics.jsonl without times and without what the system was like."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "system/"))} for row in metric_rows(root)]
+    rows = [{k: v for k, v in row.items() if not k.startswith(("time", "system/"))} for row in metric_rows(root)]
     return sorted((r for r in rows if len(r) > 1), key=lambda r: (r["step"], sorted(r)))
 
 
