@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pais_ray.data import pipeline, shards, sources
 from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan
+from pais_ray.data.plan import StepPlan, rows_of
 from pais_ray.data.shard_writer import Source, write_shards
 
 BATCH, WARM_UP = 4, 160  # images
@@ -91,7 +91,7 @@ def stream(records: tuple[sources.Record, ...], images: int) -> Iterator[int]:
         unlabeled_groups=groups,
     )
     feed = pipeline.make_feed(plan, (), records)
-    for row in pipeline.step_rows(feed, start=0, total=images // BATCH, world=1, rank=0):
+    for row in pipeline.step_rows(feed, rows_of(0, images // BATCH, 1, 1, 0)):
         assert len(row.unlabeled) == BATCH
         yield (row.g + 1) * BATCH
 

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import click
 import numpy as np
@@ -24,28 +24,38 @@ from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import MAX_PIXELS, DataError
 from pais_ray.data.views import Sample, make_views
-from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
+from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, newest_verified
+from pais_ray.train.prepare import held_out, prepare
+from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import autocast
 
 AHEAD, THREADS = 4, 2  # images decoded ahead of the network, and the threads that do it
 
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
 
 def predict_records(
     segmentor: nn.Module,
-    records: Sequence[Record],
+    records: Iterable[Record],
     config: Config,
     category_ids: list[int],
     device: torch.device,
-) -> Iterator[list[dict[str, Any]]]:
-    """COCO results of ``segmentor`` on images, in their own frame, image after image; decoding runs ahead."""
-    reader = Reader(record.path for record in records)
+) -> Iterator[dict[str, Any]]:
+    """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
+    reader = Reader()
 
     def read(record: Record) -> Sample:
         image = torch.from_numpy(read_picture(record, reader)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
-    for sample in storage.in_order(read, records, THREADS, AHEAD):
-        yield predict_sample(segmentor, sample, config, category_ids, device)
+    for sample in ahead(read, records):
+        yield from predict_sample(segmentor, sample, config, category_ids, device)
+
+
+def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
+    """``read`` of each item, in order, made in two threads while the caller works on the one before."""
+    return storage.in_order(read, items, THREADS, AHEAD)
 
 
 def predict_sample(
@@ -68,6 +78,7 @@ class Predictor:
     config: Config
     categories: list[dict[str, Any]]  # id and name as in the data set, by label
     device: torch.device
+    manifest: SplitManifest | None = None  # of the run; None for an exported model
 
     @classmethod
     def open(cls, run: Path, *, role: str = "teacher", checkpoint: str = "best", device: str | None = None) -> Self:
@@ -75,21 +86,27 @@ class Predictor:
         if not (run / "config.yaml").exists():
             raise ValueError(f"{run}: expected a run directory with config.yaml; `pais-ray train` makes them")
         config = load(run / "config.yaml")
-        categories = [
-            {"id": c.id, "name": c.name} for c in SplitManifest.from_json((run / "split.json").read_text()).classes
-        ]
+        manifest = SplitManifest.from_json((run / "split.json").read_text())
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        segmentor = plugins.segmentor(config.segmentor.name)(len(categories), config.segmentor, pretrained=False)
+        segmentor = plugins.segmentor(config.segmentor.name)(len(manifest.classes), config.segmentor, pretrained=False)
         load_segmentor(segmentor, choose_checkpoint(run, role, checkpoint), role)
-        return cls(segmentor=segmentor.to(where).eval(), config=config, categories=categories, device=where)
+        categories = [{"id": c.id, "name": c.name} for c in manifest.classes]
+        segmentor.to(where).eval()
+        return cls(segmentor=segmentor, config=config, categories=categories, device=where, manifest=manifest)
 
     def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
         """COCO results of images, with a progress bar on a terminal."""
         ids = [c["id"] for c in self.categories]
-        found = predict_records(self.segmentor, records, self.config, ids, self.device)
-        hidden = not sys.stderr.isatty()
-        with click.progressbar(found, len(records), label=label, file=sys.stderr, hidden=hidden) as bar:
-            return [result for results in bar for result in results]
+        with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+            return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
+
+    def of_bytes(self, data: bytes, where: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The upright picture (H, W, 3) of an encoded image within the run's size cap, and its COCO results. Raises
+        DataError naming ``where``."""
+        picture = decode(data, where, self.config.data.max_pixels)
+        sample = Sample(image=torch.from_numpy(picture).permute(2, 0, 1), image_id=0, row=0, slot=0)
+        ids = [c["id"] for c in self.categories]
+        return picture, predict_sample(self.segmentor, sample, self.config, ids, self.device)
 
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
         """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
@@ -98,12 +115,15 @@ class Predictor:
 
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
-        if annotations is None:
-            dataset = read_labeled(*self.config.data.part("val"), self.config.data.limits(), "val")
+        data = self.config.data
+        if annotations is None and data.holds_out and self.manifest is not None:
+            dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
+        elif annotations is None:
+            dataset = read_labeled(*data.part("val"), data.limits(), "val")
         elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_labeled(annotations, images, self.config.data.limits(), "val")
+            dataset = read_labeled(annotations, images, data.limits(), "val")
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",
@@ -113,10 +133,15 @@ class Predictor:
             )
         return dataset
 
-    def predict(self, sources: Sequence[Path], out: Path, draw_above: float) -> dict[str, Any]:
-        """Writes results.json, images.json and overlays/ for image files and folders, or for the run's
-        validation images where none are named."""
-        records = image_records(sources) if sources else self.validation().records
+    def unlabeled(self) -> Sequence[Record]:
+        """The run's unlabeled images, with the ids they have in it."""
+        data = self.config.data.model_copy(update={"pseudo_labels": None})
+        return prepare(self.config.model_copy(update={"data": data}))[1].unlabeled
+
+    def predict(
+        self, records: Sequence[Record], out: Path, draw_above: float, draw: int | None = None
+    ) -> dict[str, Any]:
+        """Writes results.json, images.json and overlays/ (of the first ``draw`` images) for ``records``."""
         results = self.results(records, "predicting")
         (out / "overlays").mkdir(parents=True, exist_ok=True)
         listing = [{"id": r.image_id, "file_name": r.path, "height": r.height, "width": r.width} for r in records]
@@ -127,9 +152,9 @@ class Predictor:
             if result["score"] >= draw_above:
                 of_image[result["image_id"]].append(result)
         names = {c["id"]: c["name"] for c in self.categories}
-        reader = Reader(record.path for record in records)
-        for record in records:
-            picture = draw_results(record, reader, of_image[record.image_id], names)
+        reader = Reader()
+        for record in records[:draw]:
+            picture = draw_results(record, of_image[record.image_id], names, reader)
             stem = f"{record.image_id:06d}_{Path(name_of(record.path)).stem}"
             Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)
         drawn = sum(len(v) for v in of_image.values())
@@ -141,9 +166,10 @@ class Predictor:
         }
 
 
-def read_picture(record: Record, reader: Reader) -> np.ndarray:
-    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data."""
-    data = reader.read(record.path, record.image_id)["bytes"]
+def read_picture(record: Record, reader: Reader | None = None) -> np.ndarray:
+    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data. ``reader`` helps
+    where many are read one after the other."""
+    data = (reader or Reader()).read(record.path, record.image_id)["bytes"]
     return decode(data, record.path, max(MAX_PIXELS, record.height * record.width))
 
 
@@ -159,7 +185,7 @@ def image_records(sources: Sequence[Path]) -> Sequence[Record]:
 
 
 def draw_results(
-    record: Record, reader: Reader, results: Sequence[dict[str, Any]], names: dict[int, str]
+    record: Record, results: Sequence[dict[str, Any]], names: dict[int, str], reader: Reader | None = None
 ) -> np.ndarray:
     """The image (H, W, 3) uint8 with COCO results drawn over it."""
     image = read_picture(record, reader)
@@ -169,7 +195,7 @@ def draw_results(
     ids = sorted(names)
     labels = np.array([ids.index(r["category_id"]) for r in results], dtype=np.int64)
     scores = np.array([r["score"] for r in results], dtype=np.float32)
-    masks = decode_rle(rles, record.height, record.width).astype(bool)
+    masks = decode_rle(rles, *image.shape[:2]).astype(bool)
     return plots.overlay(image, boxes, labels, scores, masks, [names[i] for i in ids])
 
 

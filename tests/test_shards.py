@@ -68,7 +68,7 @@ def written(words: list[str], out: Path, **layout) -> DataConfig:
 
 
 def read_all(records, *, labels: bool) -> list[dict]:
-    reader = Reader([r.path for r in records], labels=labels)
+    reader = Reader(labels=labels)
     return [reader.read(r.path, r.image_id) for r in records]
 
 
@@ -182,15 +182,16 @@ def test_rows_are_written_at_random_and_equal_input_gives_equal_files(tiny, tmp_
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-def test_a_row_group_is_fetched_once_and_let_go_of(tiny, tmp_path, monkeypatch):
+def test_a_row_group_is_fetched_once_and_few_are_kept(tiny, tmp_path, monkeypatch):
     records = read_data(written(tiny, tmp_path / "out")).labeled
     fetched = Counter()
     fetch = Reader._fetch
     monkeypatch.setattr(Reader, "_fetch", lambda self, p: fetched.update([p[:2]]) or fetch(self, p))
-    reader = Reader(r.path for r in records)
-    for record in records:
-        reader.read(record.path, record.image_id)
-        assert len(reader._groups) <= 1
+    reader = Reader(keep=2)
+    for one, other in zip(records[:6], records[6:], strict=True):  # two lanes
+        reader.read(one.path, one.image_id)
+        reader.read(other.path, other.image_id)
+        assert len(reader._groups) <= 2
     assert set(fetched.values()) == {1}
     assert len(fetched) == 6
 
@@ -292,8 +293,9 @@ def test_truncated_and_missing_files_are_refused_by_name_before_training(tiny, t
     assert "[shard-truncated]" in done.stderr
     assert not (tmp_path / "runs").exists()
     victim.unlink()
-    with pytest.raises(DataError, match=r"no such file.*shard-truncated"):
+    with pytest.raises(DataError, match=r"no such file") as caught:
         shards.read_shards(str(out), "train")
+    assert caught.value.rule == "shard-truncated"
 
 
 def test_a_flipped_bit_of_a_page_names_file_and_row_group(tiny, tmp_path):
@@ -326,7 +328,7 @@ def test_shards_written_anew_under_a_run_are_noticed(tiny, coco, tmp_path):
         path.unlink()
     written([*tiny, "data.labeled=0.75"], tmp_path / "out")
     (tmp_path / "out" / "labeled-00000.parquet").rename(tmp_path / "out" / "train-00000.parquet")
-    with pytest.raises(DataError, match="holds another image"):
+    with pytest.raises(DataError, match="does not hold image"):
         read_all(records[:4], labels=False)
 
 
@@ -413,23 +415,32 @@ def test_only_shards_may_leave_out_validation(tiny, tmp_path):
     assert DataConfig(train="s3://bucket/x").part("val") == ("s3://bucket/x", None)
 
 
-def test_lanes_stay_with_the_run_and_other_shards_are_refused(tiny, tmp_path):
+def test_a_run_is_not_resumed_with_other_shards(tiny, tmp_path):
     from pais_ray.config import compose, run_schedule
     from pais_ray.train import launch
     from pais_ray.train.prepare import prepare
 
-    def prepared(out: str, workers: int):
-        words = ["synthetic", "mask_rcnn", "supervised", f"data.train={out}", "data.labeled=1"]
-        return prepare(compose([*words, f"scaling.num_workers={workers}"]))
+    def prepared(out: Path):
+        return prepare(compose(["synthetic", "mask_rcnn", "supervised", f"data.train={out}", "data.labeled=1"]))
 
     written(tiny, tmp_path / "out")
-    config, data = prepared(tmp_path / "out", 2)
-    assert launch.kept_lanes(tmp_path / "run", config, data, force=False) == 2, "of a new run its workers"
-    launch.write_run_directory(tmp_path / "run", config, data, run_schedule(config), lanes=2)
+    config, data = prepared(tmp_path / "out")
+    launch.write_run_directory(tmp_path / "run", config, data, run_schedule(config))
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir()
-    config, data = prepared(tmp_path / "out", 5)
-    assert launch.kept_lanes(tmp_path / "run", config, data, force=False) == 2
+    launch.check_data(tmp_path / "run", data, force=False)
     written(tiny, tmp_path / "other", rows_per_group=3)
-    config, data = prepared(tmp_path / "other", 2)
-    with pytest.raises(ConfigError, match="other shards than the run began with"):
-        launch.kept_lanes(tmp_path / "run", config, data, force=False)
+    other = prepared(tmp_path / "other")[1]
+    assert other.manifest == data.manifest, "the images are the same, their order is not"
+    with pytest.raises(ConfigError, match="changed since the run began"):
+        launch.check_data(tmp_path / "run", other, force=False)
+
+
+def test_held_out_images_are_the_shards_validation(coco, folder, tmp_path):
+    words = [word for word in coco if "val" not in word] + ["data.holdout=0.5"]
+    source, config = read_data(settings(words)), written(words, tmp_path / "out")
+    made = read_data(config)
+    assert made.manifest == source.manifest
+    assert_same_images(made.val, source.val)
+    assert made.truth == source.truth
+    with pytest.raises(ConfigError, match=r"data.holdout: .* holds images for validation already"):
+        read_data(config.model_copy(update={"holdout": 0.5}))

@@ -45,15 +45,19 @@ def source_of(words: tuple[str, ...]) -> "Source":
     from pais_ray.data import entries
     from pais_ray.data.shard_writer import Source
     from pais_ray.data.shards import is_shards
+    from pais_ray.overlays import spell_out
     from pais_ray.train.prepare import read_data
 
-    config = compose_data(words)
+    spelt = spell_out(words)
+    for line in spelt.found:
+        echo(line)
+    config = compose_data(spelt.words).model_copy(update={"pseudo_labels": None})
     if config.train is None:
         raise ValueError("data.train: null is the generated data set; set it to annotations of your own")
     if is_shards(config.train) or is_shards(config.val):
         raise ValueError(f"data.train: expected annotations, got shards: {config.train}; copy their folder as it is")
     data = read_data(config)
-    chosen = config.labeled < 1 or config.split is not None
+    chosen = config.labeled < 1 or config.split is not None or config.holdout is not None
     unlabeled = {"unlabeled": data.unlabeled} if data.unlabeled else {}
     return Source(
         train=data.train,

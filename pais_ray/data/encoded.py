@@ -3,8 +3,7 @@
 import os
 import re
 import threading
-from collections import Counter
-from collections.abc import Iterable
+from collections import OrderedDict
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -48,17 +47,16 @@ def name_of(path: str) -> str:
 
 
 class Reader:
-    """Encoded images of records, wherever they lie. Of shards a row group is fetched once and let go of behind the
-    last of ``paths`` in it. Serves several threads.
+    """Encoded images of records, wherever they lie, read one after the other. Of shards it keeps the last ``keep``
+    row groups, so that walking along them fetches each once. Serves several threads.
 
     With ``labels`` each row of a shard comes with its instances; without, their columns are not read.
     """
 
-    def __init__(self, paths: Iterable[str], *, labels: bool = False) -> None:
+    def __init__(self, *, labels: bool = False, keep: int = 2) -> None:
         self._columns = [*PIXELS, *(LABELS if labels else ())]
-        places = (place_of(path) for path in paths)
-        self._left = Counter((place.file, place.group) for place in places if place is not None)
-        self._groups: dict[tuple[str, int], pa.Table] = {}
+        self._keep = keep
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._footers: dict[str, pq.FileMetaData] = {}
         self._lock = threading.Lock()
 
@@ -70,23 +68,20 @@ class Reader:
         if place is None:
             return {"bytes": storage.read_bytes(path)}
         with self._lock:
-            row = self._row(place)
-        if row.pop("image_id") != image_id:
-            raise _damaged(place, f"holds another image than {image_id} at row {place.row}; were they written anew?")
-        return row
+            table = self._group(place)
+        rows: list[dict[str, Any]] = table.slice(place.row, 1).to_pylist()
+        if not rows or rows[0].pop("image_id") != image_id:
+            raise _damaged(place, f"does not hold image {image_id} at row {place.row}; were the shards written anew?")
+        return rows[0]
 
-    def _row(self, place: Place) -> dict[str, Any]:
+    def _group(self, place: Place) -> pa.Table:
         key = (place.file, place.group)
-        table = self._groups.get(key)
-        if table is None:
-            table = self._groups[key] = self._fetch(place)
-        self._left[key] -= 1
-        if self._left[key] <= 0:
-            del self._groups[key]
-        rows = table.slice(place.row, 1).to_pylist()
-        if not rows:
-            raise _damaged(place, f"has {table.num_rows} rows, and not the one at {place.row}")
-        return dict(rows[0])
+        if key not in self._groups:
+            self._groups[key] = self._fetch(place)
+            if len(self._groups) > self._keep:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
 
     def _fetch(self, place: Place) -> pa.Table:
         with storage.open_file(place.file) as file:

@@ -17,7 +17,8 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 
 from pais_ray.data.encoded import Reader
 from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.plan import RankRows, StepPlan
+from pais_ray.data.scored import SCORED, ScoredMasks, to_predictions, to_table
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
 from pais_ray.data.validate import MAX_PIXELS, check_upright
 
@@ -43,7 +44,8 @@ class Feed:
     plan: StepPlan
     labeled: "ray.ObjectRef[pa.Table]"
     unlabeled: "ray.ObjectRef[pa.Table]"
-    max_pixels: int
+    max_pixels: int  # of an image
+    scored: "ray.ObjectRef[pa.Table] | None" = None  # masks from elsewhere, a row an unlabeled image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +58,34 @@ class Row:
 
 
 def make_feed(
-    plan: StepPlan, labeled: Sequence[Record], unlabeled: Sequence[Record], max_pixels: int = MAX_PIXELS
+    plan: StepPlan,
+    labeled: Sequence[Record],
+    unlabeled: Sequence[Record],
+    scored: Sequence[ScoredMasks] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Feed:
-    """Puts the records (paths, sizes, RLE; no pixels) into the object store. Labels of shards stay in the shards."""
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store; ``scored`` has one item an unlabeled.
+    Labels of shards stay in the shards."""
     return Feed(
-        plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)), max_pixels=max_pixels
+        plan=plan,
+        labeled=ray.put(_table(labeled)),
+        unlabeled=ray.put(_table(unlabeled)),
+        max_pixels=max_pixels,
+        scored=None if scored is None else ray.put(to_table(scored)),
     )
 
 
 def step_rows(
     feed: Feed,
+    rows: RankRows,
     *,
-    start: int,
-    total: int,
-    world: int,
-    rank: int,
     prefetch: int = 4,
     photometric: "Photometric | None" = None,
 ) -> Iterator[Row]:
-    """Rows ``start + rank, start + rank + world, ...`` of the plan, ``total`` rows over all ranks, in order.
+    """The ``rows`` of the plan, in order.
 
     ``photometric`` (seeded image -> image) is applied to labeled images where they are decoded.
     """
-    rows = rows_of(start, total, world, rank)
     if len(rows) == 0:
         return
     context = ray.data.DataContext.get_current()
@@ -97,7 +104,7 @@ def step_rows(
         batch_format="pyarrow",
         batch_size=rows_per_task,
         num_cpus=READ_TASK_CPUS,
-        fn_kwargs={"feed": feed, "first": rows.start, "step": rows.step},
+        fn_kwargs={"feed": feed, "rows": rows},
     )
     batches = stream.iterator().iter_torch_batches(
         batch_size=images,
@@ -157,26 +164,30 @@ _SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # null in unlabeled rows, as the next two
         ("labels", pa.list_(pa.int64())),
         ("rles", pa.list_(pa.binary())),
+        ("scored", SCORED),
     ]
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> Iterator[pa.Table]:
+def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> Iterator[pa.Table]:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
-    rows = [first + index * step for index in ids["id"].to_pylist()]
-    drawn = [feed.plan.row(g) for g in rows]
+    labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
+    if feed.scored is not None:
+        unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
+    walked = [rows[index] for index in ids["id"].to_pylist()]
+    lanes = {g % feed.plan.lanes for g in walked}  # in each of them lies a row group that is being read
     parts: list[tuple[Reader, Iterator[dict[str, Any]]]] = []  # and what each reads, in order
-    for table, positions in zip(ray.get([feed.labeled, feed.unlabeled]), zip(*drawn, strict=True), strict=True):
-        records = table.take(np.concatenate(positions)).to_pylist()
-        reader = Reader((r["path"] for r in records), labels=not parts and "rles" not in table.column_names)
-        parts.append((reader, iter(records)))
-    (labeled, of_labeled), (unlabeled, of_unlabeled) = parts
-    for start in range(0, len(rows), ROWS_PER_BLOCK):
+    for table, drawn in zip((labeled, unlabeled), zip(*map(feed.plan.row, walked), strict=True), strict=True):
+        # the labels of shards lie in the shards, and are read of the labeled part alone
+        reader = Reader(labels=table is labeled and "rles" not in table.column_names, keep=len(lanes) + 1)
+        parts.append((reader, iter(table.take(np.concatenate(drawn)).to_pylist())))
+    counts = (feed.plan.labeled, feed.plan.unlabeled)
+    for start in range(0, len(walked), ROWS_PER_BLOCK):
         out: list[dict[str, Any]] = []
-        for g in rows[start : start + ROWS_PER_BLOCK]:
-            picked = [(labeled, next(of_labeled)) for _ in range(feed.plan.labeled)]
-            picked += [(unlabeled, next(of_unlabeled)) for _ in range(feed.plan.unlabeled)]
-            for slot, (reader, record) in enumerate(picked):
+        for g in walked[start : start + ROWS_PER_BLOCK]:
+            picked = [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+            for slot, (reader, records) in enumerate(picked):
+                record = next(records)
                 out.append({"g": g, "slot": slot, **record, **reader.read(record["path"], record["image_id"])})
         yield pa.Table.from_pylist(out, schema=_SCHEMA)
 
@@ -207,7 +218,11 @@ class _Collate(ArrowBatchCollateFn):
         path, height, width = (batch[name][i].as_py() for name in ("path", "height", "width"))
         image = decode(batch["bytes"][i].as_buffer(), path, self.max_pixels)
         if not batch["boxes"][i].is_valid:
-            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
+            masks, scored = batch["scored"][i].as_py(), None
+            if masks is not None:
+                check_upright(image.shape[0], image.shape[1], (height, width), path)
+                scored = to_predictions(masks, height, width)
+            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot, scored=scored)
         check_upright(image.shape[0], image.shape[1], (height, width), path)
         if self.photometric is not None:
             image = self.photometric.apply(image, view_seed(self.seed, g, slot, "photometric"))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pais_ray.data import storage
 from pais_ray.data.encoded import LABELS, name_of
 from pais_ray.data.images import upright_size
-from pais_ray.data.shards import MANIFEST, SPLIT, TRUTH, File, Manifest, index_name, read_manifest
+from pais_ray.data.shards import DRAFT, MANIFEST, SPLIT, TRUTH, File, Manifest, index_name, read_manifest
 from pais_ray.data.sources import CocoDataset, LabeledRecord, Record
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import LIMITS, DataError, Limits
@@ -30,7 +30,6 @@ MAX_ROWS_PER_GROUP = 32  # COCO's images (0.15 MB) make groups of that size
 ROWS_PER_FILE = 1024  # COCO's images make files of 0.15 GB, a hundred a part: copied in seconds, listed in one request
 SAMPLE = 32  # images whose sizes say how many make a row group
 THREADS, AHEAD = 8, 64  # reading images: what takes the time is waiting for the disk or the network
-DRAFT = "writing.json"  # what is being written, until the manifest is there
 NOTE = ".note"  # behind the name of a file that is whole: its rows without the bytes, its size and hash
 
 FIELDS = {"image_id": pa.int64(), "file_name": pa.string(), "height": pa.int32(), "width": pa.int32()}

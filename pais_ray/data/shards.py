@@ -12,6 +12,7 @@ columns for labels. `shard_writer.py` writes them.
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -29,6 +30,8 @@ from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
 FORMAT, VERSION = "pais-ray shards", 1
+MARK = re.compile('"format": *"pais[-_]ray shards"')  # of MANIFEST and DRAFT
+DRAFT = "writing.json"  # what is being written, until the manifest is there
 MANIFEST, TRUTH, SPLIT = "manifest.json", "truth.json", "split.json"
 CHUNK = 8 * 2**20  # bytes read at a time where a whole file is hashed
 
@@ -37,10 +40,18 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def is_shards(path: str | None) -> bool:
-    """Whether annotations at this place are those of shards; at a URL nothing else can be, so it is not looked at."""
+    """Whether annotations at this place are those of shards, be they whole or not; at a URL nothing else can be, so
+    it is not looked at."""
     if path is None or storage.is_url(path):
         return path is not None
-    return os.path.isdir(path) and any(name == MANIFEST or name.endswith(".parquet") for name in os.listdir(path))
+    for name in (MANIFEST, DRAFT):
+        try:
+            with open(os.path.join(path, name), encoding="utf-8") as file:
+                if MARK.search(file.read(4096)):
+                    return True
+        except (OSError, ValueError):
+            continue
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,11 @@ class CocoDataset:
     num_dropped: int  # annotations left out because box or mask is empty within the image
 
 
+def annotated(dataset: CocoDataset) -> list[LabeledRecord]:
+    """The images whose instances are at hand: all but those that lie in shards."""
+    return [record for record in dataset.records if isinstance(record, LabeledRecord)]
+
+
 def read_coco(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
     """The data set of a COCO annotation file whose images lie under the folder ``images``.
 

@@ -16,7 +16,7 @@ from pais_ray.cli.sharding import source_of
 from pais_ray.config import DataConfig, compose
 from pais_ray.data import pipeline, shards, sources
 from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan
+from pais_ray.data.plan import StepPlan, rows_of
 from pais_ray.data.shard_writer import Source, write_shards
 from pais_ray.train import launch
 from pais_ray.train.prepare import read_data
@@ -69,8 +69,8 @@ def ids(rows) -> list[int]:
 class Consumer:
     """A process that takes rows until it is killed."""
 
-    def __init__(self, feed: pipeline.Feed, start: int, total: int) -> None:
-        self.rows = pipeline.step_rows(feed, start=start, total=total, world=1, rank=0)
+    def __init__(self, feed: pipeline.Feed, steps: int) -> None:
+        self.rows = pipeline.step_rows(feed, rows_of(0, steps, 2, 1, 0))
 
     def take(self, count: int) -> tuple[int, list[int]]:
         """(the row to go on with, images of the next ``count`` rows)."""
@@ -80,13 +80,13 @@ class Consumer:
 
 def test_killed_in_the_middle_of_a_pass_the_next_1000_images_are_those_of_an_undisturbed_stream(cluster, many):
     feed = feed_of(many, lanes=2)
-    undisturbed = ids(pipeline.step_rows(feed, start=0, total=500, world=1, rank=0))
+    undisturbed = ids(pipeline.step_rows(feed, rows_of(0, 250, 2, 1, 0)))
     assert sorted(undisturbed[:IMAGES]) == list(range(IMAGES)), "a pass holds each image once"
-    consumer = Consumer.remote(feed, 0, 500)
+    consumer = Consumer.remote(feed, 250)
     g_next, seen = ray.get(consumer.take.remote(150))
     ray.kill(consumer)
     assert seen == undisturbed[: 4 * g_next]
-    again = [pipeline.step_rows(feed, start=g_next, total=250, world=2, rank=rank) for rank in range(2)]
+    again = [pipeline.step_rows(feed, rows_of(g_next, 125, 2, 2, rank)) for rank in range(2)]
     rows = [row for pair in zip(*again, strict=True) for row in pair]
     assert ids(rows) == undisturbed[4 * g_next : 4 * g_next + 1000]
 
@@ -95,7 +95,7 @@ def test_a_cut_connection_under_the_stream_loses_and_doubles_nothing(cluster, s3
     with CuttingProxy(s3, after=2000) as proxy:
         feed = feed_of(proxy.url(bucket, "many"), lanes=1)
         proxy.cuts = 4
-        seen = ids(pipeline.step_rows(feed, start=0, total=IMAGES // 4, world=1, rank=0))
+        seen = ids(pipeline.step_rows(feed, rows_of(0, IMAGES // 4, 1, 1, 0)))
         assert proxy.cuts == 0
     assert Counter(seen) == Counter(range(IMAGES))
 
@@ -118,7 +118,7 @@ def test_labels_of_shards_are_not_in_the_feed_and_those_read_are_the_sources(clu
     for table in ray.get([feed.labeled, feed.unlabeled]):
         assert table.column_names == ["image_id", "path", "height", "width"]
     truth = {r.image_id: r for r in source.train.records}
-    rows = list(pipeline.step_rows(feed, start=0, total=6, world=1, rank=0))
+    rows = list(pipeline.step_rows(feed, rows_of(0, 6, 1, 1, 0)))
     for row in rows:
         for sample in row.labeled:
             record = truth[sample.image_id]
@@ -141,10 +141,10 @@ def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
         client.put_object(Bucket=bucket, Key=f"plain/{i}.png", Body=data.getvalue())
     records = sources.read_unlabeled(f"s3://{bucket}/plain", None)
     plan = StepPlan(seed=0, num_labeled=0, num_unlabeled=3, labeled=0, unlabeled=3)
-    (row,) = pipeline.step_rows(pipeline.make_feed(plan, (), records), start=0, total=1, world=1, rank=0)
+    (row,) = pipeline.step_rows(pipeline.make_feed(plan, (), records), rows_of(0, 1, 1, 1, 0))
     assert {(s.image_id, int(s.image[0, 0, 0])) for s in row.unlabeled} == {(0, 0), (1, 1), (2, 2)}
     with pytest.raises(Exception, match="image-pixels"):
-        list(pipeline.step_rows(pipeline.make_feed(plan, (), records, 63), start=0, total=1, world=1, rank=0))
+        list(pipeline.step_rows(pipeline.make_feed(plan, (), records, max_pixels=63), rows_of(0, 1, 1, 1, 0)))
 
 
 def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(cluster, bucket, tiny_coco, tmp_path):
@@ -161,11 +161,10 @@ def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(clust
     run("disk", str(tmp_path / "set"))
     half = run("s3", f"s3://{bucket}/set", "train.stop_at=4")
     assert half.step == 4
-    assert json.loads((tmp_path / "s3" / "plan.json").read_text())["lanes"] == 2
     whole = run("s3", f"s3://{bucket}/set")
     assert whole.step == STEPS
     assert_same_end(tmp_path / "s3", tmp_path / "disk")
-    for name in ("config.yaml", "plan.json", "split.json", "metrics.jsonl"):
+    for name in ("config.yaml", "data.json", "split.json", "metrics.jsonl"):
         assert "testing" not in (tmp_path / "s3" / name).read_text(), "no key is in the run's papers"
     out = tmp_path / "evaluated.json"
     done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "s3"), "--checkpoint", "last", "--json", str(out)])
