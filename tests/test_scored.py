@@ -145,6 +145,7 @@ def test_images_without_masks_give_no_pseudo_labels_and_all_or_none_have_an_answ
     state.teacher.__class__ = NobodyAsks
     losses, logs = batch_losses(state.student, state.teacher, batch_of(labeled, nothing), PAIS(), step=0)
     assert logs["pseudo/empty_images"] == 1
+    assert batch_of(labeled, nothing).to("cpu").scored is not None, "a batch takes its masks along"
     assert all(torch.isfinite(value) for value in losses.values())
     with pytest.raises(ValueError, match="all 2 samples, got 1"):
         scored_in(batch_of(labeled, nothing).weak, [sample(0, 1, False), dataclasses.replace(labeled, scored=nothing)])
