@@ -14,6 +14,7 @@ from pais_ray import plugins
 from pais_ray.data import formats
 from pais_ray.data.validate import LIMITS, MAX_PIXELS, Limits
 from pais_ray.data.views import AugmentConfig
+from pais_ray.guards import GuardConfig
 from pais_ray.optim import OptimConfig, Schedule, plan_schedule
 from pais_ray.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
 from pais_ray.plugins import did_you_mean
@@ -154,10 +155,15 @@ class TrainConfig(Section):
         default="fp32", description="of the forward passes; fp16 scales the loss (released code)"
     )
     deterministic: bool = Field(default=False, description="only deterministic kernels, slower", json_schema_extra=FREE)
+    max_pseudo_labels: int = Field(
+        default=100,
+        ge=1,
+        description="an image, by score; torchvision's detections_per_img; halved where memory ran out in backward",
+    )
     max_skipped: int = Field(
         default=20,
         ge=1,
-        description="steps in a row without a finite loss that end the run",
+        description="steps in a row without a finite loss, then back to the last checkpoint",
         json_schema_extra=FREE,
     )
     threads_per_worker: int | None = Field(
@@ -171,11 +177,38 @@ class TrainConfig(Section):
 class ScalingConfig(Section):
     """The section `scaling:`, after ray.train.ScalingConfig."""
 
-    num_workers: int = Field(default=1, ge=1, description="training processes; each has its own batch")
+    num_workers: int | tuple[int, int] = Field(
+        default=1,
+        description="training processes, each with its own batch; [least, most]: as many as the cluster has room for, "
+        "with the samples a step of the most",
+    )
+    resize_check_s: float = Field(
+        default=60.0, ge=0, description="between two looks for room for more workers, where num_workers is a range"
+    )
     use_gpu: bool = Field(default=False, description="one GPU a worker")
     cpus_per_worker: float | None = Field(
         default=None, gt=0, description="CPUs to reserve a worker; null: what leaves one for reading data"
     )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="PACK", description="of the workers over the nodes, Ray's names; PACK: few nodes, less network"
+    )
+
+    @property
+    def most(self) -> int:
+        """Workers where the cluster has room for all."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def least(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @field_validator("num_workers")
+    @classmethod
+    def _in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (value, value) if isinstance(value, int) else value
+        if not 1 <= least <= most:
+            raise ValueError(f"expected a number from 1 on, or [least, most] in order, got {value}")
+        return value
 
 
 class RunConfig(Section):
@@ -203,6 +236,7 @@ class Config(Section):
     method: Any = Field(description="the method called method.name")
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    guards: GuardConfig = Field(default=GuardConfig(), json_schema_extra=FREE)
     scaling: ScalingConfig = Field(default=ScalingConfig(), json_schema_extra=FREE)
     run: RunConfig = Field(default=RunConfig(), json_schema_extra=FREE)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, json_schema_extra=FREE)
@@ -263,13 +297,18 @@ def dump(config: Config) -> str:
 def run_schedule(config: Config) -> Schedule:
     """The run's schedule, scaled from the reference batch to this run's."""
     batch = config.batch
-    images = config.scaling.num_workers * batch.accumulation * (batch.labeled + batch.unlabeled)
+    images = config.scaling.most * batch.accumulation * (batch.labeled + batch.unlabeled)
     return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
 
 
 def flatten(config: Config) -> dict[str, Scalar]:
     """Dotted name -> value; lists as JSON text."""
     return dict(_leaves(_plain(config)))
+
+
+def identity(config: Config) -> dict[str, Scalar]:
+    """Dotted name -> value of the settings that make a run what it is."""
+    return {name: value for name, value in flatten(config).items() if not _is_free(config, name)}
 
 
 def changed_identity(old: Config, new: Config) -> list[str]:

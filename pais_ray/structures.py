@@ -44,7 +44,7 @@ class Masks:
         if masks.ndim != 3:
             raise ValueError(f"Masks: expected a (N, H, W) tensor, got shape {tuple(masks.shape)}")
         one = torch.diag(torch.tensor([stride, stride, 1.0], device=masks.device))
-        return cls(grids=masks, affine=one.expand(len(masks), 3, 3))
+        return cls(grids=masks, affine=one.expand(masks.shape[0], 3, 3))
 
     @classmethod
     def in_boxes(cls, masks: Tensor, boxes: Tensor) -> Self:

@@ -333,7 +333,7 @@ def test_wrong_words_of_split_exit_with_2(tiny_coco, tmp_path, words):
 def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     """Through prepare.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
     from pais_ray.config import ConfigError, compose
-    from pais_ray.train import launch, prepare
+    from pais_ray.train import describe, prepare
 
     paths = [f"data.train={tiny_coco}/train.json", f"data.val={tiny_coco}/val.json", f"data.images={tiny_coco}/images"]
     base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
@@ -346,7 +346,7 @@ def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     assert tuple(r.image_id for r in data.labeled) == given.split.labeled_ids
     assert tuple(r.image_id for r in data.unlabeled) == given.split.unlabeled_ids
     assert (config.data.labeled, config.data.fold) == (0.25, 4)
-    tags = launch.run_tags(config, data)
+    tags = describe.tags(config, data.manifest.split, data.facts)
     assert tags["split_sha256"] == given.split.sha256
     assert (tags["labels_pct"], tags["fold"]) == ("25", "4")
     assert call("split", *base, "--labeled", "0.5", "--holdout", "0.25").exit_code == 0

@@ -17,7 +17,7 @@ import ray
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.plan import RankRows, StepPlan
 from pais_ray.data.scored import SCORED, ScoredMasks, to_predictions, to_table
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
 from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
@@ -66,19 +66,15 @@ def make_feed(
 
 def step_rows(
     feed: Feed,
+    rows: RankRows,
     *,
-    start: int,
-    total: int,
-    world: int,
-    rank: int,
     prefetch: int = 4,
     photometric: "Photometric | None" = None,
 ) -> Iterator[Row]:
-    """Rows ``start + rank, start + rank + world, ...`` of the plan, ``total`` rows over all ranks, in order.
+    """The ``rows`` of the plan, in order.
 
     ``photometric`` (seeded image -> image) is applied to labeled images where they are decoded.
     """
-    rows = rows_of(start, total, world, rank)
     if len(rows) == 0:
         return
     context = ray.data.DataContext.get_current()
@@ -95,7 +91,7 @@ def step_rows(
         batch_format="pyarrow",
         batch_size=ROWS_PER_BLOCK,
         num_cpus=READ_TASK_CPUS,
-        fn_kwargs={"feed": feed, "first": rows.start, "step": rows.step},
+        fn_kwargs={"feed": feed, "rows": rows},
     )
     batches = stream.iterator().iter_torch_batches(
         batch_size=images,
@@ -153,14 +149,14 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> pa.Table:
+def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> pa.Table:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
     if feed.scored is not None:
         unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
     out: list[dict[str, Any]] = []
     for index in ids["id"].to_pylist():
-        g = first + index * step
+        g = rows[index]
         of_labeled, of_unlabeled = feed.plan.row(g)
         picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
         for slot, (table, i) in enumerate(picked):

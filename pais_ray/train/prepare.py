@@ -8,6 +8,7 @@ from typing import Any
 from pais_ray import evaluate
 from pais_ray.config import Config, ConfigError
 from pais_ray.data import entries, formats, scored, sources, splits, synthetic
+from pais_ray.train import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Data:
     truth: str | dict[str, Any]  # of the validation images: a COCO file, or its content
     manifest: splits.SplitManifest
     scored: scored.ScoredFile | None  # what labels the unlabeled images in the teacher's place
+    facts: dict[str, dict[str, Any]]  # of each part: name, source, sha256 and counts; the run's data.json
 
 
 def prepare(config: Config) -> tuple[Config, Data]:
@@ -74,6 +76,7 @@ def prepare(config: Config) -> tuple[Config, Data]:
         truth=val.truth,
         manifest=manifest,
         scored=masks,
+        facts=describe.facts(config, train, val, manifest.split, masks),
     )
 
 
@@ -97,3 +100,12 @@ def embedded(config: Config) -> Config:
         "images": str(folder / "images"),
     }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+def check_outlives_job(config: Config) -> None:
+    """Raises ConfigError where the run would lie in the folder that Ray makes for a job and deletes after it."""
+    if not os.path.isabs(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path: expected an absolute path that every node sees, got {config.run.storage_path!r}; "
+            "a job's own folder goes with the job"
+        )

@@ -13,7 +13,7 @@ from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.data.sources import read_coco
 from pais_ray.train import launch, prepare
-from pais_ray.train.state import metric_rows
+from pais_ray.train.checkpoints import metric_rows
 from tests.ray.test_main_job import weights, words
 from tests.test_scored import results_of
 

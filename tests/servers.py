@@ -1,0 +1,65 @@
+"""Real servers on loopback ports, for tests: `mlflow server`, PostgreSQL, an S3-compatible one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Program:
+    """A server of one command that answers /health; it can be killed and started again."""
+
+    def __init__(self, words: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> None:
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.words, self.env = words, {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **(env or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *self.words],
+                stdout=log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True,
+            )  # fmt: skip
+        while True:  # the test's own timeout bounds it
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        """The whole group at once: `mlflow` starts the server as a child of its own."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def __enter__(self) -> "Program":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def mlflow_server(folder: Path, backend: str, artifacts: str, env: dict[str, str] | None = None) -> Program:
+    port = free_port()
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
+    return Program(words, port, folder / "mlflow_server.log", env)
+
+
+def model_server(folder: Path, model: str, store: str, env: dict[str, str] | None = None) -> Program:
+    port = free_port()
+    words = ["models", "serve", "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "-m", model]
+    return Program(words, port, folder / "model_server.log", {"MLFLOW_TRACKING_URI": store, **(env or {})})
