@@ -25,11 +25,12 @@ def free_port() -> int:
 
 
 class Program:
-    """A server of one command that answers /health; it can be killed and started again."""
+    """A server of one `mlflow` command that answers /health; it can be killed and started again."""
 
     def __init__(self, words: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> None:
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        self.words, self.env = words, {**os.environ, **QUIET, **(env or {})}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of the environment: it runs `uvicorn`
+        self.words, self.env = words, {**os.environ, **QUIET, "PATH": path, **(env or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
