@@ -89,6 +89,9 @@ def promote(uri: str, name: str, number: str | None = None) -> tuple[Version, Ve
     Raises Refused where the champion is better or the two cannot be compared, ValueError where there is no such
     version, and what MLflow raises.
     """
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.exists():  # MLflow would make an empty one
+        raise ValueError(f"{file}: expected the database of a registry, got no file; say where it is with --tracking")
     client = connect(uri)
     if not _exists(client, name):
         raise ValueError(f"{name}: no such model in {tracking.without_secrets(uri)}; make it with `pais-ray register`")
