@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pais_ray.config import Config, changed_identity, flatten, load
-from pais_ray.train.state import ROLES, metric_rows
+from pais_ray.train.checkpoints import metric_rows
+from pais_ray.train.state import ROLES
 
 REPEATS = ("train.seed", "data.fold", "data.split")  # what may differ between repetitions
 NOT_SETTINGS = ("run.", "tracking.")

@@ -25,7 +25,7 @@ from pais_ray.config import dump, load
 from pais_ray.inference import choose_checkpoint
 from pais_ray.mirror import connect
 from pais_ray.tracking import TrackingConfig, read_run_id, tracking_uri
-from pais_ray.train.state import verify
+from pais_ray.train.checkpoints import verify
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 SAME = {"split_sha256": "labeled images", "val_sha256": "validation annotations"}  # else figures say nothing

@@ -44,7 +44,7 @@ class Masks:
         if masks.ndim != 3:
             raise ValueError(f"Masks: expected a (N, H, W) tensor, got shape {tuple(masks.shape)}")
         one = torch.diag(torch.tensor([stride, stride, 1.0], device=masks.device))
-        return cls(grids=masks, affine=one.expand(len(masks), 3, 3))
+        return cls(grids=masks, affine=one.expand(masks.shape[0], 3, 3))
 
     @classmethod
     def in_boxes(cls, masks: Tensor, boxes: Tensor) -> Self:
@@ -250,6 +250,7 @@ class Batch:
     targets: list[Targets]
     weak: Views | None = None
     strong: Views | None = None
+    scored: list[Predictions] | None = None  # masks from elsewhere in the weak frame: the teacher is not asked
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -257,6 +258,7 @@ class Batch:
             targets=[t.to(device) for t in self.targets],
             weak=None if self.weak is None else self.weak.to(device),
             strong=None if self.strong is None else self.strong.to(device),
+            scored=None if self.scored is None else [p.to(device) for p in self.scored],
         )
 
 

@@ -57,8 +57,9 @@ def tiny_run(data: Path, storage: Path, name: str, ap: float, *words: str) -> Pa
     have at step 2."""
     from pais_ray.config import compose, flatten, run_schedule
     from pais_ray.train import describe, launch
+    from pais_ray.train.checkpoints import checkpoint_folder
     from pais_ray.train.prepare import prepare
-    from pais_ray.train.state import build_state, checkpoint_folder
+    from pais_ray.train.state import build_state
 
     paths = (f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images")
     run = (f"run.storage_path={storage}", f"run.name={name}", "data.image_size=64", "train.steps=2")

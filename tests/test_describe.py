@@ -34,6 +34,17 @@ def test_unlabeled_images_of_their_own_are_a_data_set(tiny_coco):
     assert "unlabeled" not in data.facts["training"]
 
 
+def test_other_images_held_out_are_another_validation_set(tiny_coco):
+    def held_out(fold: int) -> dict:
+        paths = (f"data.train={tiny_coco}/train.json", f"data.images={tiny_coco}/images", "data.holdout=0.25")
+        words = ["synthetic", "mask_rcnn", "pais", *paths, "data.labeled=0.5", f"data.fold={fold}"]
+        return prepare(compose(words))[1].facts["validation"]
+
+    assert held_out(1) == held_out(1)
+    assert held_out(1)["images"] == held_out(2)["images"] == 3
+    assert held_out(1)["sha256"] != held_out(2)["sha256"]
+
+
 def test_the_commit_is_of_this_code(tmp_path, monkeypatch):
     commit = describe.git_commit()
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)

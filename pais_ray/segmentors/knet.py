@@ -26,6 +26,7 @@ from pais_ray.backbones import (
     valid_pixels,
 )
 from pais_ray.matching import Match, assign, cost
+from pais_ray.segmentors._knet_graph import KNetGraph
 from pais_ray.segmentors._knet_kernels import KernelHead, SemanticFPN, StageOutput, UpdateStage, read, sample_at
 from pais_ray.structures import Masks, Predictions, Targets, Views
 
@@ -155,6 +156,10 @@ class KNet(nn.Module):
             self._detect(classes.sigmoid(), ious.sigmoid(), masks, size, minimum)
             for classes, ious, masks, size in zip(last.classes, last.ious, last.masks, views.sizes, strict=True)
         ]
+
+    def graph(self) -> KNetGraph:
+        """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
+        return KNetGraph(self)
 
     def _outputs(self, views: Views) -> tuple[list[StageOutput], Tensor]:
         """The kernel head's output and every stage's; the semantic features (B, D, h, w)."""

@@ -32,6 +32,7 @@ from pais_ray.backbones import (
     read_weights,
     resnet_fpn,
 )
+from pais_ray.segmentors._mask_rcnn_graph import MaskRCNNGraph
 from pais_ray.segmentors._mask_rcnn_heads import MaskIoUHead, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures import Predictions, Targets, Views
 
@@ -166,6 +167,10 @@ class MaskRCNN(nn.Module):
         batch, features = self._features(as_views(images))
         proposals, _ = self.rpn(batch, features)
         return self.roi_heads.detect(features, proposals, batch.image_sizes, score_threshold or 0.0)
+
+    def graph(self) -> MaskRCNNGraph:
+        """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
+        return MaskRCNNGraph(self.normalise, self.backbone, self.rpn, self.roi_heads)
 
     def _features(self, views: Views) -> tuple[ImageList, dict[str, Tensor]]:
         """Normalised images, zero in the padding, and their P2..P6."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pais_ray.config import Config
+from pais_ray.data.scored import ScoredFile
 from pais_ray.data.sources import CocoDataset
 from pais_ray.data.splits import Split
 
@@ -14,7 +15,9 @@ GIT_TIMEOUT = 10.0  # s; a checkout on slow storage
 Facts = dict[str, dict[str, Any]]  # use of the data -> name, source, sha256 of the annotations, counts
 
 
-def facts(config: Config, train: CocoDataset, val: CocoDataset, split: Split) -> Facts:
+def facts(
+    config: Config, train: CocoDataset, val: CocoDataset, split: Split, scored: ScoredFile | None = None
+) -> Facts:
     """The data a run has seen, by use: the content of its data.json."""
     parts = {"training": _fact(train.path, train.sha256, len(train.records))}
     parts["training"]["labeled"] = len(split.labeled_ids)
@@ -22,6 +25,8 @@ def facts(config: Config, train: CocoDataset, val: CocoDataset, split: Split) ->
         parts["unlabeled"] = _fact(config.data.unlabeled, split.unlabeled_sha256, len(split.unlabeled_ids))
     else:
         parts["training"]["unlabeled"] = len(split.unlabeled_ids)
+    if scored is not None:
+        parts["scored"] = _fact(scored.path, scored.sha256, len(scored.images))
     parts["validation"] = _fact(val.path, val.sha256, len(val.records))
     return parts
 
@@ -35,6 +40,7 @@ def tags(config: Config, split: Split, data: Facts) -> dict[str, str]:
         "split_sha256": split.sha256,
         "data_sha256": data["training"]["sha256"],
         "val_sha256": data["validation"]["sha256"],
+        "scored_sha256": data["scored"]["sha256"] if "scored" in data else None,
         "segmentor": config.segmentor.name,
         "backbone": getattr(config.segmentor, "backbone", None),
         "preset": getattr(config.segmentor, "preset", None),

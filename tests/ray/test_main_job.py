@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.train import launch
-from pais_ray.train.state import checkpoint_folder, checkpoints, metric_rows, newest_verified
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified
 from tests.mlflow_runs import history
 from tests.servers import mlflow_server
 
@@ -186,7 +186,7 @@ def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage
     def kill_one() -> None:
         wait_for(lambda: 1 in steps_logged(root))
         victim = train_workers()[-1]
-        wait_for(lambda: 3 in steps_logged(root))
+        wait_for(lambda: 3 in steps_logged(root) and checkpoints(root))
         victim.kill()
 
     thread = threading.Thread(target=kill_one, daemon=True)
