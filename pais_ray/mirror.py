@@ -196,12 +196,12 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     """The experiment's id. A server knows where artifacts go; with a database they go beside the runs."""
-    found = client.get_experiment_byclean(name)
+    found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts and artifacts.as_uri()))
         except MlflowException:  # another driver was first
-            found = client.get_experiment_byclean(name)
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":

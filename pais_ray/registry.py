@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import mlflow.pyfunc
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 from PIL import Image
 
@@ -70,7 +71,7 @@ def register(root: Path, name: str, *, role: str = "teacher", checkpoint: str = 
         with tempfile.TemporaryDirectory() as scratch:
             bundle = _bundle(root, folder, role, Path(scratch) / "run")
             packed = Path(scratch) / "model"
-            _pack(bundle, role, packed)
+            _pack(bundle, role, packed, Model(run_id=run.info.run_id, model_id=model.model_id))
             client.log_model_artifacts(model.model_id, str(packed))
         if MLFLOW_MODEL_IS_EXTERNAL in model.tags:
             client.delete_logged_model_tag(model.model_id, MLFLOW_MODEL_IS_EXTERNAL)
@@ -88,12 +89,15 @@ def promote(uri: str, name: str, number: str | None = None) -> tuple[Version, Ve
     Raises Refused where the champion is better or the two cannot be compared, ValueError where there is no such
     version, and what MLflow raises.
     """
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.exists():  # MLflow would make an empty one
+        raise ValueError(f"{file}: expected the database of a registry, got no file; say where it is with --tracking")
     client = connect(uri)
     if not _exists(client, name):
         raise ValueError(f"{name}: no such model in {tracking.without_secrets(uri)}; make it with `pais-ray register`")
     found = _by_alias(client, name, CANDIDATE) if number is None else _by_number(client, name, number)
     if found is None:
-        numbers = ", ".join(v.version for v in _versions(client, name)) or "none"
+        numbers = ", ".join(str(v.version) for v in _versions(client, name)) or "none"
         raise ValueError(f"{name}: no version {number or CANDIDATE}; there are {numbers}")
     candidate, champion = _judged(client, found), _by_alias(client, name, CHAMPION)
     before = None if champion is None else _judged(client, champion)
@@ -147,10 +151,11 @@ def _bundle(root: Path, folder: Path, role: str, out: Path) -> Path:
     return out
 
 
-def _pack(bundle: Path, role: str, out: Path) -> None:
+def _pack(bundle: Path, role: str, out: Path, about: Model) -> None:
     """The bundle as an MLflow model: code from served.py, weights as they are."""
     mlflow.pyfunc.save_model(
         out,
+        mlflow_model=about,
         python_model=served.__file__,
         artifacts={"run": str(bundle)},
         model_config={"role": role},

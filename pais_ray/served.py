@@ -4,6 +4,9 @@ What lies beside it is a run directory with one checkpoint: config.yaml, split.j
 but this file is code: load only models whose author you trust.
 """
 
+import base64
+import binascii
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,8 @@ class Served(mlflow.pyfunc.PythonModel):
         return [self._answer(data, f"image {i}", least) for i, data in enumerate(model_input["image"])]
 
     def _answer(self, data: bytes, where: str, least: float) -> dict[str, Any]:
+        with contextlib.suppress(binascii.Error):  # MLflow decodes the base64 of `dataframe_*`, not that of `inputs`
+            data = base64.b64decode(b"".join(data.split()), validate=True)
         try:
             picture, results = self.predictor.of_bytes(data, where)
         except DataError as error:

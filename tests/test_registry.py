@@ -106,7 +106,7 @@ def test_a_picture_beyond_the_caps_is_refused_by_its_rule(loaded, data, rule):
     assert caught.value.get_http_status_code() == 400
 
 
-def test_mlflow_serves_an_answer_over_http(first, loaded, uri, photo, tmp_path):
+def test_mlflow_serves_an_answer_over_http(first, loaded, storage, uri, photo, tmp_path):
     with model_server(tmp_path, "models:/loaded@candidate", uri, NO_PICKLE) as server:
 
         def ask(content: object) -> dict:
@@ -121,6 +121,8 @@ def test_mlflow_serves_an_answer_over_http(first, loaded, uri, photo, tmp_path):
         for content in ({"inputs": {"image": [encoded]}}, {"dataframe_records": [{"image": encoded}]}):
             [answer] = ask({**content, "params": {"score": 0.0}})["predictions"]
             assert [i["score"] for i in answer["instances"]] == pytest.approx(expected, abs=1e-6)
+        example = next(storage.rglob("*/serving_input_example.json"))
+        assert ask(json.loads(example.read_text()))["predictions"][0]["height"] == 32
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask({"inputs": {"image": [base64.b64encode(b"no picture").decode()]}})
         assert refused.value.code == 400
@@ -146,6 +148,8 @@ def test_the_better_one_becomes_champion_and_the_worse_one_does_not(tiny_coco, s
     assert promote(uri, name, "3").exit_code == 0, "as good as itself"
     assert promote(uri, name, "9").exit_code == 2
     assert promote(uri, "nobody").exit_code == 2
+    assert promote(f"sqlite:///{storage}/elsewhere.db", name).exit_code == 2
+    assert not (storage / "elsewhere.db").exists()
 
 
 def test_figures_on_other_data_promote_nothing(tiny_coco, storage, uri, first, tmp_path):

@@ -5,14 +5,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
-from pais_ray import tracking
+from pais_ray import registry, tracking
 from pais_ray.cli import main
 from pais_ray.config import compose, dump
-from pais_ray.tracking import Tracker, TrackingConfig, read_run_id, tracking_uri
-from tests.mlflow_runs import client, history, opened, write_checkpoint, write_row
-from tests.servers import mlflow_server
+from pais_ray.tracking import Tracker, TrackingConfig, read_run_id, sync, tracking_uri
+from tests.mlflow_runs import client, history, opened, tiny_run, write_checkpoint, write_row
+from tests.servers import mlflow_server, postgres
 
 WRITERS, ROWS = 8, 40
 
@@ -54,6 +55,39 @@ sys.exit(any([os.waitpid(pid, 0)[1] for pid in writers]))
         for i in range(10):
             expected = [(step, step + i / 10) for step in range(ROWS)]
             assert history(uri, run.info.run_id, f"loss/{i}") == expected
+
+
+def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkeypatch):
+    """The deployment of docs/compare.md: `mlflow server` before PostgreSQL and an S3-compatible store."""
+    import boto3
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # else its absence is warned of
+    with postgres(tmp_path) as database, mlflow_server(tmp_path, database, f"s3://{bucket}/runs") as server:
+        config = TrackingConfig(uri=server.url)
+        roots = [
+            tiny_run(tiny_coco, tmp_path / "runs", name, ap, f"tracking.uri={server.url}")
+            for name, ap in (("a", 0.2), ("b", 0.3))
+        ]
+        (roots[0] / "figures" / "curves.png").write_bytes(b"a picture")
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 1, "checkpoints": 0}
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
+        (roots[0] / "mlflow_run_id").unlink()  # found again by its key
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
+        store = client(server.url)
+        ids = [read_run_id(root) for root in roots]
+        for run_id, ap in zip(ids, (0.2, 0.3), strict=True):
+            assert history(server.url, run_id, "teacher/segm_AP") == [(2, ap)]
+            assert store.get_run(run_id).inputs.dataset_inputs[0].dataset.digest
+        versions = [registry.register(root, "shapes") for root in roots]
+        registry.promote(server.url, "shapes")
+        assert str(store.get_registered_model("shapes").aliases["champion"]) == "2"
+        with pytest.raises(registry.Refused, match="worse"):
+            registry.promote(server.url, "shapes", versions[0].version)
+        keys = [entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]]
+        for name in ("figures/curves.png", "config.yaml", "teacher.safetensors", "MLmodel"):
+            assert any(key.startswith("runs/") and key.endswith(name) for key in keys)
+        copy = store.download_artifacts(ids[0], "figures/curves.png", str(tmp_path))
+        assert Path(copy).read_bytes() == b"a picture"
 
 
 def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkeypatch):

@@ -73,15 +73,15 @@ class ScoredFile:
     elsewhere: int  # of images of the same source that are not unlabeled
 
     def summary(self) -> str:
-        """A line for the start of a run."""
+        """Two lines for the start of a run."""
         scores = np.concatenate([np.zeros(0), *(image.scores for image in self.images)])
         without = sum(len(image.scores) == 0 for image in self.images)
         low, middle, high = np.quantile(scores, (0.1, 0.5, 0.9)) if len(scores) else (math.nan,) * 3
         return (
             f"pseudo-labels are those of {self.path}: {len(scores)} scored masks in {len(self.images) - without} of "
-            f"{len(self.images)} unlabeled images, {without} have none; score {low:.2f} / {middle:.2f} / {high:.2f} "
-            f"(10th / 50th / 90th percentile); left out: {self.below} below the method's threshold, "
-            f"{self.empty} empty, {self.elsewhere} of images that are not unlabeled"
+            f"{len(self.images)} unlabeled images, {without} have none\n"
+            f"  score {low:.2f} / {middle:.2f} / {high:.2f} (10th / 50th / 90th percentile); left out: {self.below} "
+            f"below the method's threshold, {self.empty} empty, {self.elsewhere} of images that are not unlabeled"
         )
 
 

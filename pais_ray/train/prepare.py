@@ -1,5 +1,6 @@
 """A run's data: read, split, and generated where none is given. No Ray."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -123,7 +124,9 @@ def held_out(train: sources.CocoDataset, manifest: splits.SplitManifest) -> sour
         remedy = "set data.val, or make one with `pais-ray split --holdout 0.2`"
         raise ConfigError(f"data.split: the manifest holds no images out for validation and data.val is null; {remedy}")
     records = tuple(record for record in train.records if record.image_id in ids)
-    return replace(train, records=records, truth=evaluate.load_ground_truth(train.truth, ids))
+    told = f"{train.sha256} {sorted(ids)}"  # figures on other images of the same file are other figures
+    sha256 = hashlib.sha256(told.encode()).hexdigest()
+    return replace(train, records=records, truth=evaluate.load_ground_truth(train.truth, ids), sha256=sha256)
 
 
 def embedded(config: Config) -> Config:
