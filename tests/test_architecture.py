@@ -12,13 +12,14 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
+    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py", "search/run.py"},
     "mlflow": {"tracking.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
     "pycocotools": {"data/", "evaluate.py", "evaluate_cityscapes.py"},
     "matplotlib": {"plots.py"},
+    "optuna": {"search/propose.py"},
 }
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
@@ -26,7 +27,8 @@ LAYERS = {  # lower may not import higher
     2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking"},
     3: {"config", "overlays", "plugins"},
     4: {"train", "inference"},
-    5: {"cli", "__init__"},
+    5: {"search"},
+    6: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
 TORCH_FREE = {  # imported by Ray's data tasks

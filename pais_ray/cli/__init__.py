@@ -3,6 +3,7 @@
 import click
 
 from pais_ray.cli.models import evaluate, predict
+from pais_ray.cli.searching import tune
 from pais_ray.cli.splitting import split
 from pais_ray.cli.training import show, train
 from pais_ray.cli.validating import validate
@@ -13,5 +14,5 @@ def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
 
 
-for command in (train, show, evaluate, predict, split, validate):
+for command in (train, tune, show, evaluate, predict, split, validate):
     main.add_command(command)

@@ -3,10 +3,9 @@
 import json
 import logging
 import os
-import shlex
-import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,47 @@ class TrainingStopped(RuntimeError):
     """Training ended itself, with the reason as its message."""
 
 
-def train(config: Config, *, force: bool = False) -> TrainResult:
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def tell(row: dict[str, Any]) -> None:
+    """Prints what a worker said."""
+    say(progress_line(row))
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """One line a person can follow: where we are, how it learns, how fast, how long still."""
+    if "text" in row:
+        return str(row["text"])
+    if "role" in row:
+        role = row["role"]
+        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
+        return f"  evaluation at {row['step']}: {role} {ap}"
+    labeled, unlabeled = (
+        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
+    )
+    kept = row.get("pseudo/kept_per_image")
+    minutes, seconds = divmod(int(row["eta"]), 60)
+    return (
+        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
+        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
+        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
+        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
+        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    )
+
+
+def train(
+    config: Config,
+    *,
+    force: bool = False,
+    tags: Mapping[str, str] | None = None,
+    heard: Callable[[dict[str, Any]], None] = tell,
+) -> TrainResult:
     """Trains, or resumes the run of that name, and returns what came out.
 
+    ``tags`` are for MLflow, beside the run's own; ``heard`` gets what the workers say, by default to print it.
     Raises ConfigError or DataError (wrong input) before anything starts, and ray.train.TrainingFailedError.
     """
     if "://" in config.run.storage_path:
@@ -85,20 +122,27 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     write_run_directory(root, config, data, schedule)
     started_here = connect()
     try:
-        return fit(root, config, data, schedule)
+        return fit(root, config, data, schedule, tags or {}, heard)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResult:
+def fit(
+    root: Path,
+    config: Config,
+    data: Data,
+    schedule: Schedule,
+    tags: Mapping[str, str],
+    heard: Callable[[dict[str, Any]], None],
+) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
     run_id = tracking.open_run(
         config.tracking,
         Path(config.run.storage_path).absolute(),
         root.name,
         flatten(config),
-        run_tags(config, data),
+        {**run_tags(config, data), **tags},
         read_run_id(root),
     )
     if run_id is not None:
@@ -141,17 +185,21 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
     )
     status = "FAILED"
     try:
-        stopped = follow(trainer, monitor, root, min(schedule.steps, config.train.stop_at or schedule.steps))
+        stopped = follow(trainer, monitor, root, min(schedule.steps, config.train.stop_at or schedule.steps), heard)
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, run_id, status)
     return result_of(root, schedule, run_id=run_id, stopped=stopped)
 
 
-def close_tracking(root: Path, config: Config, run_id: str | None, status: str) -> None:
+def close_tracking(
+    root: Path, config: Config, run_id: str | None, status: str, tags: Mapping[str, str] | None = None
+) -> None:
     """Curves of what there is, the run's papers as artifacts, and the end of the MLflow run."""
     rows = metric_rows(root)
     tracker = tracking.Tracker(config.tracking, root, run_id)
+    if tags:
+        tracker.set_tags(tags)
     try:
         if rows:
             plots.curves(rows, root / "figures" / "curves.png")
@@ -164,9 +212,9 @@ def close_tracking(root: Path, config: Config, run_id: str | None, status: str) 
     tracker.close(status)
 
 
-def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
+def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int, heard: Callable[[dict[str, Any]], None]) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one)
-    and prints what the workers say. Returns whether the user stopped it; raises what training raised."""
+    and passes on what the workers say. Returns whether the user stopped it; raises what training raised."""
     outcome: dict[str, Any] = {}
     done = threading.Event()  # not Thread.join: interrupted, it takes a living thread for dead (Python < 3.13)
 
@@ -186,7 +234,7 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
     while not done.is_set() and patience > 0:
         try:
             done.wait(timeout=0.5)
-            fatal = show(ray.get(monitor.drain.remote())) or fatal
+            fatal = pass_on(ray.get(monitor.drain.remote()), heard) or fatal
             patience -= fatal is not None
         except KeyboardInterrupt:
             asked += 1
@@ -194,48 +242,26 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
                 raise
             ray.get(monitor.request_stop.remote())  # what is announced has happened
             say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-    fatal = show(ray.get(monitor.drain.remote())) or fatal
+    fatal = pass_on(ray.get(monitor.drain.remote()), heard) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
         raise outcome["error"]
     stopped = asked > 0 and steps_made(root) < last
     if stopped:
-        say(f"stopped with a checkpoint in {root / 'checkpoints'}; resume with:\n  {resume_command(root)}")
+        say(f"stopped with a checkpoint in {root / 'checkpoints'}")
     return stopped
 
 
-def show(rows: list[dict[str, Any]]) -> Exception | None:
-    """Prints progress; returns what a worker called fatal as the error it is."""
+def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None]) -> Exception | None:
+    """Hands progress on; returns what a worker called fatal as the error it is."""
     fatal: Exception | None = None
     for row in rows:
         if "fatal" in row:
             fatal = WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
         else:
-            say(progress_line(row))
+            heard(row)
     return fatal
-
-
-def progress_line(row: dict[str, Any]) -> str:
-    """One line a person can follow: where we are, how it learns, how fast, how long still."""
-    if "text" in row:
-        return str(row["text"])
-    if "role" in row:
-        role = row["role"]
-        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
-        return f"  evaluation at {row['step']}: {role} {ap}"
-    labeled, unlabeled = (
-        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
-    )
-    kept = row.get("pseudo/kept_per_image")
-    minutes, seconds = divmod(int(row["eta"]), 60)
-    return (
-        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
-        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
-        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
-        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
-        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    )
 
 
 def worker_resources(config: Config) -> tuple[float, int]:
@@ -380,15 +406,6 @@ def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bo
     )
 
 
-def resume_command(root: Path) -> str:
-    """The command line that goes on with the run at ``root``: this one, with the run's name in it."""
-    started = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
-    words = sys.argv[1:]
-    if not any(w.startswith("run.name=") for w in words):
-        words = [*words, f"run.name={root.name}"]
-    return " ".join([started, *(shlex.quote(w) for w in words)])
-
-
 def summary(result: TrainResult, config: Config) -> str:
     """What a person wants to know at the end: the AP table, where the run lies, how to look at it."""
     lines = []
@@ -400,7 +417,3 @@ def summary(result: TrainResult, config: Config) -> str:
     lines.append(f"run directory: {result.run_dir}")
     lines.append(f"look at it:    {tracking.ui_command(config.tracking, Path(result.run_dir).parent)}")
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)

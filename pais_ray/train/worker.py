@@ -266,7 +266,8 @@ class Worker:
         started = time.perf_counter()
         shard = ray.get(self.job.val)[self.rank :: self.world]
         ids = [c.id for c in self.job.categories]
-        score = ray.remote(num_cpus=SCORE_TASK_CPUS)(evaluate.score)
+        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks: none are free there.
+        score = ray.remote(num_cpus=SCORE_TASK_CPUS, scheduling_strategy="DEFAULT")(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()
