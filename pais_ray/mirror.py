@@ -22,7 +22,8 @@ from pais_ray.ranking import Ranking, clean
 from pais_ray.tail import Row, Tail, milliseconds
 from pais_ray.tracking import RUN_ID, Card, read_run_id, without_secrets
 
-PAPERS = ("config.yaml", "split.json", "data.json")  # of the run directory; figures/ go as they are
+# Of the run directory, or of a search's; figures/ go as they are.
+PAPERS = ("config.yaml", "split.json", "data.json", "best.yaml", "results.json", "results.csv", "table.txt")
 KEY, PAPERS_TAG = "pais_ray.key", "pais_ray.papers"  # tags of a run: Card.key, digest of its papers
 MAX_VALUE = 500  # characters of a parameter that the UI still shows
 MAX_TAG = 5000  # characters

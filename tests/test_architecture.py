@@ -20,6 +20,7 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
         "train/watchdog.py",
         "batch_predict.py",
         "submit.py",
+        "search/run.py",
     },
     # A run's image, its checkpoints and its node's samples in MLflow; versions; the file that MLflow runs to serve one.
     "mlflow": {"mirror.py", "ranking.py", "system_metrics.py", "registry.py", "served.py"},
@@ -31,6 +32,7 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
     "onnx": {"export.py"},
     "onnxscript": {"export.py"},
     "onnxruntime": {"export.py", "onnx_runner.py"},
+    "optuna": {"search/propose.py"},
 }
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
@@ -44,7 +46,8 @@ LAYERS = {  # lower may not import higher
         *("train", "inference", "export", "batch_predict", "audit", "tables", "submit"),
         *("gallery", "compare", "registry", "served"),
     },
-    5: {"cli", "__init__"},
+    5: {"search"},
+    6: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
 TORCH_FREE = {  # imported by Ray's data tasks

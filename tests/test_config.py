@@ -22,7 +22,7 @@ from pais_ray.config import (
 )
 from pais_ray.overlays import config_dirs, resolve
 
-FILES = {p.stem: p for d in config_dirs() for p in d.glob("*.yaml")}
+FILES = {p.stem: p for d in config_dirs() for p in d.glob("*.yaml") if not p.stem.startswith("search_")}
 METHODS = ["supervised", "supervised_plain", "pais", "pais_wo_daloss", "pais_released", "pais_released_10"]
 RUNS = [
     *[("coco", "mask_rcnn", m) for m in METHODS],

@@ -7,6 +7,7 @@ from pais_ray.cli.comparing import compare
 from pais_ray.cli.exporting import export
 from pais_ray.cli.models import evaluate, predict
 from pais_ray.cli.registering import promote, register, sync
+from pais_ray.cli.searching import tune
 from pais_ray.cli.sharding import shard
 from pais_ray.cli.splitting import split
 from pais_ray.cli.studying import audit, tables
@@ -21,6 +22,7 @@ def main() -> None:
 
 VERBS = (
     train,
+    tune,
     show,
     evaluate,
     predict,

@@ -1,6 +1,8 @@
 """What all verbs share: exit codes, JSON output, progress, text for any terminal."""
 
 import json
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,13 @@ def echo(text: str) -> None:
     """Text with names from outside, whatever the terminal's encoding lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "replace").decode(encoding))
+
+
+def same_command(known_by: str, *addition: str) -> str:
+    """This command line, to be run again: with ``addition`` where no word begins with ``known_by``."""
+    started = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
+    words = sys.argv[1:] if any(w.startswith(known_by) for w in sys.argv) else [*sys.argv[1:], *addition]
+    return " ".join([started, *(shlex.quote(w) for w in words)])
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """Verbs around a run: train, show."""
 
+from pathlib import Path
+
 import click
 
-from pais_ray.cli.common import WORDS, echo, json_option, verb, write_json
+from pais_ray.cli.common import WORDS, echo, json_option, same_command, verb, write_json
 
 
 @click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
@@ -23,6 +25,9 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     result = launch.train(config, force=force)
     write_json(json_path, result.to_json())
     click.echo(launch.summary(result, config))
+    if result.stopped:
+        name = f"run.name={Path(result.run_dir).name}"
+        click.echo(f"resume with:\n  {same_command('run.name=', name)}")
 
 
 @click.command(help="Resolved config, schedule and batch arithmetic.\n\n" + WORDS)

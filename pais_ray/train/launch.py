@@ -3,12 +3,10 @@
 import json
 import logging
 import os
-import shlex
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,9 +64,49 @@ class TrainingStopped(RuntimeError):
     """Training ended itself, with the reason as its message."""
 
 
-def train(config: Config, *, force: bool = False) -> TrainResult:
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def tell(row: dict[str, Any]) -> None:
+    """Prints what a worker said."""
+    say(progress_line(row))
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """One line a person can follow: where we are, how it learns, how fast, how long still."""
+    if "text" in row:
+        return str(row["text"])
+    if "role" in row:
+        role = row["role"]
+        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
+        return f"  evaluation at {row['step']}: {role} {ap}"
+    labeled, unlabeled = (
+        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
+    )
+    kept = row.get("pseudo/kept_per_image")
+    minutes, seconds = divmod(int(row["eta"]), 60)
+    return (
+        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
+        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
+        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
+        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
+        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    )
+
+
+def train(
+    config: Config,
+    *,
+    force: bool = False,
+    tags: Mapping[str, str] | None = None,
+    parent: str | None = None,
+    heard: Callable[[dict[str, Any]], None] = tell,
+) -> TrainResult:
     """Trains, or resumes the run of that name, and returns what came out.
 
+    ``tags`` are for MLflow, beside the run's own, as is the id of the ``parent`` run; ``heard`` gets what the
+    workers say, by default to print it.
     Raises ConfigError or DataError (wrong input) before anything starts, and ray.train.TrainingFailedError.
     """
     if "://" in config.run.storage_path:
@@ -105,16 +143,27 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
         cpus, threads = worker_resources(config)
         config = with_threads(config, threads)
         write_run_directory(root, config, data, schedule)
-        return fit(root, config, data, schedule, cpus)
+        return fit(root, config, data, schedule, cpus, tags or {}, parent, heard)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float) -> TrainResult:
+def fit(
+    root: Path,
+    config: Config,
+    data: Data,
+    schedule: Schedule,
+    cpus: float,
+    tags: Mapping[str, str],
+    parent: str | None,
+    heard: Callable[[dict[str, Any]], None],
+) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
-    tags = describe.tags(config, data.manifest.split, data.facts)
-    tracking.open_run(config.tracking, root.parent, root.name, flatten(config), tags, datasets=data.facts)
+    tags = {**describe.tags(config, data.manifest.split, data.facts), **tags}
+    tracking.open_run(
+        config.tracking, root.parent, root.name, flatten(config), tags, parent=parent, datasets=data.facts
+    )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # outlives other nodes
     plan = StepPlan(
@@ -165,7 +214,7 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
     status: tracking.Status = "FAILED"
     try:
         last = min(schedule.steps, config.train.stop_at or schedule.steps)
-        stopped = follow(trainer, Watch(monitor, root, config, cpus), root, last)
+        stopped = follow(trainer, Watch(monitor, root, config, cpus, heard), root, last)
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, status)
@@ -187,7 +236,7 @@ def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
 
 def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
-    prints what the workers say and watches over them. Returns whether the user stopped it; raises what training
+    passes on what the workers say and watches over them. Returns whether the user stopped it; raises what training
     raised."""
     outcome: dict[str, Any] = {}
     done = threading.Event()  # not Thread.join: interrupted, it takes a living thread for dead (Python < 3.13)
@@ -209,7 +258,7 @@ def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool
         while not done.is_set() and patience > 0:
             try:
                 done.wait(timeout=POLL_S)
-                fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
+                fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
                 patience -= fatal is not None
                 watch.look()
             except KeyboardInterrupt:
@@ -218,14 +267,14 @@ def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool
                     raise
                 ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
                 say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-    fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
+    fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
         raise outcome["error"]
     stopped = asked > 0 and steps_made(root) < last
     if stopped:
-        say(f"stopped with a checkpoint in {root / 'checkpoints'}; resume with:\n  {resume_command(root)}")
+        say(f"stopped with a checkpoint in {root / 'checkpoints'}")
     return stopped
 
 
@@ -245,10 +294,12 @@ def terminating_as_interrupt() -> Iterator[None]:
 class Watch:
     """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
 
-    def __init__(self, monitor: Any, root: Path, config: Config, cpus: float) -> None:
-        self.monitor, self.root, self.config, self.cpus = monitor, root, config, cpus
+    def __init__(
+        self, monitor: Any, root: Path, config: Config, cpus: float, heard: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.monitor, self.root, self.config, self.cpus, self.heard = monitor, root, config, cpus, heard
         self.leaving: set[str] = set()
-        self.heard = time.monotonic()  # when some rank last gave a sign of life
+        self.alive = time.monotonic()  # when some rank last gave a sign of life
         self.events = Lines(root / "events.jsonl")
 
     def look(self) -> None:
@@ -260,9 +311,9 @@ class Watch:
         pulse = ray.get(self.monitor.pulse.remote())
         now = time.monotonic()
         if pulse:
-            self.heard = now
-        elif now - self.heard > NO_ROOM_S:
-            self.heard = now  # said again as long as it lasts
+            self.alive = now
+        elif now - self.alive > NO_ROOM_S:
+            self.alive = now  # said again as long as it lasts
             lacking = lack_of_room(self.config, self.cpus)
             if lacking is not None:
                 self.tell(f"waiting for room: {lacking}", "no_room")
@@ -273,7 +324,7 @@ class Watch:
             ray.get(self.monitor.silence.remote(None))
 
     def tell(self, text: str, event: str) -> None:
-        say(text)
+        self.heard({"text": text})
         self.events.append({"time": time.time(), "event": event, "text": text})
 
 
@@ -283,37 +334,15 @@ def draining_nodes() -> dict[str, int]:
     return found
 
 
-def show(rows: list[dict[str, Any]]) -> Exception | None:
-    """Prints progress; returns what a worker called fatal as the error it is."""
+def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None]) -> Exception | None:
+    """Hands progress on; returns what a worker called fatal as the error it is."""
     fatal: Exception | None = None
     for row in rows:
         if "fatal" in row:
             fatal = WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
         else:
-            say(progress_line(row))
+            heard(row)
     return fatal
-
-
-def progress_line(row: dict[str, Any]) -> str:
-    """One line a person can follow: where we are, how it learns, how fast, how long still."""
-    if "text" in row:
-        return str(row["text"])
-    if "role" in row:
-        role = row["role"]
-        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
-        return f"  evaluation at {row['step']}: {role} {ap}"
-    labeled, unlabeled = (
-        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
-    )
-    kept = row.get("pseudo/kept_per_image")
-    minutes, seconds = divmod(int(row["eta"]), 60)
-    return (
-        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
-        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
-        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
-        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
-        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    )
 
 
 def worker_resources(config: Config) -> tuple[float, int]:
@@ -480,15 +509,6 @@ def result_of(root: Path, schedule: Schedule, *, stopped: bool) -> TrainResult:
     )
 
 
-def resume_command(root: Path) -> str:
-    """The command line that goes on with the run at ``root``: this one, with the run's name in it."""
-    started = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
-    words = sys.argv[1:]
-    if not any(w.startswith("run.name=") for w in words):
-        words = [*words, f"run.name={root.name}"]
-    return " ".join([started, *(shlex.quote(w) for w in words)])
-
-
 def summary(result: TrainResult, config: Config) -> str:
     """What a person wants to know at the end: the AP table, where the run lies, how to look at it."""
     lines = []
@@ -500,7 +520,3 @@ def summary(result: TrainResult, config: Config) -> str:
     lines.append(f"run directory: {result.run_dir}")
     lines.append(f"look at it:    {tracking.ui_command(config.tracking, Path(result.run_dir).parent)}")
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)

@@ -362,7 +362,8 @@ class Worker:
         # A stretch, not every W-th: images that lie together are read together.
         mine = records[self.rank * len(records) // self.world : (self.rank + 1) * len(records) // self.world]
         ids = [c.id for c in self.job.categories]
-        score = ray.remote(num_cpus=SCORE_TASK_CPUS)(evaluate.score)
+        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks: none are free there.
+        score = ray.remote(num_cpus=SCORE_TASK_CPUS, scheduling_strategy="DEFAULT")(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()

@@ -1,0 +1,62 @@
+"""`pais-ray tune`: which settings are best."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pais_ray.cli.common import WORDS, echo, json_option, same_command, verb, write_json
+
+
+@click.command(
+    help="Search settings of WORDS: many short trainings on the cluster, compared by the teacher's segm AP. The same"
+    " command goes on with a search that was stopped or killed. docs/search.md explains it.\n\n" + WORDS
+)
+@click.argument("words", nargs=-1, required=True)
+@click.option(
+    "--over",
+    multiple=True,
+    metavar="PATH=VALUES",
+    help="method.tau_cls=0.35,0.5 or uniform(a,b), loguniform(a,b), randint(a,b), choice(...); repeatable."
+    " Or as the section search: of a word, such as search_pais.",
+)
+@click.option("--name", help="Of the search and its folder; the same name goes on. Default: run.name, or the time.")
+@click.option(
+    "--search",
+    "kind",
+    type=click.Choice(["grid", "random", "optuna"]),
+    help="How configurations are chosen. Default: grid where all are lists, else optuna (TPE).",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Configurations to try, unless in a grid.  [default: 20]")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trials a configuration, by train.seed."
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Of a trial, instead of WORDS' train.steps.")
+@click.option(
+    "--rungs",
+    help="Steps at which only the best third goes on, 40,80; or none. Default: a ninth and a third of the steps, at"
+    " the next evaluation.",
+)
+@click.option(
+    "--time-budget", "minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes; the same command goes on."
+)
+@click.option("--max-concurrent", type=click.IntRange(min=1), help="Trials at a time, if fewer than the cluster holds.")
+@click.option("--warm-start", type=click.Path(exists=True, file_okay=False), help="Folder of a search to learn from.")
+@click.option("--retrain-best", "retrain", is_flag=True, help="Then train WORDS with the best settings as NAME-best.")
+@json_option
+@verb
+def tune(words: tuple[str, ...], json_path: str | None, **options: Any) -> None:
+    from pais_ray.search.plan import Options
+
+    told = Options(**options)
+    from pais_ray.search import run
+
+    result = run.search(words, told)
+    folder = Path(result["folder"])
+    echo((folder / "table.txt").read_text())
+    if result["best"] is not None:
+        echo(f"best settings:  {result['best']['overlay']} (a word for `pais-ray train`)")
+    echo(f"folder, plots:  {folder}, {folder / 'figures'}")
+    if result["stopped"] or result.get("retrained", {}).get("stopped"):
+        echo(f"go on with:\n  {same_command('--name', '--name', folder.name)}")
+    write_json(json_path, result)

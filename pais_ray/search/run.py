@@ -1,0 +1,267 @@
+"""tune(): a search with Ray Tune, one driver function a trial that launches Ray Train. The only user of Tune.
+
+Tune starts and stops trials; what is remembered is in the ledger alone, and a search that was killed goes on as a
+new Tune experiment over what is left. A trial is an ordinary run, so it resumes from its own checkpoints.
+"""
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from pais_ray import tracking
+from pais_ray.config import Config, load
+from pais_ray.overlays import ConfigError
+from pais_ray.search import report
+from pais_ray.search.capacity import concurrent_trials
+from pais_ray.search.control import METRIC, Control
+from pais_ray.search.ledger import Ledger
+from pais_ray.search.plan import Options, Plan, make_plan, warm_start
+from pais_ray.search.space import Params, compose_with
+from pais_ray.search.tracked import Tracked
+from pais_ray.train import describe, launch
+from pais_ray.train.checkpoints import CheckpointError, metric_rows
+from pais_ray.train.launch import say
+from pais_ray.train.prepare import prepare
+
+UNDEFINED = -1.0  # COCO's AP where there is nothing to find
+WAITING = {"memory": 1}  # of a trial's own process: Tune wants it to take something, and the CPUs are for its workers
+TABLE_EVERY = 60.0  # s between two tables while trials run
+
+
+def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
+    """Searches, or goes on with the search of that name; what came out, as in results.json.
+
+    Raises ConfigError or DataError (wrong input), mostly before anything starts.
+    """
+    plan = make_plan(words, options)
+    prepared, data = prepare(plan.base)  # here, once: trials find the generated data set in its place
+    plan.check_same()
+    paths = data_paths(prepared)
+    ledger = Ledger(plan.root / "trials.json")
+    if options.warm_start:
+        taken = warm_start(plan, ledger, compose_with(plan.words, paths), Path(options.warm_start))
+        say(f"{taken} trials taken up from {options.warm_start}")
+    say(f"search {plan.root.name}: {plan.kind}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
+    for path, domain in plan.space.items():
+        say(f"  {path}: {domain}")
+    say(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
+    started_here = launch.connect()
+    try:
+        concurrent, shares = share(plan.base, options.max_concurrent)
+        cpus, threads = shares.values()
+        say(f"{concurrent} trials at a time; a worker has {cpus:g} CPUs and {threads} threads")
+        settings = {
+            **paths,
+            **shares,
+            "run.storage_path": str(plan.root / "trials"),
+            "tracking.uri": tracking.tracking_uri(plan.base.tracking, plan.root.parent),
+        }
+        tracked = Tracked(plan, describe.tags(prepared, data.manifest.split, data.facts), data.facts)
+        control = Control(plan, ledger, settings, tracked.close_trial, say, options.minutes)
+        result = conclude(control, tracked, lambda: follow(tuner(control, tracked, concurrent), control))
+        if options.retrain and control.halt is None:
+            result["retrained"] = retrain(plan, words, ledger)
+            report.write(plan, ledger, result)
+    finally:
+        if started_here:
+            ray.shutdown()
+    return result
+
+
+def share(config: Config, wanted: int | None) -> tuple[int, Params]:
+    """How many trials run at once, and the part of the cluster that each of their workers gets."""
+    cpus, _ = launch.worker_resources(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers = config.scaling.most
+    fits = concurrent_trials(nodes, workers=workers, cpus=cpus, use_gpu=config.scaling.use_gpu)
+    count = min(fits, wanted or fits)
+    cores = sum(node.get("CPU", 0.0) for node in nodes)
+    threads = config.train.threads_per_worker or max(1, int(cores / (count * workers)))
+    return count, {"scaling.cpus_per_worker": cpus, "train.threads_per_worker": threads}
+
+
+def conclude(control: Control, tracked: Tracked, work: Any) -> dict[str, Any]:
+    """Does the work and, however it ends, writes down what came out."""
+    plan = control.plan
+    for trial in control.own():  # stopped, and the search was killed before its run was closed
+        if trial.state == "stopped" and not (plan.trial_root(trial.id) / "figures" / "curves.png").exists():
+            tracked.close_trial(trial, "KILLED")
+    try:
+        work()
+    except BaseException:
+        control.halt = control.halt or "an error"
+        raise
+    finally:
+        for trial in control.rest():
+            tracked.close_trial(trial, "KILLED")
+        result = report.to_json(plan, control.ledger, control.halt)
+        report.write(plan, control.ledger, result)
+        tracked.close(result, "KILLED" if control.halt else "FINISHED")
+    if control.wrong_input is not None:
+        raise ConfigError(control.wrong_input)
+    return result
+
+
+def tuner(control: Control, tracked: Tracked, concurrent: int) -> tune.Tuner:
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: nothing, what there is to say we say
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    root, trials, parent = control.plan.root, control.plan.root / "trials", tracked.run_id
+    return tune.Tuner(
+        tune.with_resources(lambda config: run_trial(trials / config["trial"], root.name, parent), WAITING),
+        tune_config=tune.TuneConfig(
+            search_alg=Suggest(control),
+            scheduler=Judge(control),
+            num_samples=-1,  # until the searcher has no more
+            max_concurrent_trials=concurrent,
+            trial_dirname_creator=lambda trial: str(trial.config["trial"]),
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
+            storage_path=str(root / launch.ATTEMPT_FOLDER),
+            failure_config=tune.FailureConfig(max_failures=control.plan.base.run.max_failures),
+            stop=Halt(control),
+            verbose=0,
+        ),
+    )
+
+
+def follow(tuner: tune.Tuner, control: Control) -> None:
+    """Runs Tune in a thread of its own (in the main one it would take Ctrl-C for itself), with a table now and then.
+    Raises what Tune raised."""
+    outcome: dict[str, BaseException] = {}
+    done = threading.Event()
+
+    def target() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:
+            outcome["error"] = error
+        finally:
+            done.set()
+
+    threading.Thread(target=target, daemon=True).start()
+    shown, told = time.monotonic(), ""
+    while not done.is_set():
+        try:
+            done.wait(timeout=0.5)
+            if time.monotonic() > shown + TABLE_EVERY:
+                shown, progress = time.monotonic(), control.progress()
+                if progress != told:
+                    say(progress)
+                told = progress
+        except KeyboardInterrupt:
+            if control.halt is not None:
+                raise
+            control.halt = "Ctrl-C"
+            say("stopping all trials; they go on from their last checkpoints. Ctrl-C again to stop at once")
+    if "error" in outcome:
+        raise outcome["error"]
+
+
+class Unsaved:
+    """Tune pickles these for its own way to resume, which we do not use: locks and threads stay here."""
+
+    def __reduce__(self) -> Any:
+        return object, ()
+
+
+class Suggest(Unsaved, Searcher):
+    """Tune's searcher: asks for the next trial."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__()
+        self.control = control
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.control.next()
+        return Searcher.FINISHED if trial is None else {"trial": trial.id}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
+    def save(self, checkpoint_path: str) -> None: ...
+
+
+class Judge(Unsaved, FIFOScheduler):
+    """Tune's scheduler: hands on what trials report, and which of them stop."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__()
+        self.control = control
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return str(self.STOP if self.control.heard(trial.config["trial"], result) else self.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        lines = str(trial.get_error()).strip().splitlines()
+        self.control.heard(trial.config["trial"], {"failed": lines[-1] if lines else "its process died"})
+
+
+class Halt(Unsaved, tune.Stopper):
+    """Tune's stopper: ends the whole search."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.control.halts()
+
+
+def run_trial(root: Path, search: str, parent: str | None) -> None:
+    """A trial's life, in a process of its own: trains the run at ``root`` and reports each evaluation to Tune, those
+    of an earlier start first."""
+    reported = 0
+
+    def report_new() -> None:
+        nonlocal reported
+        for row in metric_rows(root):
+            if METRIC in row and row["step"] > reported:
+                reported = row["step"]
+                tune.report({"step": reported, METRIC: UNDEFINED if row[METRIC] is None else row[METRIC]})
+
+    def heard(row: dict[str, Any]) -> None:
+        if row.get("role") == "teacher":
+            report_new()
+
+    report_new()
+    try:
+        result = launch.train(load(root / "config.yaml"), tags={"search": search}, parent=parent, heard=heard)
+    except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
+        tune.report({"failed": str(error)})
+    except ValueError as error:
+        tune.report({"wrong_input": str(error)})
+    else:
+        report_new()
+        tune.report({"finished": result.step >= result.steps})
+
+
+def data_paths(config: Config) -> Params:
+    """The config's paths of data and weights, as every node can find them."""
+    paths = {f"data.{name}": value for name, value in config.data if isinstance(value, str)}
+    weights = getattr(config.segmentor, "weights", None)
+    if isinstance(weights, str):
+        paths["segmentor.weights"] = weights
+    return {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
+
+
+def retrain(plan: Plan, words: tuple[str, ...], ledger: Ledger) -> dict[str, Any]:
+    """Trains WORDS, at their own length, with the best settings, as the run NAME-best; or resumes it."""
+    best = report.best_of(ledger.standings())
+    if best is None:
+        raise RuntimeError("--retrain-best: no configuration finished")
+    name = f"{plan.root.name}-best"
+    config = compose_with(words, {**best.params, "run.name": name})
+    say(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
+    result = launch.train(config, tags={"search": plan.root.name})
+    say(launch.summary(result, config))
+    return result.to_json()
