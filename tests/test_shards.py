@@ -378,9 +378,10 @@ def test_the_verb_writes_and_tells(tiny, tmp_path):
 def test_keys_in_a_url_are_refused_and_not_repeated(url, tiny):
     done = call("shard", *tiny, "--out", url)
     assert done.exit_code == 2
-    trained = call("train", "synthetic", "mask_rcnn", "pais", f"data.train={url}")
-    assert trained.exit_code == 2
-    for output in (done.output, trained.output):
+    words = ("synthetic", "mask_rcnn", "pais")
+    others = [call(verb, *words, f"{key}={url}") for verb in ("train", "validate") for key in ("data", "data.train")]
+    assert {other.exit_code for other in others} == {2}
+    for output in (done.output, *(other.output for other in others)):
         assert "AWS_SECRET_ACCESS_KEY" in output
         assert "hunter2" not in output
 

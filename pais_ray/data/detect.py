@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pais_ray.data import cityscapes, shards
+from pais_ray.data import cityscapes, shards, storage
 from pais_ray.data.sources import SUFFIXES, list_folder
 from pais_ray.data.validate import DataError
 
@@ -56,7 +56,7 @@ class JsonFile:
 def detect(source: str, given: Mapping[str, Any]) -> Found:
     """What ``source``, a folder, a COCO file or a URL of shards, holds; ``given`` are settings of `data:` that the
     user decides. Raises DataError where nothing, or more than one thing, is recognised."""
-    if shards.is_shards(source):
+    if shards.is_shards(storage.check_url(source)):
         return _found(f"shards in {source}", {"train": source}, {}, [])
     if os.path.isfile(source):
         return _coco(os.path.dirname(source) or ".", given, source)
