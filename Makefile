@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 20
 
-.PHONY: demo test test-all test-faults fuzz lint bench env clean
+.PHONY: demo test test-all test-faults soak fuzz audit lint bench env clean
 
 env: .venv/.installed
 
@@ -31,8 +31,17 @@ test: env
 test-all: env lint
 	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest tests
 
+# Real runs under scripted faults; MINUTES bounds the random kills. Figures: faults.json
 test-faults: env
-	$(BIN)/python infra/loopback.py $(BIN)/python -m pytest tests/ray -k kill
+	MINUTES=$(MINUTES) $(BIN)/python infra/loopback.py $(BIN)/python -m pytest -q --timeout 3600 tests/faults
+
+# Continuous training for MINUTES: is memory flat? Figures and plot: soak/
+soak: env
+	$(BIN)/python infra/loopback.py $(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --out soak
+
+# Known holes in what the lock installs (asks the package index).
+audit: env
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r requirements.lock
 
 # Mutated annotation files for MINUTES, none of which may end in a traceback, a crash or a hang.
 fuzz: env
@@ -42,7 +51,7 @@ lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: env
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ from pais_ray import plugins
 from pais_ray.data import formats
 from pais_ray.data.validate import LIMITS, MAX_PIXELS, Limits
 from pais_ray.data.views import AugmentConfig
+from pais_ray.guards import GuardConfig
 from pais_ray.optim import OptimConfig, Schedule, plan_schedule
 from pais_ray.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
 from pais_ray.plugins import did_you_mean
@@ -54,9 +55,19 @@ class DataConfig(Section):
     )
     labeled: float = Field(default=1.0, gt=0, le=1, description="share of train that keeps its labels")
     fold: int = Field(default=1, ge=0, description="which draw of that share")
+    holdout: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of train to evaluate on, held out before labels are drawn; where val is null",
+    )
     split: str | None = Field(
         default=None,
         description="manifest of `pais-ray split` that says which images are labeled, instead of labeled and fold",
+    )
+    pseudo_labels: str | None = Field(
+        default=None,
+        description="COCO results with scores (scored masks) that label the unlabeled images; null: the teacher does",
     )
     max_pixels: int = Field(
         default=MAX_PIXELS,
@@ -79,6 +90,11 @@ class DataConfig(Section):
         """The caps, as the readers take them."""
         return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation images are some of train: a share of it, or those that the manifest names."""
+        return self.train is not None and self.val is None
+
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
         where one is not set."""
@@ -93,9 +109,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _both_sides(self) -> Self:
-        if (self.train is None) != (self.val is None):
-            missing, given = ("val", "train") if self.val is None else ("train", "val")
-            raise ValueError(f"{missing}: expected a COCO JSON because {given} is set, got null; set both or neither")
+        if self.train is None and (self.val is not None or self.holdout is not None):
+            given = "val" if self.val is not None else "holdout"
+            raise ValueError(f"train: expected a COCO JSON because {given} is set, got null; set both or neither")
+        if self.holds_out and self.holdout is None and self.split is None:
+            raise ValueError(
+                "val: expected a COCO JSON because train is set, got null; set it, or hold images out: data.holdout=0.2"
+            )
+        if self.val is not None and self.holdout is not None:
+            raise ValueError(f"holdout: goes without val, got {self.holdout} and {self.val}; set one of them to null")
         return self
 
 
@@ -133,10 +155,15 @@ class TrainConfig(Section):
         default="fp32", description="of the forward passes; fp16 scales the loss (released code)"
     )
     deterministic: bool = Field(default=False, description="only deterministic kernels, slower", json_schema_extra=FREE)
+    max_pseudo_labels: int = Field(
+        default=100,
+        ge=1,
+        description="an image, by score; torchvision's detections_per_img; halved where memory ran out in backward",
+    )
     max_skipped: int = Field(
         default=20,
         ge=1,
-        description="steps in a row without a finite loss that end the run",
+        description="steps in a row without a finite loss, then back to the last checkpoint",
         json_schema_extra=FREE,
     )
     threads_per_worker: int | None = Field(
@@ -150,11 +177,38 @@ class TrainConfig(Section):
 class ScalingConfig(Section):
     """The section `scaling:`, after ray.train.ScalingConfig."""
 
-    num_workers: int = Field(default=1, ge=1, description="training processes; each has its own batch")
+    num_workers: int | tuple[int, int] = Field(
+        default=1,
+        description="training processes, each with its own batch; [least, most]: as many as the cluster has room for, "
+        "with the samples a step of the most",
+    )
+    resize_check_s: float = Field(
+        default=60.0, ge=0, description="between two looks for room for more workers, where num_workers is a range"
+    )
     use_gpu: bool = Field(default=False, description="one GPU a worker")
     cpus_per_worker: float | None = Field(
         default=None, gt=0, description="CPUs to reserve a worker; null: what leaves one for reading data"
     )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        default="PACK", description="of the workers over the nodes, Ray's names; PACK: few nodes, less network"
+    )
+
+    @property
+    def most(self) -> int:
+        """Workers where the cluster has room for all."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def least(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @field_validator("num_workers")
+    @classmethod
+    def _in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (value, value) if isinstance(value, int) else value
+        if not 1 <= least <= most:
+            raise ValueError(f"expected a number from 1 on, or [least, most] in order, got {value}")
+        return value
 
 
 class RunConfig(Section):
@@ -182,6 +236,7 @@ class Config(Section):
     method: Any = Field(description="the method called method.name")
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    guards: GuardConfig = Field(default=GuardConfig(), json_schema_extra=FREE)
     scaling: ScalingConfig = Field(default=ScalingConfig(), json_schema_extra=FREE)
     run: RunConfig = Field(default=RunConfig(), json_schema_extra=FREE)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, json_schema_extra=FREE)
@@ -208,15 +263,18 @@ class Config(Section):
         leaves_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
         if self.method.uses_unlabeled and leaves_none:
             raise ValueError(
-                f"data.labeled: {name} needs unlabeled images and 1 leaves none; "
-                "set data.labeled=0.1, or data.unlabeled to a folder or JSON"
+                f"data.labeled: {name} needs unlabeled images and 1 leaves none; set data.labeled=0.1, or "
+                "data.unlabeled to a folder or JSON, or add the word supervised to learn from the labeled ones alone"
             )
+        if self.data.pseudo_labels is not None and not self.method.uses_unlabeled:
+            raise ValueError(f"data.pseudo_labels: {name} learns from labeled images alone; set it to null")
         return self
 
 
 def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Config:
     """The Config that ``words`` spell: names of files in ``search`` (config_dirs() unless given) or paths to
-    .yaml, left to right, then `a.b=value` overrides. Raises ConfigError."""
+    .yaml, left to right, then `a.b=value` overrides; data=FOLDER stands for the settings that its layout implies.
+    Raises ConfigError, or DataError where the folder is not recognised."""
     return build(resolve(words, search))
 
 
@@ -239,13 +297,18 @@ def dump(config: Config) -> str:
 def run_schedule(config: Config) -> Schedule:
     """The run's schedule, scaled from the reference batch to this run's."""
     batch = config.batch
-    images = config.scaling.num_workers * batch.accumulation * (batch.labeled + batch.unlabeled)
+    images = config.scaling.most * batch.accumulation * (batch.labeled + batch.unlabeled)
     return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
 
 
 def flatten(config: Config) -> dict[str, Scalar]:
     """Dotted name -> value; lists as JSON text."""
     return dict(_leaves(_plain(config)))
+
+
+def identity(config: Config) -> dict[str, Scalar]:
+    """Dotted name -> value of the settings that make a run what it is."""
+    return {name: value for name, value in flatten(config).items() if not _is_free(config, name)}
 
 
 def changed_identity(old: Config, new: Config) -> list[str]:

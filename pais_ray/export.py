@@ -28,7 +28,8 @@ from pais_ray.data.sources import Record
 from pais_ray.data.views import PAD
 from pais_ray.inference import Predictor, choose_checkpoint, predict_records, read_picture
 from pais_ray.onnx_runner import FORMAT, MODEL, Detector
-from pais_ray.train.state import MANIFEST, ROLES, load_segmentor, write_manifest
+from pais_ray.train.checkpoints import MANIFEST, write_manifest
+from pais_ray.train.state import ROLES, load_segmentor
 
 OPSET = 18  # what the exporter writes first; newer ones are translations of it
 EXAMPLE = (160, 192)  # px of the view that is traced: all sides differ, on every level of the pyramid

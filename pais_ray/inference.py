@@ -3,11 +3,11 @@
 import json
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import click
 import numpy as np
@@ -23,10 +23,15 @@ from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import MAX_PIXELS, DataError
 from pais_ray.data.views import Sample, make_views
-from pais_ray.train.state import CheckpointError, checkpoint_folder, load_segmentor, newest_verified
+from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, newest_verified
+from pais_ray.train.prepare import held_out, prepare
+from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import autocast
 
 AHEAD = 4  # images decoded ahead of the network
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 
 
 def predict_records(
@@ -42,14 +47,20 @@ def predict_records(
         image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
+    for sample in ahead(read, records):
+        yield from predict_sample(segmentor, sample, config, category_ids, device)
+
+
+def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
+    """``read`` of each item, in order, made in two threads while the caller works on the one before."""
     with ThreadPoolExecutor(2) as pool:
-        ahead: deque[Future[Sample]] = deque()
-        for record in records:
-            ahead.append(pool.submit(read, record))
-            if len(ahead) > AHEAD:
-                yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
-        while ahead:
-            yield from predict_sample(segmentor, ahead.popleft().result(), config, category_ids, device)
+        waiting: deque[Future[Read]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def predict_sample(
@@ -72,6 +83,7 @@ class Predictor:
     config: Config
     categories: list[dict[str, Any]]  # id and name as in the data set, by label
     device: torch.device
+    manifest: SplitManifest | None = None  # of the run; None for an exported model
 
     @classmethod
     def open(cls, run: Path, *, role: str = "teacher", checkpoint: str = "best", device: str | None = None) -> Self:
@@ -79,19 +91,27 @@ class Predictor:
         if not (run / "config.yaml").exists():
             raise ValueError(f"{run}: expected a run directory with config.yaml; `pais-ray train` makes them")
         config = load(run / "config.yaml")
-        categories = [
-            {"id": c.id, "name": c.name} for c in SplitManifest.from_json((run / "split.json").read_text()).classes
-        ]
+        manifest = SplitManifest.from_json((run / "split.json").read_text())
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        segmentor = plugins.segmentor(config.segmentor.name)(len(categories), config.segmentor, pretrained=False)
+        segmentor = plugins.segmentor(config.segmentor.name)(len(manifest.classes), config.segmentor, pretrained=False)
         load_segmentor(segmentor, choose_checkpoint(run, role, checkpoint), role)
-        return cls(segmentor=segmentor.to(where).eval(), config=config, categories=categories, device=where)
+        categories = [{"id": c.id, "name": c.name} for c in manifest.classes]
+        segmentor.to(where).eval()
+        return cls(segmentor=segmentor, config=config, categories=categories, device=where, manifest=manifest)
 
     def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
         """COCO results of images, with a progress bar on a terminal."""
         ids = [c["id"] for c in self.categories]
         with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
             return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
+
+    def of_bytes(self, data: bytes, where: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The upright picture (H, W, 3) of an encoded image within the run's size cap, and its COCO results. Raises
+        DataError naming ``where``."""
+        picture = decode(data, where, self.config.data.max_pixels)
+        sample = Sample(image=torch.from_numpy(picture).permute(2, 0, 1), image_id=0, row=0, slot=0)
+        ids = [c["id"] for c in self.categories]
+        return picture, predict_sample(self.segmentor, sample, self.config, ids, self.device)
 
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
         """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
@@ -100,12 +120,15 @@ class Predictor:
 
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories."""
-        if annotations is None:
-            dataset = read_labeled(*self.config.data.part("val"), self.config.data.limits())
+        data = self.config.data
+        if annotations is None and data.holds_out and self.manifest is not None:
+            dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
+        elif annotations is None:
+            dataset = read_labeled(*data.part("val"), data.limits())
         elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_labeled(annotations, images, self.config.data.limits())
+            dataset = read_labeled(annotations, images, data.limits())
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",
@@ -115,10 +138,15 @@ class Predictor:
             )
         return dataset
 
-    def predict(self, sources: Sequence[Path], out: Path, draw_above: float) -> dict[str, Any]:
-        """Writes results.json, images.json and overlays/ for image files and folders, or for the run's
-        validation images where none are named."""
-        records = image_records(sources) if sources else self.validation().records
+    def unlabeled(self) -> Sequence[Record]:
+        """The run's unlabeled images, with the ids they have in it."""
+        data = self.config.data.model_copy(update={"pseudo_labels": None})
+        return prepare(self.config.model_copy(update={"data": data}))[1].unlabeled
+
+    def predict(
+        self, records: Sequence[Record], out: Path, draw_above: float, draw: int | None = None
+    ) -> dict[str, Any]:
+        """Writes results.json, images.json and overlays/ (of the first ``draw`` images) for ``records``."""
         results = self.results(records, "predicting")
         (out / "overlays").mkdir(parents=True, exist_ok=True)
         listing = [{"id": r.image_id, "file_name": r.path, "height": r.height, "width": r.width} for r in records]
@@ -129,7 +157,7 @@ class Predictor:
             if result["score"] >= draw_above:
                 of_image[result["image_id"]].append(result)
         names = {c["id"]: c["name"] for c in self.categories}
-        for record in records:
+        for record in records[:draw]:
             picture = draw_results(record, of_image[record.image_id], names)
             stem = f"{record.image_id:06d}_{Path(record.path).stem}"
             Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)

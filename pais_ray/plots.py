@@ -40,17 +40,19 @@ def overlay(
     image: np.ndarray,
     boxes: np.ndarray,
     labels: np.ndarray,
-    scores: np.ndarray,
+    scores: np.ndarray | None,
     masks: np.ndarray,
     names: Sequence[str],
     readable: int = READABLE,
 ) -> np.ndarray:
     """The image (H, W, 3) uint8 with masks (N, H, W) bool, boxes (N, 4) XYXY px, and tags "class score".
 
-    Instances come best first. Pictures whose longer side is below ``readable`` px are enlarged by a whole
-    factor; 0 keeps the size.
+    Instances come best first; ``scores`` None is ground truth. Pictures whose longer side is below ``readable`` px
+    are enlarged by a whole factor; 0 keeps the size.
     """
-    tags = [f"{names[int(label)]} {float(score):.2f}" for label, score in zip(labels, scores, strict=True)]
+    tags = [names[int(label)] for label in labels]
+    if scores is not None:
+        tags = [f"{tag} {float(score):.2f}" for tag, score in zip(tags, scores, strict=True)]
     return _draw(image, np.asarray(boxes), tags, np.asarray(masks), readable)
 
 
@@ -80,11 +82,11 @@ def pseudo_label_panel(
             row.weak, boxes[chosen], [tags[i] for i in chosen], masks, READABLE,
             (boxes[dropped], [tags[i] for i in dropped]),
         )  # fmt: skip
-        pictures.append(_captioned(weak, f"weak view: {len(chosen)} kept, {int((~kept).sum())} dropped"))
+        pictures.append(captioned(weak, f"weak view: {len(chosen)} kept, {int((~kept).sum())} dropped"))
         target_tags = [names[label] for label in row.targets.labels.tolist()]
         target_masks = row.targets.masks.paste(row.strong.shape[:2]).numpy()
         strong = _draw(row.strong, row.targets.boxes.numpy(), target_tags, target_masks, READABLE)
-        pictures.append(_captioned(strong, f"strong view: {len(row.targets)} pseudo-labels"))
+        pictures.append(captioned(strong, f"strong view: {len(row.targets)} pseudo-labels"))
     panel = grid(pictures, columns=2)
     if path is not None:
         save(panel, path)
@@ -243,7 +245,8 @@ def _tag(
     pen.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if luminance > 140 else (255, 255, 255), font=font)
 
 
-def _captioned(image: np.ndarray, text: str) -> np.ndarray:
+def captioned(image: np.ndarray, text: str) -> np.ndarray:
+    """The image (H, W, 3) uint8 under a line of text."""
     strip = Image.new("RGB", (image.shape[1], 24), (255, 255, 255))
     ImageDraw.Draw(strip).text((4, 4), text, fill=(0, 0, 0), font=ImageFont.load_default(size=14))
     return np.concatenate([np.asarray(strip), image])
@@ -259,7 +262,7 @@ def _grouped(
         if not isinstance(step, int | float):
             continue
         for name, value in row.items():
-            if name == "step" or not isinstance(value, int | float) or not math.isfinite(value):
+            if name in ("step", "time") or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             head, _, tail = name.rpartition("/")
             if head in ("teacher", "student"):

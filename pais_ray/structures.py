@@ -250,6 +250,7 @@ class Batch:
     targets: list[Targets]
     weak: Views | None = None
     strong: Views | None = None
+    scored: list[Predictions] | None = None  # masks from elsewhere in the weak frame: the teacher is not asked
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -257,6 +258,7 @@ class Batch:
             targets=[t.to(device) for t in self.targets],
             weak=None if self.weak is None else self.weak.to(device),
             strong=None if self.strong is None else self.strong.to(device),
+            scored=None if self.scored is None else [p.to(device) for p in self.scored],
         )
 
 

@@ -1,8 +1,9 @@
 """Training as a program for `ray job submit`: train (or resume), evaluate, say where the result is.
 
-    ray job submit --working-dir . -- python pipelines/train.py coco mask_rcnn pais data.labeled=0.01 run.name=first
+    pais-ray submit train coco mask_rcnn pais data.labeled=0.01 run.name=first run.storage_path=/shared/runs \\
+        --address http://HEAD:8265
 
-The words are those of `pais-ray train`; RAY_ADDRESS is set by the job, so it runs on the cluster it was sent to.
+The words are those of `pais-ray train`; the same command resumes.
 """
 
 import sys

@@ -26,6 +26,38 @@ def tiny_coco(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """An S3-compatible server on loopback, as its (host, port), and the environment that says where it is."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield host, port
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3, request) -> str:
+    """The name of a new bucket."""
+    import zlib
+
+    import boto3
+
+    name = f"test-{zlib.crc32(request.node.nodeid.encode())}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="session")
 def cluster():
     """One local Ray cluster of two CPUs for all tests that need one, stopped by its processes at the end."""
     import ray

@@ -12,13 +12,22 @@ PACKAGE = ROOT / "pais_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
-    "ray": {"data/pipeline.py", "train/worker.py", "train/launch.py", "train/monitor.py"},
-    "mlflow": {"tracking.py"},
+    "ray": {
+        "data/pipeline.py",
+        "train/worker.py",
+        "train/launch.py",
+        "train/monitor.py",
+        "train/watchdog.py",
+        "batch_predict.py",
+        "submit.py",
+    },
+    # A run's image, its checkpoints and its node's samples in MLflow; versions; the file that MLflow runs to serve one.
+    "mlflow": {"mirror.py", "ranking.py", "system_metrics.py", "registry.py", "served.py"},
     "albumentations": {"data/"},
     "kornia": {"data/"},
     "cv2": {"data/"},
     "pycocotools": {"data/", "evaluate.py", "evaluate_cityscapes.py"},
-    "matplotlib": {"plots.py"},
+    "matplotlib": {"plots.py", "plots_audit.py"},
     "onnx": {"export.py"},
     "onnxscript": {"export.py"},
     "onnxruntime": {"export.py", "onnx_runner.py"},
@@ -26,9 +35,15 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
 LAYERS = {  # lower may not import higher
     0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
     1: {"segmentors", "methods"},
-    2: {"data", "evaluate", "evaluate_cityscapes", "analysis", "plots", "tracking", "onnx_runner"},
+    2: {
+        *("data", "guards", "evaluate", "evaluate_cityscapes", "analysis", "plots", "plots_audit"),
+        *("tracking", "mirror", "ranking", "tail", "system_metrics", "onnx_runner", "access"),
+    },
     3: {"config", "overlays", "plugins"},
-    4: {"train", "inference", "export"},
+    4: {
+        *("train", "inference", "export", "batch_predict", "audit", "tables", "submit"),
+        *("gallery", "compare", "registry", "served"),
+    },
     5: {"cli", "__init__"},
 }
 THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
@@ -45,11 +60,15 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "data/split_lists.py",
     "data/cityscapes.py",
     "data/formats.py",
+    "data/detect.py",
+    "data/scored.py",
     "data/synthetic.py",
     "onnx_runner.py",  # runs where there is no torch
     "overlays.py",
     "plugins.py",
     "train/monitor.py",
+    "access.py",
+    "submit.py",
 }
 
 

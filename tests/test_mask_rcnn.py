@@ -280,6 +280,15 @@ def test_flat_boxes_and_foreign_labels_are_refused(model, views, targets):
             model(views, [targets[0], bad])
 
 
+def test_images_without_proposals_and_targets_teach_nothing(model, views, targets):
+    """Weights that run away may propose nothing at all."""
+    with torch.no_grad():
+        _, features = model._features(views)
+    nothing = [Targets(boxes=t.boxes[:0], labels=t.labels[:0], masks=t.masks[:0]) for t in targets]
+    losses = model.roi_heads.losses(features, [torch.zeros(0, 4)] * 2, nothing)
+    assert {name: value.item() for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
+
+
 def test_presets_fill_only_what_is_not_given():
     nano = MaskRCNNConfig(preset="nano", fpn_channels=32)
     assert (nano.backbone, nano.fpn_channels, nano.norm, nano.frozen_stages) == ("resnet18", 32, "group", -1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.plan import StepPlan, rows_here, rows_of
 
 
 def make(seed=0, num_labeled=5, num_unlabeled=7, labeled=1, unlabeled=3):
@@ -51,20 +51,30 @@ def test_passes_are_reshuffled():
     assert plan.row(0)[0].tolist() != plan.row(1)[0].tolist()
 
 
-@given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=6))
-def test_over_any_sequence_of_world_sizes_no_row_is_skipped_doubled_or_shared(sizes):
+@given(per_step=st.integers(1, 9), groups=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=6))
+def test_over_any_sequence_of_world_sizes_steps_see_the_same_rows(per_step, groups):
     g_next, seen = 0, []
-    for world, steps, accumulation in sizes:
-        total = world * steps * accumulation
-        per_rank = [list(rows_of(g_next, total, world, rank)) for rank in range(world)]
-        assert {len(rows) for rows in per_rank} == {steps * accumulation}
-        for step in range(steps):  # at a step, rank r with accumulation i takes g_next + i * W + r
-            for rank in range(world):
-                for i in range(accumulation):
-                    assert per_rank[rank][step * accumulation + i] == g_next + (step * accumulation + i) * world + rank
-        seen += [g for rows in per_rank for g in rows]
-        g_next += total
+    for world, steps in groups:
+        world = min(world, per_step)
+        ranks = [rows_of(g_next, steps, per_step, world, rank) for rank in range(world)]
+        for step in range(steps):
+            taken = []
+            for rank, rows in enumerate(ranks):
+                here = rows_here(per_step, world, rank)
+                assert here in (per_step // world, -(-per_step // world))
+                assert len(rows) == here * steps
+                taken += [rows[step * here + i] for i in range(here)]
+            assert sorted(taken) == list(range(g_next, g_next + per_step))
+            seen += taken
+            g_next += per_step
     assert Counter(seen) == Counter(range(g_next))
+
+
+def test_rows_that_divide_evenly_are_dealt_in_turns():
+    assert [list(rows_of(10, 2, 4, 2, rank)) for rank in range(2)] == [[10, 12, 14, 16], [11, 13, 15, 17]]
+    assert [list(rows_of(0, 2, 3, 2, rank)) for rank in range(2)] == [[1, 4], [0, 2, 3, 5]]  # the first round lacks one
+    with pytest.raises(ValueError, match=r"3 workers cannot share 2 rows"):
+        rows_of(0, 1, 2, 3, 0)
 
 
 def test_an_empty_part_is_refused_by_name():

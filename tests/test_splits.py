@@ -203,6 +203,48 @@ def test_a_run_without_a_manifest_writes_what_it_used(dataset):
     assert for_run(dataset, 0.5, 2, None, others(3)).split.unlabeled_ids == (0, 1, 2)
 
 
+def test_images_are_held_out_before_anything_is_drawn():
+    """The same ones in every fold and share, whatever the order; neither part has one."""
+    parts = [split(IDS, share, fold, None, 0.2) for share in (0.1, 1.0) for fold in (1, 2)]
+    assert {part.held_out_ids for part in parts} == {parts[0].held_out_ids}
+    held = set(parts[0].held_out_ids)
+    assert len(held) == 200
+    assert set(split(IDS, 0.1, 1, None, 0.1).held_out_ids) < held
+    for part, expected in zip(parts, (80, 80, 800, 800), strict=True):
+        assert len(part.labeled_ids) == expected
+        assert sorted([*part.labeled_ids, *part.unlabeled_ids, *held]) == IDS
+    mixed = np.random.default_rng(0).permutation(IDS).tolist()
+    assert split(mixed, 0.1, 1, None, 0.2) == parts[0]
+    assert len(split([4, 7], 1.0, 1, None, 0.01).held_out_ids) == 1, "at least one"
+    for ids, share, said in ((IDS, 1.0, "between 0 and 1"), ([4], 0.5, "at least two images")):
+        with pytest.raises(ValueError, match=rf"data\.holdout: expected .*{said}"):
+            split(ids, 1.0, 1, None, share)
+
+
+def test_what_is_held_out_is_in_manifest_and_hash(dataset):
+    (without,) = draw(dataset, None, (0.5,), (1,))
+    (held,) = draw(dataset, None, (0.5,), (1,), holdout=0.25)
+    assert SplitManifest.from_json(held.to_json()) == held
+    assert (held.split.holdout, len(held.split.held_out_ids)) == (0.25, 3)
+    assert held.split.sha256 != without.split.sha256
+    assert difference(held, without)["held_out_ids"]["only_a"] == list(held.split.held_out_ids)
+    tree = json.loads(held.to_json())
+    with pytest.raises(ValueError, match="hash"):
+        SplitManifest.from_json(json.dumps(tree | {"held_out_ids": tree["held_out_ids"][1:]}))
+    with pytest.raises(ValueError, match="held out for validation and learned from"):
+        SplitManifest.from_json(json.dumps(tree | {"held_out_ids": tree["labeled_ids"][:1]}))
+
+
+def test_no_file_is_in_two_parts(dataset):
+    """A folder of unlabeled images may hold the labeled and the validation images too."""
+    paths = [r.path for r in dataset.records] + ["/elsewhere/a.png", "/elsewhere/b.png"]
+    folder = [Record(image_id=100 + i, path=path, height=1, width=1) for i, path in enumerate(paths)]
+    found = for_run(dataset, 0.5, 1, None, folder, 0.25, [folder[-1]]).split
+    taken = {r.path for r in dataset.records if r.image_id in (*found.labeled_ids, *found.held_out_ids)}
+    assert len(taken) == 3 + 4
+    assert found.unlabeled_ids == tuple(r.image_id for r in folder[:-1] if r.path not in taken)
+
+
 @pytest.mark.parametrize(
     ("labeled", "unlabeled", "said"),
     [([1], [1], "labeled and unlabeled"), ([1, 1], [2], "twice"), ([], [2], "needs a labeled image")],
@@ -291,7 +333,7 @@ def test_wrong_words_of_split_exit_with_2(tiny_coco, tmp_path, words):
 def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     """Through prepare.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
     from pais_ray.config import ConfigError, compose
-    from pais_ray.train import launch, prepare
+    from pais_ray.train import describe, prepare
 
     paths = [f"data.train={tiny_coco}/train.json", f"data.val={tiny_coco}/val.json", f"data.images={tiny_coco}/images"]
     base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
@@ -304,9 +346,15 @@ def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     assert tuple(r.image_id for r in data.labeled) == given.split.labeled_ids
     assert tuple(r.image_id for r in data.unlabeled) == given.split.unlabeled_ids
     assert (config.data.labeled, config.data.fold) == (0.25, 4)
-    tags = launch.run_tags(config, data)
+    tags = describe.tags(config, data.manifest.split, data.facts)
     assert tags["split_sha256"] == given.split.sha256
     assert (tags["labels_pct"], tags["fold"]) == ("25", "4")
+    assert call("split", *base, "--labeled", "0.5", "--holdout", "0.25").exit_code == 0
+    no_val = [word for word in words if not word.startswith("data.val=")]
+    config, data = prepare.prepare(compose([*no_val, f"data.split={tmp_path}/labeled_50pct_fold1.json"]))
+    assert (config.data.holdout, len(data.val), len(data.labeled), len(data.unlabeled)) == (0.25, 3, 4, 5)
+    with pytest.raises(ConfigError, match=r"holds no images out .* `pais-ray split --holdout 0\.2`"):
+        prepare.prepare(compose([*no_val, f"data.split={path}"]))
     assert call("split", *base, "--labeled", "1").exit_code == 0
     with pytest.raises(ConfigError, match="pais needs unlabeled images"):
         prepare.prepare(compose([*words, f"data.split={tmp_path}/labeled_100pct_fold1.json"]))

@@ -1,21 +1,22 @@
 """Laws of checkpoints: what is loaded is what was saved, and what is damaged is refused by name."""
 
+import hashlib
 import json
 
 import pytest
 import torch
 
 from pais_ray.methods.pais import PAIS
-from pais_ray.train.state import (
+from pais_ray.train.checkpoints import (
     CheckpointError,
     checkpoint_folder,
-    load_segmentor,
     metric_rows,
     newest_verified,
     retain,
     usable_checkpoint,
     verify,
 )
+from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import StepSettings, train_step
 from tests.tiny import state_of, tiny_batch, tiny_schedule
 
@@ -98,6 +99,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     assert str(newest) in refused[0]
     with pytest.raises(CheckpointError):
         verify(newest)
+
+
+def test_a_checkpoint_of_the_first_format_is_taken_up(tmp_path):
+    state = trained(1)
+    folder = checkpoint_folder(tmp_path, 1)
+    state.save(folder)
+    old = json.loads((folder / "state.json").read_text())
+    for name in ("rollbacks", "cap"):
+        del old[name]
+    (folder / "state.json").write_text(json.dumps({**old, "format": 1}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    assert newest_verified(tmp_path) == (folder, [])
+    resumed = state_of(seed=99)
+    resumed.load(folder)
+    assert (resumed.rollbacks, resumed.cap) == (0, 100)
+    assert_same(resumed, state)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -1,18 +1,20 @@
 """Laws of Algorithm 1, without Ray: a list of batches drives the step."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pais_ray.data.plan import rows_of
 from pais_ray.methods.pais import PAIS
 from pais_ray.methods.supervised import Supervised
 from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Masks, Predictions, Targets, Views
 from pais_ray.train.state import Teacher, TrainState
-from pais_ray.train.step import StepSettings, batch_losses, follow, train_step
+from pais_ray.train.step import StepSettings, at_most, batch_losses, follow, train_step
 from tests.tiny import state_of, tiny_batch, tiny_schedule
 
 SETTINGS = StepSettings(schedule=tiny_schedule(), seed=1)
@@ -223,6 +225,76 @@ def test_ranks_stay_in_step_whatever_their_pseudo_labels(tmp_path, free_port):
     (first, *flags), (second, *other) = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
     assert flags == other == [True, True]  # one rank's NaN and one rank's wish to stop are everybody's
+
+
+class Greedy(PAIS):
+    """Asks for more memory than there is where it is told to."""
+
+    def pseudo_labels(self, predictions):
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def _sharing_rank(rank: int, port: int, out: str) -> None:
+    """Three rows a step over two ranks; then a step for which one rank's memory does not suffice."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    state = state_of()
+    network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
+    settings = dataclasses.replace(SETTINGS, rows=3, ranks=dist.new_group(backend="gloo"))
+    mine = rows_of(0, 2, 3, 2, rank)
+    for _ in range(2):
+        batches = [tiny_batch(mine[i + 2 * state.step if rank else state.step]) for i in range(1 + rank)]
+        train_step(state, network, [None] * (2 - len(batches)) + batches, PAIS(), settings)
+    before = parameters(state.student)
+    method = Greedy() if rank == 0 else PAIS()
+    result = train_step(state, network, [tiny_batch(7 + rank)], method, dataclasses.replace(settings, rows=2))
+    assert result.skipped
+    assert not result.fits
+    assert equal(before, parameters(state.student))
+    assert (state.step, state.skipped) == (3, 1)
+    train_step(state, network, [tiny_batch(9 + rank)], PAIS(), dataclasses.replace(settings, rows=2))
+    torch.save((before, parameters(state.student)), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_step_is_its_rows_whatever_number_of_ranks_shares_them(tmp_path, free_port):
+    """Three rows on one rank, and on two of which one has fewer; a rank without memory skips the step for all."""
+    mp.spawn(_sharing_rank, args=(free_port, str(tmp_path)), nprocs=2)
+    ends = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    assert equal(ends[0][1], ends[1][1]), "the ranks go on together after the skipped step"
+    assert not equal(ends[0][0], ends[0][1])
+    alone = state_of()
+    for step in range(2):
+        rows = [tiny_batch(g) for g in range(3 * step, 3 * step + 3)]
+        train_step(alone, alone.student, rows, PAIS(), dataclasses.replace(SETTINGS, rows=3))
+    for name, value in parameters(alone.student).items():
+        torch.testing.assert_close(ends[0][0][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_cap_keeps_the_highest_scores_in_their_order():
+    boxes = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
+    many = Predictions(
+        boxes=boxes,
+        labels=torch.arange(4),
+        scores=torch.tensor([0.5, 0.9, 0.4, 0.8]),
+        ious=torch.ones(4),
+        masks=Masks.in_boxes(torch.ones(4, 28, 28), boxes),
+    )
+    assert at_most(many, 3).labels.tolist() == [0, 1, 3]
+    assert at_most(many, 4) is many
+
+
+def test_a_teacher_that_is_not_finite_is_everybodys_skipped_step():
+    class Broken(Teacher):
+        def predict(self, images, score_threshold=None):
+            (first, *others) = [one_prediction(images) for _ in range(len(images))]
+            return [dataclasses.replace(first, ious=torch.tensor([torch.nan])), *others]
+
+    state = state_of()
+    state.teacher.__class__ = Broken
+    before = parameters(state.student)
+    assert train_step(state, state.student, [tiny_batch()], PAIS(), SETTINGS).skipped
+    assert equal(before, parameters(state.student))
 
 
 def test_types_are_what_the_step_expects():

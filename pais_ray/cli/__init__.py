@@ -2,9 +2,13 @@
 
 import click
 
+from pais_ray.cli.cluster import batch_predict, submit
+from pais_ray.cli.comparing import compare
 from pais_ray.cli.exporting import export
 from pais_ray.cli.models import evaluate, predict
+from pais_ray.cli.registering import promote, register, sync
 from pais_ray.cli.splitting import split
+from pais_ray.cli.studying import audit, tables
 from pais_ray.cli.training import show, train
 from pais_ray.cli.validating import validate
 
@@ -14,5 +18,22 @@ def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
 
 
-for command in (train, show, evaluate, predict, export, split, validate):
+VERBS = (
+    train,
+    show,
+    evaluate,
+    predict,
+    export,
+    split,
+    validate,
+    submit,
+    batch_predict,
+    audit,
+    tables,
+    compare,
+    sync,
+    register,
+    promote,
+)
+for command in VERBS:
     main.add_command(command)

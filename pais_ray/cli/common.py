@@ -13,7 +13,8 @@ import click
 OK, FAILED, WRONG_INPUT = 0, 1, 2
 json_option = click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the result here.")
 WORDS = """WORDS are names of files in configs/ (or paths to YAML files), applied left to right, then dotted
-settings: `coco mask_rcnn pais data.labeled=0.01 train.seed=1`."""
+settings: `coco mask_rcnn pais data.labeled=0.01 train.seed=1`. data=FOLDER stands for the settings of the data set
+that lies there."""
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:

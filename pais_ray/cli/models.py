@@ -54,7 +54,15 @@ def evaluate(
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.argument("images", nargs=-1, type=click.Path(exists=True))
+@click.option(
+    "--part",
+    type=click.Choice(["val", "unlabeled"]),
+    default="val",
+    show_default=True,
+    help="Which images of the run, where no IMAGES are named.",
+)
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for results and overlays.")
+@click.option("--draw", type=click.IntRange(min=0), default=None, help="Overlays of so many images; default: all.")
 @click.option("--score", default=0.5, show_default=True, help="Detections below it are not drawn (all are written).")
 @click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
@@ -64,20 +72,27 @@ def evaluate(
 def predict(
     run: str,
     images: tuple[str, ...],
+    part: str,
     out: str,
+    draw: int | None,
     score: float,
     role: str,
     checkpoint: str,
     device: str | None,
     json_path: str | None,
 ) -> None:
-    """Instances in IMAGES (files or folders; default: the run's validation images).
+    """Instances in IMAGES (files or folders; default: the run's validation images, or its --part unlabeled).
 
-    Writes OUT/results.json (COCO results), OUT/images.json (which id is which file) and OUT/overlays/."""
-    from pais_ray.inference import Predictor
+    Writes OUT/results.json (COCO results with the predicted mask IoU: data.pseudo_labels of another run takes them),
+    OUT/images.json (which id is which file) and OUT/overlays/."""
+    from pais_ray.inference import Predictor, image_records
 
     predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
-    summary = predictor.predict([Path(i) for i in images], Path(out), draw_above=score)
+    if images:
+        records = image_records([Path(i) for i in images])
+    else:
+        records = predictor.unlabeled() if part == "unlabeled" else predictor.validation().records
+    summary = predictor.predict(records, Path(out), draw_above=score, draw=draw)
     click.echo(f"{summary['images']} images, {summary['instances']} instances: {out}")
     write_json(json_path, summary)
 

@@ -2,7 +2,7 @@
 
 import click
 
-from pais_ray.cli.common import WORDS, json_option, verb, write_json
+from pais_ray.cli.common import WORDS, echo, json_option, verb, write_json
 
 
 @click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
@@ -12,8 +12,12 @@ from pais_ray.cli.common import WORDS, json_option, verb, write_json
 @verb
 def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     from pais_ray.config import compose
+    from pais_ray.overlays import spell_out
 
-    config = compose(words or ("quickstart",))
+    spelt = spell_out(words or ("quickstart",))
+    for line in (*spelt.found, *spelt.chosen):
+        echo(line)
+    config = compose(spelt.words)
     from pais_ray.train import launch
 
     result = launch.train(config, force=force)
@@ -27,8 +31,12 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
 @verb
 def show(words: tuple[str, ...], json_path: str | None) -> None:
     from pais_ray.config import compose, dump, run_schedule
+    from pais_ray.overlays import spell_out
 
-    config = compose(words)
+    spelt = spell_out(words)
+    for line in (*spelt.found, *spelt.chosen):
+        echo(f"# {line}")
+    config = compose(spelt.words)
     schedule = run_schedule(config)
     click.echo(dump(config), nl=False)
     click.echo("# " + schedule.explain().replace("\n", "\n# "))

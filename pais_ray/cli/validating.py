@@ -47,13 +47,14 @@ def validate(
     from pais_ray.data import report as reports
     from pais_ray.data.validate import MAX_PIXELS, Limits
 
+    scored = None
     if words:
-        parts, limits = data_parts(words)
+        parts, limits, scored = data_parts(words)
     else:
         if given.get("max_pixels", 0) > 2 * MAX_PIXELS:
             raise click.UsageError(f"--max-pixels: expected at most {2 * MAX_PIXELS}, where Pillow refuses")
         parts, limits = [reports.Part(name="file", annotations=annotations, images=images)], Limits(**given)  # type: ignore[arg-type]
-    report = reports.examine(parts, limits, progress)
+    report = reports.examine(parts, limits, progress, scored)
     echo(report.table())
     more: dict[str, Any] = {}
     if fix is not None and annotations is not None:
@@ -76,24 +77,27 @@ def check_targets(source: str | None, *targets: str | None) -> None:
                 raise click.UsageError(f"expected different files, got {other} and {path}; the source is never changed")
 
 
-def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
-    """The parts of the data set that ``words`` spell, all of whose paths exist, and its caps."""
+def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
+    """The parts of the data set that ``words`` spell, all of whose paths exist, its caps, and its scored masks."""
     from pais_ray.config import compose_data
     from pais_ray.data.entries import check_folder
     from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
     from pais_ray.data.validate import DataError
+    from pais_ray.overlays import spell_out
 
-    data = compose_data(words)
+    spelt = spell_out(words)
+    for line in spelt.found:
+        echo(line)
+    data = compose_data(spelt.words)
     if data.train is None:
         raise ValueError("data.train: null is the generated data set, which needs no check; set it to a COCO JSON")
-    (train, train_images), (val, val_images) = (
-        (annotations, images_of(annotations, images)) for annotations, images in (data.part("train"), data.part("val"))
-    )
-    parts = [
-        Part(name="train", annotations=train, images=train_images, labeled=data.labeled, fold=data.fold),
-        Part(name="val", annotations=val, images=val_images),
-    ]
+    train, images = data.part("train")
+    draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
+    parts = [Part(name="train", annotations=train, images=images_of(train, images), **draw)]
+    if not data.holds_out:
+        val, images = data.part("val")
+        parts.append(Part(name="val", annotations=val, images=images_of(val, images)))
     if data.unlabeled is not None:
         folder = Path(data.unlabeled).is_dir()
         images = data.unlabeled if folder else data.unlabeled_images or data.images
@@ -101,10 +105,10 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any]:
         if source is not None:
             check_folder(images, source)
         parts.append(Part(name="unlabeled", annotations=source, images=images, labels=False))
-    for path in (path for part in parts for path in (part.annotations, part.images)):
+    for path in (data.pseudo_labels, *(path for part in parts for path in (part.annotations, part.images))):
         if path is not None and not Path(path).exists():
             raise DataError("file-missing", path, "there is no such file or folder")
-    return parts, data.limits()
+    return parts, data.limits(), data.pseudo_labels
 
 
 def fixed(source: str, out: str, images: str | None, limits: Any, broken: dict[int, str]) -> list[dict[str, str]]:

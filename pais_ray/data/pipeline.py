@@ -17,7 +17,8 @@ import ray
 from ray.data.collate_fn import ArrowBatchCollateFn
 
 from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.plan import RankRows, StepPlan
+from pais_ray.data.scored import SCORED, ScoredMasks, to_predictions, to_table
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
 from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
 
@@ -40,6 +41,7 @@ class Feed:
     plan: StepPlan
     labeled: "ray.ObjectRef[pa.Table]"
     unlabeled: "ray.ObjectRef[pa.Table]"
+    scored: "ray.ObjectRef[pa.Table] | None" = None  # masks from elsewhere, a row an unlabeled image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +53,28 @@ class Row:
     unlabeled: list["Sample"]
 
 
-def make_feed(plan: StepPlan, labeled: Sequence[LabeledRecord], unlabeled: Sequence[Record]) -> Feed:
-    """Puts the records (paths, sizes, RLE; no pixels) into the object store."""
-    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)))
+def make_feed(
+    plan: StepPlan,
+    labeled: Sequence[LabeledRecord],
+    unlabeled: Sequence[Record],
+    scored: Sequence[ScoredMasks] | None = None,
+) -> Feed:
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store; ``scored`` has one item an unlabeled."""
+    masks = None if scored is None else ray.put(to_table(scored))
+    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)), scored=masks)
 
 
 def step_rows(
     feed: Feed,
+    rows: RankRows,
     *,
-    start: int,
-    total: int,
-    world: int,
-    rank: int,
     prefetch: int = 4,
     photometric: "Photometric | None" = None,
 ) -> Iterator[Row]:
-    """Rows ``start + rank, start + rank + world, ...`` of the plan, ``total`` rows over all ranks, in order.
+    """The ``rows`` of the plan, in order.
 
     ``photometric`` (seeded image -> image) is applied to labeled images where they are decoded.
     """
-    rows = rows_of(start, total, world, rank)
     if len(rows) == 0:
         return
     context = ray.data.DataContext.get_current()
@@ -87,7 +91,7 @@ def step_rows(
         batch_format="pyarrow",
         batch_size=ROWS_PER_BLOCK,
         num_cpus=READ_TASK_CPUS,
-        fn_kwargs={"feed": feed, "first": rows.start, "step": rows.step},
+        fn_kwargs={"feed": feed, "rows": rows},
     )
     batches = stream.iterator().iter_torch_batches(
         batch_size=images,
@@ -140,16 +144,19 @@ _SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),  # null in unlabeled rows, as the next two
         ("labels", pa.list_(pa.int64())),
         ("rles", pa.list_(pa.binary())),
+        ("scored", SCORED),
     ]
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, first: int, step: int) -> pa.Table:
+def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> pa.Table:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
+    if feed.scored is not None:
+        unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
     out: list[dict[str, Any]] = []
     for index in ids["id"].to_pylist():
-        g = first + index * step
+        g = rows[index]
         of_labeled, of_unlabeled = feed.plan.row(g)
         picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
         for slot, (table, i) in enumerate(picked):
@@ -189,7 +196,11 @@ class _Collate(ArrowBatchCollateFn):
         # its size has passed the cap of this run's data, which may be higher than the common one
         image = decode(batch["bytes"][i].as_buffer(), path, max(MAX_PIXELS, height * width))
         if not batch["boxes"][i].is_valid:
-            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot)
+            masks, scored = batch["scored"][i].as_py(), None
+            if masks is not None:
+                check_upright(image.shape[0], image.shape[1], (height, width), path)
+                scored = to_predictions(masks, height, width)
+            return Sample(image=_planes(image), image_id=image_id, row=g, slot=slot, scored=scored)
         check_upright(image.shape[0], image.shape[1], (height, width), path)
         if self.photometric is not None:
             image = self.photometric.apply(image, view_seed(self.seed, g, slot, "photometric"))

@@ -2,8 +2,9 @@
 
 Row g of a run has ``labeled`` labeled and ``unlabeled`` unlabeled images. Each of the two parts is walked pass
 after pass, every pass in an order of its own, and the passes are laid end to end: no image is skipped or
-doubled within a pass, and the small labeled part simply repeats more often. At a step, rank r of W with
-accumulation i takes row ``g_next + i * W + r``; a checkpoint stores ``g_next``, which does not depend on W.
+doubled within a pass, and the small labeled part simply repeats more often. A step takes the next R rows, R fixed
+for the run; rank r of W takes row ``g_next + i * W + r`` in round i. A checkpoint stores ``g_next``, which does not
+depend on W: over any sequence of world sizes the steps see the same rows.
 """
 
 from dataclasses import dataclass
@@ -58,6 +59,40 @@ def _order(seed: int, part: int, pass_index: int, size: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-def rows_of(start: int, total: int, world: int, rank: int) -> range:
-    """The global rows that ``rank`` of ``world`` walks from row ``start`` on, ``total`` rows over all ranks."""
-    return range(start + rank, start + total, world)
+@dataclass(frozen=True)
+class RankRows:
+    """The global rows that one rank walks, in order, not written out."""
+
+    start: int
+    per_step: int  # rows of a step, over all ranks
+    world: int
+    rank: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps * rows_here(self.per_step, self.world, self.rank)
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        here = rows_here(self.per_step, self.world, self.rank)
+        step, i = divmod(index, here)
+        missing = -self.per_step % self.world  # ranks without a row in the first round
+        i += self.rank < missing
+        return self.start + step * self.per_step + i * self.world + self.rank - missing
+
+
+def rows_of(start: int, steps: int, per_step: int, world: int, rank: int) -> RankRows:
+    """The global rows of ``rank`` of ``world`` over ``steps`` steps from row ``start`` on.
+
+    A step takes the next ``per_step`` rows, dealt to the ranks in rounds; where they do not come out even, it is
+    the first round that lacks some ranks, so that all of them end a step together.
+    """
+    if world > per_step:
+        raise ValueError(f"{world} workers cannot share {per_step} rows a step; lower scaling.num_workers")
+    return RankRows(start, per_step, world, rank, steps)
+
+
+def rows_here(per_step: int, world: int, rank: int) -> int:
+    """How many of a step's rows are ``rank``'s."""
+    return per_step // world + (rank >= world - per_step % world if per_step % world else 0)

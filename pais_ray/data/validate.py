@@ -99,6 +99,10 @@ RULES: dict[str, str] = {
     "rle-size": "write size as [height, width] of the image",
     "rle-decodes": "encode the mask again, with pycocotools.mask.encode",
     "rle-sum": "encode the mask again at the size of its image",
+    "score-range": "write score and iou as numbers from 0 to 1",
+    "scored-empty": "nothing need be done; it is left out",
+    "scored-images": "predict again, on the images as they are now",
+    "data-layout": "name the parts yourself: data.train, data.val, data.unlabeled and data.images",
     "cityscapes-layout": (
         "arrange the files as ROOT/gtFine/PART/CITY/NAME_gtFine_instanceIds.png (or NAME_gtFine_polygons.json) and "
         "ROOT/leftImg8bit/PART/CITY/NAME_leftImg8bit.png, and give data.train=ROOT/gtFine/train"
@@ -111,7 +115,7 @@ RULES: dict[str, str] = {
 WARNINGS = frozenset(
     {
         *("category-twin", "category-absent", "image-crowded", "crowd-rle"),
-        *("area-mask", "box-mask", "instance-empty"),
+        *("area-mask", "box-mask", "instance-empty", "scored-empty"),
     }
 )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pais_ray import geometry
 from pais_ray.data import _view_ops
 from pais_ray.data._view_ops import COLOURS, Colour
-from pais_ray.structures import Batch, Masks, Targets, Views
+from pais_ray.structures import Batch, Masks, Predictions, Targets, Views
 
 Kind = Literal["labeled", "weak", "strong", "test"]
 Step = Literal["colour", "geometric", "erase"]
@@ -39,6 +39,7 @@ class Sample:
     boxes: Tensor | None = None  # (N, 4) float XYXY px
     labels: Tensor | None = None  # (N,) int64 in 0..C-1
     masks: Tensor | None = None  # (N, H, W) uint8 {0, 1}
+    scored: Predictions | None = None  # of an unlabeled image: masks from elsewhere, in its frame
 
     @classmethod
     def of(
@@ -371,9 +372,22 @@ def make_batch(
     if not labeled:
         raise ValueError("make_batch: expected at least one labeled sample, got none; batch.labeled must be >= 1")
     plans = plan(labeled, config, seed, "labeled")
+    weak = make_views(unlabeled, config, seed, "weak", device) if unlabeled else None
     return Batch(
         labeled=render(labeled, plans, config.view("labeled"), device),
         targets=make_targets(labeled, plans, device),
-        weak=make_views(unlabeled, config, seed, "weak", device) if unlabeled else None,
+        weak=weak,
         strong=make_views(unlabeled, config, seed, "strong", device) if unlabeled else None,
+        scored=None if weak is None else scored_in(weak, unlabeled),
     )
+
+
+def scored_in(weak: Views, samples: list[Sample]) -> list[Predictions] | None:
+    """The masks from elsewhere in the frame of the weak views, where the samples have any."""
+    given = [sample.scored for sample in samples if sample.scored is not None]
+    if not given:
+        return None
+    if len(given) != len(samples):
+        raise ValueError(f"scored_in: expected masks from elsewhere for all {len(samples)} samples, got {len(given)}")
+    device = weak.matrix.device
+    return [p.to(device).warp(m, size) for p, m, size in zip(given, weak.matrix, weak.sizes, strict=True)]

@@ -135,7 +135,7 @@ class WeightedRoIHeads(RoIHeads):
 
         logits, deltas = self._classify(features, rois)
         index = torch.where(positive)[0]
-        chosen = deltas.reshape(len(deltas), -1, 4)[index, label[index]]
+        chosen = deltas.reshape(-1, deltas.shape[1] // 4, 4)[index, label[index]]
         return {
             "class": losses.cross_entropy(logits, label, class_weight, positive, normaliser),
             "box": losses.box_regression(

@@ -4,9 +4,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +17,24 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pais_ray import plots, tracking
+from pais_ray import access, gallery, plots, tracking
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
 from pais_ray.data import pipeline, splits
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
-from pais_ray.train import worker
+from pais_ray.train import describe, watchdog, worker
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
+from pais_ray.train.log import Lines
 from pais_ray.train.monitor import Monitor
-from pais_ray.train.prepare import Data, prepare
-from pais_ray.train.state import ROLES, checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
+from pais_ray.train.prepare import Data, check_outlives_job, prepare
+from pais_ray.train.state import ROLES
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
+PANEL_IMAGES = 4  # validation images in the picture of a run's end
+NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
+POLL_S = 0.5  # between two looks at the monitor
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
@@ -66,44 +75,45 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
         raise ConfigError(
             f"run.storage_path: expected a path that every node sees, got {config.run.storage_path!r}; mount the bucket"
         )
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # Ray sets it for a job's program
+        check_outlives_job(config)
     name = config.run.name or f"{config.segmentor.name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     root = Path(config.run.storage_path).absolute() / name
     config, data = prepare(config)
+    config = recorded_threads(root, config)
     check_resume(root, config, force)
     check_data(root, data, force)
     schedule = kept_schedule(root, run_schedule(config), force)
+    check_workers(config, schedule)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = steps_made(root)
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
+    if data.scored is not None:
+        say(data.scored.summary())
     say(schedule.explain())
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
-            close_tracking(root, config, read_run_id(root), "FINISHED")
-        return result_of(root, schedule, run_id=read_run_id(root), stopped=False)
-    write_run_directory(root, config, data, schedule)
+            close_tracking(root, config, "FINISHED")
+        return result_of(root, schedule, stopped=False)
     started_here = connect()
     try:
-        return fit(root, config, data, schedule)
+        cpus, threads = worker_resources(config)
+        config = with_threads(config, threads)
+        write_run_directory(root, config, data, schedule)
+        return fit(root, config, data, schedule, cpus)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResult:
+def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
-    run_id = tracking.open_run(
-        config.tracking,
-        Path(config.run.storage_path).absolute(),
-        root.name,
-        flatten(config),
-        run_tags(config, data),
-        read_run_id(root),
-    )
-    if run_id is not None:
-        (root / "mlflow_run_id").write_text(run_id)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    tags = describe.tags(config, data.manifest.split, data.facts)
+    tracking.open_run(config.tracking, root.parent, root.name, flatten(config), tags, datasets=data.facts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # outlives other nodes
     plan = StepPlan(
         seed=config.train.seed,
         num_labeled=len(data.labeled),
@@ -111,18 +121,19 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
         labeled=config.batch.labeled,
         unlabeled=config.batch.unlabeled,
     )
-    cpus, threads = worker_resources(config)
+    assert config.train.threads_per_worker is not None
     job = worker.Job(
         config=config,
         schedule=schedule,
         root=root,
         categories=data.train.categories,
-        feed=pipeline.make_feed(plan, data.labeled, data.unlabeled),
+        feed=pipeline.make_feed(
+            plan, data.labeled, data.unlabeled, None if data.scored is None else data.scored.images
+        ),
         val=ray.put(data.val),
         ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
         monitor=monitor,
-        tracking_run=run_id,
-        threads=threads,
+        threads=config.train.threads_per_worker,
     )
     trainer = TorchTrainer(
         worker.run,
@@ -132,6 +143,8 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.scaling.use_gpu else {})},
+            elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
+            placement_strategy=config.scaling.placement_strategy,
         ),
         run_config=ray.train.RunConfig(
             name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
@@ -139,34 +152,33 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule) -> TrainResu
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
         ),
     )
-    status = "FAILED"
+    status: tracking.Status = "FAILED"
     try:
-        stopped = follow(trainer, monitor, root, min(schedule.steps, config.train.stop_at or schedule.steps))
+        last = min(schedule.steps, config.train.stop_at or schedule.steps)
+        stopped = follow(trainer, Watch(monitor, root, config, cpus), root, last)
         status = "KILLED" if stopped else "FINISHED"
     finally:
-        close_tracking(root, config, run_id, status)
-    return result_of(root, schedule, run_id=run_id, stopped=stopped)
+        close_tracking(root, config, status)
+    return result_of(root, schedule, stopped=stopped)
 
 
-def close_tracking(root: Path, config: Config, run_id: str | None, status: str) -> None:
-    """Curves of what there is, the run's papers as artifacts, and the end of the MLflow run."""
-    rows = metric_rows(root)
-    tracker = tracking.Tracker(config.tracking, root, run_id)
+def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
+    """Pictures of what there is, and the end of the MLflow run."""
     try:
+        rows = metric_rows(root)
         if rows:
             plots.curves(rows, root / "figures" / "curves.png")
-            tracker.log_artifact(root / "figures" / "curves.png", "figures")
+        if newest_verified(root)[0] is not None:
+            plots.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
     except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
-        say(f"no curves were drawn: {error}")
-    last, _ = newest_verified(root)
-    if last is not None:
-        tracker.log_checkpoint("last", str(last), int(last.name.split("_")[1]), {})
-    tracker.close(status)
+        say(f"not all pictures were drawn: {error}")
+    tracking.Tracker(config.tracking, root).close(status)
 
 
-def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
-    """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one)
-    and prints what the workers say. Returns whether the user stopped it; raises what training raised."""
+def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool:
+    """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
+    prints what the workers say and watches over them. Returns whether the user stopped it; raises what training
+    raised."""
     outcome: dict[str, Any] = {}
     done = threading.Event()  # not Thread.join: interrupted, it takes a living thread for dead (Python < 3.13)
 
@@ -182,19 +194,21 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
     thread.start()
     asked = 0
     fatal: Exception | None = None
-    patience = LAST_WORDS / 0.5
-    while not done.is_set() and patience > 0:
-        try:
-            done.wait(timeout=0.5)
-            fatal = show(ray.get(monitor.drain.remote())) or fatal
-            patience -= fatal is not None
-        except KeyboardInterrupt:
-            asked += 1
-            if asked > 1:
-                raise
-            ray.get(monitor.request_stop.remote())  # what is announced has happened
-            say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
-    fatal = show(ray.get(monitor.drain.remote())) or fatal
+    patience = LAST_WORDS / POLL_S
+    with terminating_as_interrupt():
+        while not done.is_set() and patience > 0:
+            try:
+                done.wait(timeout=POLL_S)
+                fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
+                patience -= fatal is not None
+                watch.look()
+            except KeyboardInterrupt:
+                asked += 1
+                if asked > 1:
+                    raise
+                ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
+                say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
+    fatal = show(ray.get(watch.monitor.drain.remote())) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
@@ -203,6 +217,60 @@ def follow(trainer: TorchTrainer, monitor: Any, root: Path, last: int) -> bool:
     if stopped:
         say(f"stopped with a checkpoint in {root / 'checkpoints'}; resume with:\n  {resume_command(root)}")
     return stopped
+
+
+@contextmanager
+def terminating_as_interrupt() -> Iterator[None]:
+    """SIGTERM, a notice of the end of this machine or job, asks for a checkpoint as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # a search's trials: their driver hears it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Watch:
+    """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
+
+    def __init__(self, monitor: Any, root: Path, config: Config, cpus: float) -> None:
+        self.monitor, self.root, self.config, self.cpus = monitor, root, config, cpus
+        self.leaving: set[str] = set()
+        self.heard = time.monotonic()  # when some rank last gave a sign of life
+        self.events = Lines(root / "events.jsonl")
+
+    def look(self) -> None:
+        leaving = set(draining_nodes())
+        if leaving - self.leaving:
+            self.tell("a node is about to go: a checkpoint is written now", "node_leaving")
+            self.monitor.request.remote("save")
+        self.leaving = leaving
+        pulse = ray.get(self.monitor.pulse.remote())
+        now = time.monotonic()
+        if pulse:
+            self.heard = now
+        elif now - self.heard > NO_ROOM_S:
+            self.heard = now  # said again as long as it lasts
+            lacking = lack_of_room(self.config, self.cpus)
+            if lacking is not None:
+                self.tell(f"waiting for room: {lacking}", "no_room")
+        late = watchdog.stuck(pulse, self.config.guards)
+        if late is not None:
+            self.tell(watchdog.describe(late, self.root), "stall")
+            watchdog.end(late, pulse)
+            ray.get(self.monitor.silence.remote(None))
+
+    def tell(self, text: str, event: str) -> None:
+        say(text)
+        self.events.append({"time": time.time(), "event": event, "text": text})
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes with a notice of their end -> its deadline, as Ray Train's own watcher asks for them."""
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found
 
 
 def show(rows: list[dict[str, Any]]) -> Exception | None:
@@ -241,26 +309,34 @@ def progress_line(row: dict[str, Any]) -> str:
 def worker_resources(config: Config) -> tuple[float, int]:
     """(CPUs to reserve a worker, torch threads a worker). Reading tasks need a free CPU or the streams starve:
     workers take at most what leaves one, half a CPU each on two."""
-    workers, total = config.scaling.num_workers, ray.cluster_resources().get("CPU", 1.0)
+    workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
     cpus = config.scaling.cpus_per_worker
     if cpus is None:
         cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
         cpus = float(f"{cpus:.2f}")
-    if workers * cpus + pipeline.READ_TASK_CPUS > total:
+    lacking = lack_of_room(config, cpus)
+    if lacking is not None:
         raise ConfigError(
-            f"scaling.num_workers: {workers} workers of {cpus} CPUs and {pipeline.READ_TASK_CPUS} for reading data, "
-            f"and the cluster has {total:g}; lower scaling.num_workers or scaling.cpus_per_worker"
-        )
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if config.scaling.use_gpu and gpus < workers:
-        raise ConfigError(
-            f"scaling.use_gpu: {workers} workers need a GPU each, and the cluster has {gpus:g}; "
-            "lower scaling.num_workers or set scaling.use_gpu=false"
+            f"scaling.num_workers: {lacking}; lower scaling.num_workers or scaling.cpus_per_worker, "
+            "or set scaling.use_gpu=false"
         )
     nodes = max(1, len([n for n in ray.nodes() if n["Alive"]]))
     # Ray's count knows of a container's limits, the system's of this process's.
     cores = min(int(total / nodes) or 1, len(os.sched_getaffinity(0)))
     return cpus, config.train.threads_per_worker or max(1, cores // -(-workers // nodes))
+
+
+def lack_of_room(config: Config, cpus: float) -> str | None:
+    """What the cluster would need for the least number of workers and does not have."""
+    least, there = config.scaling.least, ray.cluster_resources()
+    need = {"CPU": least * cpus + pipeline.READ_TASK_CPUS, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
+    missing = [f"{there.get(k, 0.0):g} of {v:g} {k}s" for k, v in need.items() if there.get(k, 0.0) < v]
+    if not missing:
+        return None
+    return (
+        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}, and "
+        f"{pipeline.READ_TASK_CPUS} CPUs for reading data; the cluster has {' and '.join(missing)}"
+    )
 
 
 def connect() -> bool:
@@ -273,6 +349,7 @@ def connect() -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return False
+    access.ensure_token()
     ray.init(address="local", **quiet)
     return True
 
@@ -295,17 +372,42 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
         say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
 
 
+def check_workers(config: Config, schedule: Schedule) -> None:
+    """Refuses more workers than a step of this run has rows."""
+    rows = worker.rows_a_step(schedule, config)
+    if config.scaling.most > rows:
+        raise ConfigError(
+            f"scaling.num_workers: a step of this run has {rows} rows to share, as it began with, and "
+            f"{config.scaling.most} workers are asked for; lower scaling.num_workers, or begin a new run"
+        )
+
+
+def recorded_threads(root: Path, config: Config) -> Config:
+    """``config`` with the threads the run began with, where it names none: sums depend on their number."""
+    if config.train.threads_per_worker is not None or not checkpoints(root):
+        return config
+    return with_threads(config, load(root / "config.yaml").train.threads_per_worker)
+
+
+def with_threads(config: Config, threads: int | None) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"threads_per_worker": threads})})
+
+
 def check_data(root: Path, data: Data, force: bool) -> None:
-    """Refuses to go on where the annotations changed under their path: labels could change sides."""
+    """Refuses to go on where annotations or scored masks changed under their path: labels could change sides."""
     path = root / "split.json"
     if force or not checkpoints(root) or not path.exists():
         return
     was = splits.SplitManifest.from_json(path.read_text(), str(path))
     now = data.manifest
+    changed = None
     if (was.split.sha256, was.source_sha256) != (now.split.sha256, now.source_sha256):
+        changed = data.train.path
+    elif was.scored_sha256 != now.scored_sha256:
+        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
+    if changed is not None:
         raise ConfigError(
-            f"{data.train.path}: changed since the run began; restore it, choose another run.name, "
-            "or insist with --force"
+            f"{changed}: changed since the run began; restore it, choose another run.name, or insist with --force"
         )
 
 
@@ -322,13 +424,14 @@ def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
 
 
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml, split.json, schedule.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+    """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     papers = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),
         "schedule.json": json.dumps(asdict(schedule)),
+        "data.json": json.dumps(data.facts, indent=1),
     }
     if not isinstance(data.truth, str):
         papers[GROUND_TRUTH] = json.dumps(data.truth)
@@ -344,23 +447,7 @@ def steps_made(root: Path) -> int:
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
 
 
-def read_run_id(root: Path) -> str | None:
-    path = root / "mlflow_run_id"
-    return path.read_text().strip() if path.exists() else None
-
-
-def run_tags(config: Config, data: Data) -> dict[str, str]:
-    return {
-        "labels_pct": f"{100 * data.manifest.split.labeled:g}",
-        "fold": str(data.manifest.split.fold),
-        "split_sha256": data.manifest.split.sha256,
-        "segmentor": config.segmentor.name,
-        "method": config.method.name,
-        "data_sha256": data.train.sha256,
-    }
-
-
-def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bool) -> TrainResult:
+def result_of(root: Path, schedule: Schedule, *, stopped: bool) -> TrainResult:
     """What the run directory says of the run."""
     last, _ = newest_verified(root)
     state = {} if last is None else json.loads((last / "state.json").read_text())
@@ -369,7 +456,7 @@ def result_of(root: Path, schedule: Schedule, *, run_id: str | None, stopped: bo
         scores |= {k: v for k, v in row.items() if k.startswith(("teacher/", "student/")) and "_class/" not in k}
     best = state.get("best", {}).get("teacher")
     return TrainResult(
-        run_id=run_id,
+        run_id=tracking.read_run_id(root),
         run_dir=str(root),
         step=state.get("step", 0),
         steps=schedule.steps,

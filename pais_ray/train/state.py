@@ -1,36 +1,21 @@
-"""TrainState: everything a run must remember, to and from a directory of safetensors and JSON, no pickle.
-
-A checkpoint directory is written aside and renamed, its manifest (digests of the other files) last, so what has
-a manifest that fits is whole. The newest checkpoint that verifies is the one to resume from.
-"""
+"""TrainState: everything a run must remember, to and from a directory of safetensors and JSON, no pickle."""
 
 import copy
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pais_ray import plugins
 from pais_ray.config import Config
 from pais_ray.optim import Schedule, build_optimizer
-
-FORMAT = 1  # of the directory; a reader refuses what it does not know
-MANIFEST = "manifest.json"
-
+from pais_ray.train.checkpoints import CheckpointError, Snapshot, read_state, verify, write
 
 ROLES = ("teacher", "student")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what is wrong with it and what to do."""
+COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks", "cap")
 
 
 class Teacher(nn.Module):
@@ -61,6 +46,8 @@ class TrainState:
     g_next: int = 0  # the next global row; independent of the number of workers
     skipped: int = 0
     skipped_in_row: int = 0
+    rollbacks: int = 0  # returns to a checkpoint because of losses that were not finite
+    cap: int = 100  # pseudo-labels an image at most; halved where memory did not suffice
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # role -> {"segm_AP": ..., "step": ...}
 
     def note_score(self, role: str, step: int, ap: float | None) -> bool:
@@ -70,45 +57,40 @@ class TrainState:
         self.best[role] = {"segm_AP": ap, "step": step}
         return True
 
+    def snapshot(self) -> Snapshot:
+        """A copy of all of it on the CPU, which later steps do not touch."""
+        tensors, scalars = _split_optimizer(self.optimizer)
+        return Snapshot(
+            step=self.step,
+            tensors={
+                "student": _plain(self.student.state_dict()),
+                "teacher": _plain(self.teacher.segmentor.state_dict()),
+                "optimizer": tensors,
+                "rng": _plain(_rng_state()),
+            },
+            state={
+                **{name: getattr(self, name) for name in COUNTERS},
+                "best": copy.deepcopy(self.best),
+                "scaler": self.scaler.state_dict(),
+                "optimizer": scalars,
+            },
+        )
+
     def save(self, folder: Path) -> None:
         """Writes the checkpoint ``folder``, whole or not at all."""
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        tensors, scalars = _split_optimizer(self.optimizer)
-        save_file(_plain(self.student.state_dict()), aside / "student.safetensors")
-        save_file(_plain(self.teacher.segmentor.state_dict()), aside / "teacher.safetensors")
-        save_file(tensors, aside / "optimizer.safetensors")
-        save_file(_rng_state(), aside / "rng.safetensors")
-        state = {
-            "format": FORMAT,
-            "step": self.step,
-            "g_next": self.g_next,
-            "skipped": self.skipped,
-            "skipped_in_row": self.skipped_in_row,
-            "best": self.best,
-            "scaler": self.scaler.state_dict(),
-            "optimizer": scalars,
-        }
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
-        write_manifest(aside, sorted(p.name for p in aside.iterdir()), {})
-        if folder.exists():  # left over by a run that was killed after writing it: same content, written again
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        write(self.snapshot(), folder)
 
     def load(self, folder: Path) -> None:
         """Restores what ``save`` wrote. Raises CheckpointError when the weights do not fit this model."""
-        state = json.loads((folder / "state.json").read_text())
+        state = read_state(folder)
         _load_weights(self.student, folder / "student.safetensors")
         _load_weights(self.teacher.segmentor, folder / "teacher.safetensors")
         _join_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.g_next = state["step"], state["g_next"]
-        self.skipped, self.skipped_in_row, self.best = (
-            state["skipped"],
-            state["skipped_in_row"],
-            state["best"],
-        )
+        for name in COUNTERS:
+            if state[name] is not None:  # an older format's: as this run was configured
+                setattr(self, name, state[name])
+        self.best = state["best"]
         _restore_rng(load_file(folder / "rng.safetensors"))
 
 
@@ -122,96 +104,15 @@ def build_state(
     student.to(device).train()
     optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.train.precision == "fp16")
-    return TrainState(student=student, teacher=Teacher(student).to(device), optimizer=optimizer, scaler=scaler)
+    teacher = Teacher(student).to(device)
+    cap = config.train.max_pseudo_labels
+    return TrainState(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, cap=cap)
 
 
 def load_segmentor(segmentor: nn.Module, folder: Path, role: str) -> None:
     """Loads one role's weights (``teacher`` or ``student``) of a checkpoint into ``segmentor``."""
     verify(folder)
     _load_weights(segmentor, folder / f"{role}.safetensors")
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps of the run at ``root`` lies."""
-    return root / "checkpoints" / f"step_{step:08d}"
-
-
-def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there with the size and digest its manifest states."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        for name, facts in manifest["files"].items():
-            path = folder / name
-            if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
-                raise CheckpointError(f"{path}: differs from its manifest; the file is damaged, use another checkpoint")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); use another one") from error
-
-
-def write_manifest(folder: Path, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """States ``facts``, and size and digest of the files ``names`` of ``folder``; what ``verify`` reads."""
-    files = {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
-    manifest = {"format": FORMAT, **facts, "files": files}
-    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
-    return manifest
-
-
-def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint of the run at ``root``, and what was wrong with each newer one."""
-    refused: list[str] = []
-    for folder in reversed(checkpoints(root)):
-        try:
-            verify(folder)
-        except CheckpointError as error:
-            refused.append(str(error))
-            continue
-        return folder, refused
-    return None, refused
-
-
-def usable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """As ``newest_verified``; CheckpointError where there are checkpoints and none can be used."""
-    folder, refused = newest_verified(root)
-    if folder is None and refused:
-        raise CheckpointError(
-            f"{root}: no usable checkpoint: {'; '.join(refused)}. Move {root / 'checkpoints'} away to start anew, "
-            "or choose another run.name"
-        )
-    return folder, refused
-
-
-def metric_rows(root: Path, up_to: float = float("inf")) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl until step ``up_to``, without the half line of a killed writer."""
-    path = root / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= up_to:
-            rows.append(row)
-    return rows
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """Checkpoint directories of the run at ``root``, oldest first, unverified."""
-    return sorted((root / "checkpoints").glob("step_*"))
-
-
-def retain(root: Path, keep: int, best: dict[str, dict[str, float]], step: int) -> None:
-    """Deletes all but the last ``keep`` checkpoints until ``step`` and the best of each role. Later ones are not
-    this run's any more: they were passed over as damaged, and are written again."""
-    treasured = {checkpoint_folder(root, int(b["step"])) for b in best.values()}
-    made = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
-    for folder in made[:-keep]:
-        if folder not in treasured:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -259,15 +160,3 @@ def _restore_rng(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

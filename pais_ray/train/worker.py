@@ -23,25 +23,29 @@ from torch.nn.parallel import DistributedDataParallel
 from pais_ray import evaluate, geometry, plots
 from pais_ray.config import Config, ConfigError
 from pais_ray.data import pipeline
+from pais_ray.data.plan import rows_here, rows_of
 from pais_ray.data.sources import Category, Record
 from pais_ray.data.validate import DataError
 from pais_ray.data.views import make_batch
+from pais_ray.guards import Guards
 from pais_ray.inference import predict_records
 from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Views
-from pais_ray.tracking import Tracker
-from pais_ray.train.state import (
-    ROLES,
+from pais_ray.system_metrics import NodeSampler
+from pais_ray.train.checkpoints import (
     CheckpointError,
-    build_state,
-    checkpoint_folder,
+    StorageLost,
+    Writer,
     metric_rows,
-    retain,
     usable_checkpoint,
 )
-from pais_ray.train.step import Metrics, StepSettings, autocast, train_step
+from pais_ray.train.heartbeat import Heartbeat
+from pais_ray.train.log import Lines, Log, Window
+from pais_ray.train.state import ROLES, build_state
+from pais_ray.train.step import StepResult, StepSettings, autocast, train_step
 
 SCORE_TASK_CPUS = 0.25  # scoring runs beside training, as the reading tasks do
+CAP_FILE = "memory.json"  # of the run directory: outlives the rank that ran out of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,11 @@ class Job:
     val: "ray.ObjectRef[tuple[Record, ...]]"
     ground_truth: str  # the validation JSON
     monitor: Any  # handle of launch.Monitor
-    tracking_run: str | None
     threads: int
 
 
-class NonFiniteLoss(RuntimeError):
-    """Too many steps in a row without a finite loss."""
+class TrainingEnded(RuntimeError):
+    """Training cannot go on, for the reason that is its message; trying again would come to the same."""
 
 
 def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
@@ -75,16 +78,23 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
         worker = Worker(job)
         try:
             worker.train()
+        except torch.OutOfMemoryError as error:
+            worker.halve_cap(error)
+            raise
         finally:
             worker.close()
     except Exception as error:
+        job.monitor.silence.remote(None)  # the group ends with this rank
         # Where trying again cannot help, the driver hears the reason and all ranks end without a failure, which
         # Ray would retry: this one leaves the process group, and so the others' collectives fail.
         reason = hopeless(error)
         if reason is not None:
-            wrong_input = not isinstance(reason, NonFiniteLoss)
+            wrong_input = not isinstance(reason, TrainingEnded | StorageLost)
             ray.get(job.monitor.fatal.remote(str(reason), wrong_input=wrong_input))
         elif not ray.get(job.monitor.has_ended.remote()):
+            words = str(error).strip().splitlines() or [""]
+            text = f"a worker failed ({type(error).__name__}: {words[0][:300]}); the workers start again"
+            job.monitor.progress.remote({"text": text})
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -93,7 +103,7 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
 def hopeless(error: BaseException | None) -> Exception | None:
     """The error among the causes of ``error`` that would come again at every try, if there is one."""
     while error is not None:
-        if isinstance(error, DataError | ConfigError | CheckpointError | NonFiniteLoss):
+        if isinstance(error, DataError | ConfigError | CheckpointError | TrainingEnded | StorageLost):
             return error
         error = getattr(error, "cause", None) or error.__cause__
     return None
@@ -108,7 +118,9 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.method = job.config.method
-        folder, refused, rows = self.what_there_is()
+        folder, refused, rows, attempt = self.what_there_is()
+        node = ray.get_runtime_context().get_node_id()
+        self.heart = Heartbeat(job.monitor, job.root, self.rank, node, attempt)
         self.state = build_state(job.config, job.schedule, len(job.categories), self.device, pretrained=folder is None)
         self.restore(folder, refused, rows)
         self.network: nn.Module = self.state.student
@@ -117,27 +129,41 @@ class Worker:
             self.network = DistributedDataParallel(
                 self.state.student, device_ids=ids, gradient_as_bucket_view=True, **without_buffer_sync()
             )
+        self.rows_a_step = rows_a_step(job.schedule, job.config)
         self.settings = StepSettings(
             schedule=job.schedule,
             clip_norm=job.config.optim.clip_norm,
             precision=job.config.train.precision,
             seed=job.config.train.seed,
+            rows=self.rows_a_step,
+            ranks=dist.new_group(backend="gloo") if self.world > 1 else None,
         )
-        self.log = Log(job, self.state.step) if self.rank == 0 else None
-        self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
-        self.poll = self.job.monitor.stop_requested.remote()
-
-    def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]]]:
-        """The newest verified checkpoint in storage (Ray may not know of it, see docs/architecture.md), what was
-        wrong with newer ones, and the log. Rank 0 reads for all."""
-        found: list[Any] = [None, [], []]
+        self.guards = Guards(job.config.guards)
+        self.log: Log | None = None
+        self.writer: Writer | None = None
+        every = job.config.tracking.system_every if context.get_local_rank() == 0 else None  # one per node
+        self.sampler = NodeSampler(job.root, context.get_node_rank(), every if job.config.tracking.enabled else None)
         if self.rank == 0:
-            found = [*usable_checkpoint(self.job.root), metric_rows(self.job.root)]
+            self.log = Log(job, self.state.step)
+            self.writer = Writer(job.root, job.config.train.keep_checkpoints, self.tell)
+            self.tell(
+                f"{self.world} workers, {self.rows_a_step} rows a step in {-(-self.rows_a_step // self.world)} rounds",
+                {"event": "start", "workers": self.world},
+            )
+        self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
+        self.poll = self.job.monitor.requested.remote()
+
+    def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], float]:
+        """The newest verified checkpoint in storage (Ray may not know of it, see docs/architecture.md), what was
+        wrong with newer ones, the log, and a number of this start of the group. Rank 0 reads for all."""
+        found: list[Any] = [None, [], [], 0.0]
+        if self.rank == 0:
+            found = [*usable_checkpoint(self.job.root), metric_rows(self.job.root), time.time()]
             for partial in (self.job.root / "checkpoints").glob(".*.partial"):  # of a save that was killed
                 shutil.rmtree(partial, ignore_errors=True)
         if self.world > 1:
             dist.broadcast_object_list(found, device=self.device)
-        return found[0], found[1], found[2]
+        return found[0], found[1], found[2], found[3]
 
     def restore(self, folder: Path | None, refused: list[str], rows: list[dict[str, Any]]) -> None:
         """Takes up the checkpoint, and the scores that were logged after it was written."""
@@ -147,6 +173,7 @@ class Worker:
             self.state.load(folder)
             if self.rank == 0:
                 self.say(f"resumed at step {self.state.step} from {folder.name}")
+        self.state.cap = kept_cap(self.job.root, self.state.cap)
         logged = set()
         for row, role in itertools.product(rows, ROLES):
             ap = row.get(f"{role}/segm_AP")
@@ -160,6 +187,11 @@ class Worker:
     def say(self, text: str) -> None:
         self.job.monitor.progress.remote({"text": text})
 
+    def tell(self, text: str, fields: dict[str, Any]) -> None:
+        """An event of the run; rank 0 speaks for all."""
+        if self.log is not None:
+            self.log.event(self.state.step, text, fields)
+
     def train(self) -> None:
         cfg, state = self.config, self.state
         last = min(self.job.schedule.steps, cfg.train.stop_at or self.job.schedule.steps)
@@ -171,28 +203,30 @@ class Worker:
             self.collect_scores(up_to=state.step)
         while state.step < last and not stopped:
             waiting = time.perf_counter()
-            taken = [next(rows) for _ in range(cfg.batch.accumulation)]
+            batches = self.next_batches(rows)
             waited = time.perf_counter() - waiting
-            batches = [self.batch(row) for row in taken]
-            result = train_step(state, self.network, batches, self.method, self.settings, stop=self.stop_requested())
-            state.g_next += self.world * cfg.batch.accumulation
+            self.heart.enter(state.step, "step")
+            wish = self.wish()
+            result = train_step(state, self.network, batches, self.method, self.settings, stop=wish == "stop")
+            state.g_next += self.rows_a_step
             stopped = result.stop
-            if result.skipped:
-                self.count_skip(result.metrics, batches)
+            if self.look(result, batches):
+                rows, window = self.stream(last), Window()
+                continue
             window.add(result.metrics, waited, time.perf_counter() - waiting)
             at_end = state.step == last or stopped
             if at_end or state.step % cfg.train.log_every == 0 or state.step == 1:
                 self.write_log(window, last)
                 window = Window()
             if self.rank == 0 and cfg.train.panel_every and state.step % cfg.train.panel_every == 0:
-                self.panel(batches[0])
+                self.panel(batches[-1])
             due = self.evaluation_due(state.step)
             if due:
                 self.evaluate()
-            if due or at_end or state.step % cfg.train.checkpoint_every == 0:
+            if due or at_end or wish == "save" or state.step % cfg.train.checkpoint_every == 0:
                 # Scores of an evaluation are taken at the next checkpoint, or now where there is none to come.
                 self.collect_scores(up_to=state.step if at_end else state.step - 1)
-                self.save()
+                self.save(at_end)
 
     def stream(self, last: int) -> Iterator[pipeline.Row]:
         cfg = self.config
@@ -201,69 +235,129 @@ class Worker:
             from pais_ray.data.photometric import Photometric  # importing albumentations costs seconds
 
             photometric = Photometric(cfg.views.labeled.photometric)
-        return pipeline.step_rows(
-            self.job.feed,
-            start=self.state.g_next,
-            total=(last - self.state.step) * self.world * cfg.batch.accumulation,
-            world=self.world,
-            rank=self.rank,
-            photometric=photometric,
-        )
+        rows = rows_of(self.state.g_next, last - self.state.step, self.rows_a_step, self.world, self.rank)
+        return pipeline.step_rows(self.job.feed, rows, photometric=photometric)
+
+    def next_batches(self, rows: Iterator[pipeline.Row]) -> list[Batch | None]:
+        """This rank's rows of a step as batches, None in front where the ranks do not divide the step's rows."""
+        rounds, here = -(-self.rows_a_step // self.world), rows_here(self.rows_a_step, self.world, self.rank)
+        return [None] * (rounds - here) + [self.batch(next(rows)) for _ in range(here)]
+
+    def look(self, result: StepResult, batches: list[Batch | None]) -> bool:
+        """Guards the run after a step; True where it went back to an earlier checkpoint."""
+        spike = self.guards.gradient(result.grad_norm)
+        if spike is not None:
+            self.tell(spike, {"event": "gradient_spike", "norm": result.grad_norm})
+        if not result.fits:
+            self.tell("a forward pass ran out of memory; the step was skipped", {"event": "out_of_memory"})
+        if not result.skipped or self.state.skipped_in_row < self.config.train.max_skipped:
+            return False
+        self.roll_back(self.why_skipped(result, batches))
+        return True
+
+    def roll_back(self, why: str) -> None:
+        """Weights, optimizer and step of the last good checkpoint; the data go on, what they had was no good."""
+        limit, made, state = self.config.guards.max_rollbacks, self.state.rollbacks, self.state
+        found: list[Any] = [None]
+        if self.writer is not None and made < limit:
+            self.writer.flush()
+            found = [usable_checkpoint(self.job.root)[0]]
+        if self.world > 1:
+            dist.broadcast_object_list(found, device=self.device)
+        if found[0] is None:
+            raise TrainingEnded(
+                f"{why}. {made} returns to a checkpoint were made (guards.max_rollbacks {limit}). Lower optim.lr, set "
+                "optim.clip_norm, or look at these images; the last checkpoint is untouched"
+            )
+        was, g_next, skipped = state.step, state.g_next, state.skipped
+        state.load(found[0])
+        state.g_next, state.skipped, state.skipped_in_row, state.rollbacks = g_next, skipped, 0, made + 1
+        state.cap = kept_cap(self.job.root, state.cap)
+        self.scoring = []
+        text = f"back from step {was} to {found[0].name} with the data that follow, {made + 1} of {limit}: {why}"
+        if self.log is not None:
+            self.log.rewind(state.step)
+            self.tell(text, {"event": "rollback", "from": was})
 
     def batch(self, row: pipeline.Row) -> Batch:
         """Views of one row; of its unlabeled images only where the method learns from them at this step."""
         unlabeled = row.unlabeled if self.method.unlabeled_weight(self.state.step) else []
         return make_batch(row.labeled, unlabeled, self.config.views, self.config.train.seed, self.device)
 
-    def stop_requested(self) -> bool:
-        """Whether the driver asked to stop, without waiting for its answer."""
+    def wish(self) -> str:
+        """What the driver asked for ("", "save" or "stop"), without waiting for its answer. Rank 0 hears it."""
         if self.rank != 0 or not ray.wait([self.poll], timeout=0)[0]:
-            return False
-        answer = ray.get(self.poll)
-        self.poll = self.job.monitor.stop_requested.remote()
+            return ""
+        answer: str = ray.get(self.poll)
+        if answer == "save":
+            self.job.monitor.request.remote("")
+        self.poll = self.job.monitor.requested.remote()
         return answer
 
-    def count_skip(self, metrics: Metrics, batches: list[Batch]) -> None:
-        """After ``train.max_skipped`` steps in a row without a finite loss: an error that names them."""
-        if self.state.skipped_in_row < self.config.train.max_skipped:
-            return
-        ids = [i for b in batches for v in (b.labeled, b.weak) if v is not None for i in v.image_ids.tolist()]
+    def why_skipped(self, result: StepResult, batches: list[Batch | None]) -> str:
+        """What was not finite on which rank, with the images it had."""
+        ids = [i for b in batches if b for v in (b.labeled, b.weak) if v is not None for i in v.image_ids.tolist()]
+        values = {k: float(v) for k, v in result.metrics.items() if "/" in k or k == "grad_norm"}
         mine = {
             "rank": self.rank,
-            "losses": {k: float(v) for k, v in metrics.items() if "/" in k and not math.isfinite(float(v))},
+            "losses": {k: v for k, v in values.items() if not math.isfinite(v)},
             "image_ids": ids,
         }
-        everyone: list[Any] = [None] * self.world
+        everyone: list[Any] = [mine] * self.world
         if self.world > 1:
             dist.all_gather_object(everyone, mine)
-        else:
-            everyone = [mine]
         guilty = [e for e in everyone if e["losses"]] or everyone
-        raise NonFiniteLoss(
-            f"step {self.state.step}: no finite loss for {self.state.skipped_in_row} steps in a row "
-            f"(train.max_skipped); not finite: {guilty}. Lower optim.lr, set optim.clip_norm, or look at these images; "
-            "the last checkpoint is untouched"
+        what = f"not finite: {guilty}" if result.fits else f"out of memory in the forward pass: {everyone}"
+        return (
+            f"step {self.state.step}: no usable loss for {self.state.skipped_in_row} steps in a row "
+            f"(train.max_skipped); {what}"
         )
 
     def write_log(self, window: "Window", last: int) -> None:
+        steps = window.steps
         values = window.means(self.world, self.device)
+        alarm = self.guards.pseudo_labels(values.get("pseudo/kept_per_image"), steps)
+        if alarm is not None:
+            self.tell(alarm, {"event": "teacher_collapse"})
         if self.log is not None:
-            per_step = self.world * self.config.batch.accumulation * self.job.feed.plan.images_per_row
+            per_step = self.rows_a_step * self.job.feed.plan.images_per_row
             values |= window.times(per_step)
             values["system/peak_memory_mib"] = peak_memory(self.device)
             values["pseudo/skipped_steps"] = float(self.state.skipped)
             remaining = (last - self.state.step) * values["time/step_s"]
             self.log.write(self.state.step, values, last=last, eta=remaining)
+        reason = self.guards.labeled_loss(values, steps)
+        if reason is not None:
+            raise TrainingEnded(reason)
 
-    def save(self) -> None:
-        if self.rank == 0:
-            folder = checkpoint_folder(self.job.root, self.state.step)
-            self.state.save(folder)
-            retain(self.job.root, self.config.train.keep_checkpoints, self.state.best, self.state.step)
+    def save(self, at_end: bool) -> None:
+        """Hands a copy of the state to the writer; at the end it waits for it."""
+        if self.writer is None:
+            return
+        with self.heart.within("save"):
+            self.writer.submit(self.state.snapshot())
+            if not at_end:
+                return
+            self.writer.flush()
+        if self.writer.failed is not None:
+            raise StorageLost(
+                f"{self.writer.failed}. The run's last checkpoint is not there; give the same command again"
+            )
+
+    def halve_cap(self, error: Exception) -> None:
+        """Memory ran out in a backward pass, whose all-reduce the other ranks wait in: this rank has to go. The
+        group starts again with half as many pseudo-labels an image."""
+        cap = max(1, self.state.cap // 2)
+        (self.job.root / CAP_FILE).write_text(json.dumps({"cap": cap}))
+        text = f"rank {self.rank} ran out of memory; at most {cap} pseudo-labels an image from now on ({error})"
+        self.say(text)
+        row = {"step": self.state.step, "time": time.time(), "event": "out_of_memory", "cap": cap, "text": text}
+        Lines(self.job.root / "events.jsonl").append(row)
 
     def evaluate(self) -> None:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
         started = time.perf_counter()
+        self.heart.enter(self.state.step, "evaluate")
         shard = ray.get(self.job.val)[self.rank :: self.world]
         ids = [c.id for c in self.job.categories]
         score = ray.remote(num_cpus=SCORE_TASK_CPUS)(evaluate.score)
@@ -280,32 +374,40 @@ class Worker:
             if self.rank == 0:
                 task = score.remote(self.job.ground_truth, [r for part in gathered for r in part])
                 self.scoring.append((self.state.step, role, task))
+        self.heart.enter(self.state.step, "step")
         if self.log is not None:
-            self.log.event(self.state.step, {"time/eval_s": time.perf_counter() - started})
+            self.log.row(self.state.step, {"time/eval_s": time.perf_counter() - started})
 
     def collect_scores(self, up_to: int) -> None:
         """Takes the AP of evaluations made until step ``up_to`` into the log and the best scores. Only rank 0 has
         any; it takes them at fixed steps, so that what a checkpoint holds does not depend on timing."""
+        found: dict[tuple[int, str], float] = {}
         for step, role, task in [s for s in self.scoring if s[0] <= up_to]:
-            scores = ray.get(task)
+            with self.heart.within("save"):
+                scores = ray.get(task)
             assert self.log is not None
             self.log.scores(step, role, scores)
-            ap = scores["segm"]["AP"]
-            if self.state.note_score(role, step, ap):
-                folder = checkpoint_folder(self.job.root, step)
-                self.log.tracker.log_checkpoint(role, str(folder), step, {f"{role}/segm_AP": ap})
+            ap = found[step, role] = scores["segm"]["AP"]
+            self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
+        for step in {step for step, _ in found}:
+            alarm = self.guards.teacher(*(found.get((step, role)) for role in ROLES))
+            if alarm is not None:
+                self.tell(alarm, {"event": "teacher_below_student", "at": step})
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.train.eval_every
         return step == self.job.schedule.steps or bool(every and step and step % every == 0)
 
-    def panel(self, batch: Batch) -> None:
-        """A picture of what the teacher proposes now: weak and strong view, kept and dropped, both scores."""
-        if self.log is None or batch.weak is None or batch.strong is None:
+    def panel(self, batch: Batch | None) -> None:
+        """A picture of what the teacher proposes now, or what was given in its place: weak and strong view, kept
+        and dropped, both scores."""
+        if self.log is None or batch is None or batch.weak is None or batch.strong is None:
             return
-        with autocast(self.device, self.config.train.precision):
-            predictions = self.state.teacher.predict(batch.weak)
+        predictions = batch.scored
+        if predictions is None:
+            with autocast(self.device, self.config.train.precision):
+                predictions = self.state.teacher.predict(batch.weak)
         rows = []
         for i, prediction in enumerate(predictions):
             kept = self.method.pseudo_labels(prediction)  # in the weak frame
@@ -321,11 +423,27 @@ class Worker:
             )
         path = self.job.root / "figures" / f"pseudo_labels_{self.state.step:08d}.png"
         plots.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
-        self.log.tracker.log_artifact(path, "figures")
+        self.log.tracker.changed()
 
     def close(self) -> None:
+        self.heart.close()
+        self.job.monitor.silence.remote(self.rank)
+        if self.writer is not None:
+            self.writer.close()
+        self.sampler.close()
         if self.log is not None:
             self.log.close()
+
+
+def rows_a_step(schedule: Schedule, config: Config) -> int:
+    """Global rows of an optimizer step: the run's, whatever number of ranks shares them."""
+    return schedule.images_per_step // (config.batch.labeled + config.batch.unlabeled)
+
+
+def kept_cap(root: Path, cap: int) -> int:
+    """``cap``, or the lower one that a lack of memory left behind."""
+    path = root / CAP_FILE
+    return min(cap, int(json.loads(path.read_text())["cap"])) if path.exists() else cap
 
 
 def _picture(views: Views, i: int) -> Any:
@@ -347,89 +465,3 @@ def peak_memory(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-class Window:
-    """What happened since the last log line: sums on the device, turned to floats once."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor | float] = {}
-        self.counts: dict[str, int] = {}
-        self.waited = self.elapsed = 0.0
-        self.steps = 0
-
-    def add(self, metrics: Metrics, waited: float, elapsed: float) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.waited, self.elapsed, self.steps = self.waited + waited, self.elapsed + elapsed, self.steps + 1
-
-    def means(self, world: int, device: torch.device) -> dict[str, float]:
-        """Means over the window's steps and all ranks; per-image and per-label means of the pseudo-labels."""
-        names = sorted(self.sums)
-        flat = torch.stack([torch.as_tensor(self.sums[n], device=device).double() / self.counts[n] for n in names])
-        if world > 1:
-            dist.all_reduce(flat)
-            flat /= world
-        values = dict(zip(names, flat.tolist(), strict=True))
-        images = values.pop("pseudo/images", 0.0)
-        if images:
-            over, kept = values.pop("pseudo/over_tau_cls"), values.pop("pseudo/kept")
-            values["pseudo/over_tau_cls_per_image"] = over / images
-            values["pseudo/kept_per_image"] = kept / images
-            values["pseudo/in_strong_per_image"] = values.pop("pseudo/in_strong") / images
-            values["pseudo/empty_image_rate"] = values.pop("pseudo/empty_images") / images
-            values["pseudo/score_mean"] = values.pop("pseudo/score_sum") / over if over else math.nan
-            values["pseudo/iou_mean"] = values.pop("pseudo/iou_sum") / over if over else math.nan
-        return values
-
-    def times(self, images_per_step: int) -> dict[str, float]:
-        step = self.elapsed / max(self.steps, 1)
-        return {
-            "time/step_s": step,
-            "time/img_per_s": images_per_step / step,
-            "time/data_wait_share": self.waited / self.elapsed,
-        }
-
-
-class Log:
-    """Rank 0's three places to write to: metrics.jsonl, MLflow, and the driver's progress line."""
-
-    def __init__(self, job: Job, step: int) -> None:
-        self.job = job
-        self.path = job.root / "metrics.jsonl"
-        # Lines of steps that will be made again go, and a half-written last one.
-        aside = self.path.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in metric_rows(job.root, step)))
-        os.replace(aside, self.path)
-        self.file = self.path.open("a")
-        self.tracker = Tracker(job.config.tracking, job.root, job.tracking_run)
-        for name in ("config.yaml", "split.json"):
-            self.tracker.log_artifact(job.root / name)
-
-    def event(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl (null where a value is not finite) and the same metrics to MLflow."""
-        plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}) + "\n")
-        self.file.flush()
-        self.tracker.log_metrics({k: v for k, v in values.items() if math.isfinite(v)}, step)
-
-    def write(self, step: int, values: dict[str, float], *, last: int, eta: float) -> None:
-        self.event(step, values)
-        self.job.monitor.progress.remote({"step": step, "last": last, "eta": eta, **values})
-
-    def scores(self, step: int, role: str, scores: dict[str, Any]) -> None:
-        values = {
-            f"{role}/{kind}_{name}": value
-            for kind, numbers in scores.items()
-            for name, value in numbers.items()
-            if isinstance(value, float)
-        }
-        for name, value in scores["segm"].get("per_class", {}).items():
-            values[f"{role}/segm_AP_class/{name}"] = math.nan if value is None else value
-        self.event(step, values)
-        self.job.monitor.progress.remote({"step": step, "role": role, **values})
-
-    def close(self) -> None:
-        self.file.close()
-        self.tracker.close(status=None)  # the run may go on: the driver ends it

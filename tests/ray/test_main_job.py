@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.train import launch
-from pais_ray.train.state import checkpoint_folder, checkpoints, metric_rows, newest_verified
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified
+from tests.mlflow_runs import history
+from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
@@ -103,20 +105,33 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert {"curves.png", "pseudo_labels_00000006.png"} <= figures
 
 
-def test_metrics_params_and_figures_are_in_mlflow(undisturbed, storage):
+def test_mlflow_has_what_the_run_has(undisturbed, storage):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     run = client.get_run((undisturbed / "mlflow_run_id").read_text().strip())
     assert run.info.status == "FINISHED"
     assert run.data.params["method.alpha"] == "4.0"
-    assert run.data.tags["method"] == "pais"
+    split = json.loads((undisturbed / "split.json").read_text())
+    expected = {"method": "pais", "segmentor": "mask_rcnn", "preset": "nano", "backbone": "resnet18"}
+    expected |= {
+        "labels_pct": "25",
+        "fold": "1",
+        "split_sha256": split["sha256"],
+        "data_sha256": split["source_sha256"],
+    }
+    assert expected.items() <= run.data.tags.items()
+    digests = {d.tags[0].value: d.dataset.digest for d in run.inputs.dataset_inputs}
+    assert digests == {"training": split["source_sha256"][:32], "validation": run.data.tags["val_sha256"][:32]}
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
     assert steps == list(range(1, STEPS + 1))
     assert {"teacher/segm_AP", "student/bbox_AP50"} <= run.data.metrics.keys()
-    assert "pseudo_labels_00000006.png" in {
-        Path(f.path).name for f in client.list_artifacts(run.info.run_id, "figures")
-    }
+    assert "system/node_0/cpu_utilization_percentage" in run.data.metrics
+    figures = {Path(f.path).name for f in client.list_artifacts(run.info.run_id, "figures")}
+    assert figures == {"pseudo_labels_00000006.png", "curves.png", "predictions.png"}
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert {m.name for m in models} == {f"{r}-{s:08d}" for r in ("teacher", "student") for s in (4, STEPS)}
+    assert all(Path(m.tags["path"]).is_dir() for m in models)
 
 
 def test_a_finished_run_says_so(undisturbed, tiny_coco, storage, capsys):
@@ -134,10 +149,16 @@ def test_changed_identity_is_refused_and_free_fields_are_not(undisturbed, tiny_c
     assert "train.log_every: 1 -> 5" in capsys.readouterr().out
 
 
-def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storage):
-    half = launch.train(compose(words(tiny_coco, storage, "halves", "train.stop_at=4")))
-    assert half.step == 4
-    launch.train(compose(words(tiny_coco, storage, "halves")))
+def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storage, tmp_path):
+    """Its first half is trained without the MLflow server that the second one finds: nothing is missing there."""
+    server = mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))
+    there = f"tracking.uri={server.url}"
+    half = launch.train(compose(words(tiny_coco, storage, "halves", "train.stop_at=4", there)))
+    assert (half.step, half.run_id) == (4, None)
+    with server:
+        whole = launch.train(compose(words(tiny_coco, storage, "halves", there)))
+        assert [s for s, _ in history(server.url, whole.run_id, "loss")] == list(range(1, STEPS + 1))
+        assert [s for s, _ in history(server.url, whole.run_id, "teacher/segm_AP")] == [4, STEPS]
     assert_same_end(storage / "halves", undisturbed)
     assert steps_logged(storage / "halves") == list(range(1, STEPS + 1))
 
@@ -165,7 +186,7 @@ def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage
     def kill_one() -> None:
         wait_for(lambda: 1 in steps_logged(root))
         victim = train_workers()[-1]
-        wait_for(lambda: 3 in steps_logged(root))
+        wait_for(lambda: 3 in steps_logged(root) and checkpoints(root))
         victim.kill()
 
     thread = threading.Thread(target=kill_one, daemon=True)

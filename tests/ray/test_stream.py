@@ -5,7 +5,7 @@ import pytest
 import ray
 
 from pais_ray.data import pipeline, sources, splits
-from pais_ray.data.plan import StepPlan
+from pais_ray.data.plan import StepPlan, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -28,24 +28,25 @@ def feed(cluster, parts):
 def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts):
     labeled, unlabeled = parts
     seen = []
-    for start, total, world in ((0, 40, 2), (40, 21, 3), (61, 5, 1)):
+    for start, steps, world in ((0, 10, 2), (40, 5, 3), (60, 2, 1)):  # 4 rows a step
         for rank in range(world):
-            rows = list(pipeline.step_rows(feed, start=start, total=total, world=world, rank=rank))
-            assert [r.g for r in rows] == list(range(start + rank, start + total, world))
+            mine = rows_of(start, steps, 4, world, rank)
+            rows = list(pipeline.step_rows(feed, mine))
+            assert [r.g for r in rows] == list(mine)
             for row in rows:
                 of_labeled, of_unlabeled = feed.plan.row(row.g)
                 assert [s.image_id for s in row.labeled] == [labeled[i].image_id for i in of_labeled]
                 assert [s.image_id for s in row.unlabeled] == [unlabeled[i].image_id for i in of_unlabeled]
                 assert [s.slot for s in row.labeled + row.unlabeled] == [0, 1, 2]
             seen += [r.g for r in rows]
-    assert sorted(seen) == list(range(66))
+    assert sorted(seen) == list(range(68))
 
 
 def test_labels_of_the_unlabeled_part_are_nowhere(feed, parts):
     table = ray.get(feed.unlabeled)
     assert isinstance(table, pa.Table)
     assert table.column_names == ["image_id", "path", "height", "width"]
-    row = next(pipeline.step_rows(feed, start=0, total=1, world=1, rank=0))
+    row = next(pipeline.step_rows(feed, rows_of(0, 1, 1, 1, 0)))
     assert all(s.boxes is None and s.labels is None and s.masks is None for s in row.unlabeled)
     assert all(s.boxes is not None for s in row.labeled)
 
@@ -58,7 +59,7 @@ def test_pixels_are_those_of_the_files(feed, parts):
     from pais_ray.data.images import decode
 
     paths = {r.image_id: r.path for part in parts for r in part}
-    row = next(pipeline.step_rows(feed, start=3, total=1, world=1, rank=0))
+    row = next(pipeline.step_rows(feed, rows_of(3, 1, 1, 1, 0)))
     for sample in row.labeled + row.unlabeled:
         path = paths[sample.image_id]
         expected = torch.from_numpy(decode(Path(path).read_bytes(), path)).permute(2, 0, 1)

@@ -1,0 +1,95 @@
+"""What goes wrong slowly, seen in the figures that all ranks share: every rank comes to the same verdict.
+
+Free of Ray and of tensors: floats in, texts out.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+WINDOW = 100  # steps whose median gradient norm a spike is measured by: longer than a warm-up's slope
+ENOUGH = 20  # norms before a median means anything
+
+
+class GuardConfig(BaseModel):
+    """The section `guards:`; all ours. Nothing here changes what a healthy run learns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_rollbacks: int = Field(
+        default=3, ge=0, description="returns to the last checkpoint after train.max_skipped bad steps; then the end"
+    )
+    gradient_spike: float = Field(default=10.0, gt=1, description="times the median norm of the last 100 steps")
+    kept_low: float = Field(default=0.02, ge=0, description="pseudo-labels an image below which the teacher collapsed")
+    kept_high: float = Field(default=60.0, gt=0, description="the same, above which it calls everything an object")
+    kept_steps: int = Field(default=2000, ge=1, description="steps outside that band before the alarm")
+    teacher_gap: float = Field(default=0.1, gt=0, description="segm AP the teacher may be below the student")
+    zero_loss_steps: int = Field(
+        default=500, ge=1, description="steps with labeled losses of zero that end the run: nothing is learned"
+    )
+    first_batch_s: float = Field(default=1800.0, gt=0, description="limit of building the model and the first batch")
+    step_s: float = Field(default=600.0, gt=0, description="limit of any later step of a rank")
+    evaluate_s: float = Field(default=7200.0, gt=0, description="limit of an evaluation on a rank")
+    save_s: float = Field(default=1800.0, gt=0, description="limit of waiting for a checkpoint or for scores")
+
+
+class Guards:
+    """Watches the figures of a run; each method returns what to tell, or None."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+        self.outside = 0  # steps with pseudo-labels outside their band
+        self.zero = 0  # steps with labeled losses of zero
+
+    def gradient(self, norm: float) -> str | None:
+        """A norm far above the recent ones; it joins them all the same: a new level is no spike for long."""
+        if not math.isfinite(norm):
+            return None
+        median = statistics.median(self.norms) if len(self.norms) >= ENOUGH else math.inf
+        self.norms.append(norm)
+        if norm <= self.config.gradient_spike * median:
+            return None
+        return f"gradient norm {norm:.3g}, {norm / median:.0f} times the median of the last steps"
+
+    def pseudo_labels(self, kept: float | None, steps: int) -> str | None:
+        """Kept pseudo-labels an image over the last ``steps`` steps; told once in every guards.kept_steps."""
+        low, high = self.config.kept_low, self.config.kept_high
+        if kept is None or low <= kept <= high:
+            self.outside = 0
+            return None
+        before, self.outside = self.outside, self.outside + steps
+        if before // self.config.kept_steps == self.outside // self.config.kept_steps:
+            return None
+        what = "hardly any" if kept < low else "too many"
+        return (
+            f"the teacher may have collapsed: {what} pseudo-labels, {kept:.3g} an image for {self.outside} steps "
+            f"(guards.kept_low {low:g}, guards.kept_high {high:g}); look at figures/ and method.tau_cls"
+        )
+
+    def teacher(self, teacher: float | None, student: float | None) -> str | None:
+        """segm AP of both roles at one evaluation."""
+        if teacher is None or student is None or not student - teacher > self.config.teacher_gap:
+            return None
+        return (
+            f"the teacher's segm AP {teacher:.3f} is far below the student's {student:.3f} (guards.teacher_gap "
+            f"{self.config.teacher_gap:g}): pseudo-labels are worse than they could be; look at method.ema"
+        )
+
+    def labeled_loss(self, values: Mapping[str, float], steps: int) -> str | None:
+        """The reason to end, where no labeled loss has been other than zero for long enough."""
+        losses = [v for k, v in values.items() if k.startswith("labeled/")]
+        if not losses or any(v != 0 for v in losses):
+            self.zero = 0
+            return None
+        self.zero += steps
+        if self.zero < self.config.zero_loss_steps:
+            return None
+        return (
+            f"all labeled losses have been zero for {self.zero} steps (guards.zero_loss_steps): nothing is learned. "
+            "Are the classes of the labeled images those of data.train, and method.labeled_weights not zero? "
+            "See `pais-ray validate`"
+        )

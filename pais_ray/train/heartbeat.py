@@ -1,0 +1,65 @@
+"""A rank says where it is: (step, stage, since), from a thread of its own, so that silence means something.
+
+The thread also lets the rank's Python stacks be asked for from outside, by a signal that needs no thread to answer.
+"""
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BEAT_S = 1.0
+STACKS_SIGNAL = signal.SIGUSR1
+
+
+class Heartbeat:
+    """Tells ``monitor`` once a second; ``enter`` and ``within`` are called by the training thread."""
+
+    def __init__(self, monitor: Any, root: Path, rank: int, node: str, attempt: float) -> None:
+        self.monitor = monitor
+        born = psutil.Process().create_time()  # with the pid, which may be given to another process later
+        self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born, "attempt": attempt}
+        self.at = (0, "first_batch", time.monotonic())
+        self.stopped = threading.Event()
+        self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
+        faulthandler.register(STACKS_SIGNAL, self.stacks, all_threads=True)
+        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def enter(self, step: int, stage: str) -> None:
+        self.at = (step, stage, time.monotonic())
+
+    @contextmanager
+    def within(self, stage: str) -> Iterator[None]:
+        """``stage`` until the end of the block, then a step's again."""
+        self.enter(self.at[0], stage)
+        yield
+        self.enter(self.at[0], "step")
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+        faulthandler.unregister(STACKS_SIGNAL)
+        self.stacks.close()
+        if Path(self.stacks.name).stat().st_size == 0:
+            Path(self.stacks.name).unlink()
+
+    def _beat(self) -> None:
+        while not self.stopped.is_set():
+            step, stage, since = self.at
+            self.monitor.beat.remote({**self.fixed, "step": step, "stage": stage, "age": time.monotonic() - since})
+            self.stopped.wait(BEAT_S)
+
+
+def stacks_file(root: Path, rank: int) -> Path:
+    """Where the stacks of this rank's process are written when somebody asks."""
+    folder = root / "stacks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"rank{rank}_{os.getpid()}.txt"

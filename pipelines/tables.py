@@ -1,0 +1,13 @@
+"""The table of many runs as a program for a cluster, where the run directories lie.
+
+    pais-ray submit tables /shared/runs --markdown /shared/table.md --csv /shared/table.csv --address http://HEAD:8265
+
+The words are those of `pais-ray tables`.
+"""
+
+import sys
+
+from pais_ray.cli import main
+
+if __name__ == "__main__":
+    main(["tables", *sys.argv[1:]])

@@ -1,0 +1,304 @@
+"""Runs under scripted faults. `make test` has the first of them; `make test-faults` all, MINUTES long.
+
+Figures go to faults.json in the working directory, for docs/reliability.md.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows
+from tests.faults.harness import (
+    Driver,
+    assert_same_end,
+    events,
+    kill_worker,
+    last_step,
+    newest,
+    steps_logged,
+    stop,
+    wait_for,
+    weights,
+    words,
+    workers,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
+MINUTES = float(os.environ.get("MINUTES", "20"))
+KILLS, DRIVER_KILLS = 20, 5
+SEED = int(os.environ.get("SEED", "0"))
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def start(cluster, tiny_coco, storage, tmp_path):
+    """start(name, steps, words...) -> (driver, run directory); nothing of it is left running."""
+    drivers = []
+
+    def begin(name: str, steps: int, *more: str):
+        driver = Driver(words(tiny_coco, storage, name, steps, *more), cluster["address"], tmp_path / f"{name}.log")
+        drivers.append(driver)
+        return driver, storage / name
+
+    yield begin
+    for driver in drivers:
+        if driver.going():
+            driver.kill()
+
+
+def report(**figures) -> None:
+    path = Path("faults.json")
+    told = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**told, **figures}, indent=1))
+
+
+def faulty(tmp_path: Path | None, **faults: tuple[int, int]) -> list[str]:
+    """Words of the segmentor that fails; name=(first row, rows)."""
+    once = [] if tmp_path is None else [f"segmentor.once={tmp_path}"]
+    return [
+        "segmentor.name=tests.faults.faulty",
+        f"segmentor.fault={'+'.join(faults)}",
+        f"segmentor.first={[first for first, _ in faults.values()]}",
+        f"segmentor.rows={[rows for _, rows in faults.values()]}",
+        *once,
+    ]
+
+
+def test_a_bad_day(start, tmp_path):
+    """Losses that are not finite, memory that runs out in a backward pass, and a rank that stops: the run ends well.
+
+    2 rows a step: rows 20-27 are steps 10-13, of which two in a row send the run back to step 10.
+    """
+    (tmp_path / "once").mkdir()
+    persistent = {"nan_loss": (20, 8)}
+    driver, root = start(
+        "bad_day",
+        20,
+        *faulty(None, **persistent),
+        *("train.max_skipped=2", "guards.step_s=15"),
+    )
+    stopped = wait_for(lambda: workers(psutil.Process()) if last_step(root) >= 16 else None, driver.going)[-1]
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        output = driver.finish()
+    finally:
+        stop(stopped)
+    assert "back from step 12 to step_00000010" in output
+    assert "hangs: stage 'step'" in output
+    (back,) = events(root, "rollback")[:1]
+    assert (back["from"], back["step"]) == (12, 10)
+    assert events(root, "stall")
+    assert steps_logged(root) == list(range(1, 21))
+    state = json.loads((newest(root) / "state.json").read_text())
+    assert state["rollbacks"] == len(events(root, "rollback"))
+    assert state["g_next"] == 2 * (20 + 2 * state["rollbacks"]), "the data went on"
+    assert all(torch.isfinite(v).all() for v in weights(root, 20).values() if v.is_floating_point())
+    assert any("Thread" in path.read_text() for path in (root / "stacks").glob("rank0_*.txt"))
+
+
+@slow
+def test_memory_that_runs_out(start, tmp_path):
+    """In a forward pass a step is skipped on all ranks; in a backward pass the group starts again with half the cap."""
+    driver, root = start("memory", 16, *faulty(tmp_path, oom_forward=(12, 1), oom_backward=(20, 1)))
+    output = driver.finish()
+    assert "a forward pass ran out of memory; the step was skipped" in output
+    assert "at most 50 pseudo-labels an image from now on" in output
+    state = json.loads((newest(root) / "state.json").read_text())
+    assert (state["cap"], state["step"], state["skipped"]) == (50, 16, 1)
+    assert [e["step"] for e in events(root, "start")] == [0, 10]
+
+
+@slow
+def test_what_is_not_finite_is_skipped_by_all_ranks(start):
+    """In the teacher's output, in one rank's gradient; and a rank without pseudo-labels for 50 steps is no trouble."""
+    faults = {"nan_teacher": (20, 1), "nan_grad": (25, 1), "empty": (40, 100)}
+    driver, root = start("not_finite", 80, *faulty(None, **faults))
+    driver.finish()
+    state = json.loads((newest(root) / "state.json").read_text())
+    assert (state["step"], state["rollbacks"]) == (80, 0)
+    assert state["skipped"] in (1, 2)  # the teacher may propose nothing at row 20 yet
+    rows = {r["step"]: r for r in metric_rows(root) if "loss" in r}
+    assert rows[13]["pseudo/skipped_steps"] > rows[12]["pseudo/skipped_steps"]
+    assert all(torch.isfinite(v).all() for v in weights(root, 80).values() if v.is_floating_point())
+    report(not_finite={"steps": 80, "skipped": state["skipped"]})
+
+
+@slow
+def test_labeled_losses_of_zero_end_the_run_with_the_reason(start):
+    driver, root = start("zero", 60, *faulty(None, zero_loss=(0, 1000)), "guards.zero_loss_steps=10")
+    assert driver.process.wait() == 1
+    assert "all labeled losses have been zero for 10 steps" in driver.output()
+    assert last_step(root) == 10
+
+
+@slow
+def test_the_same_seed_gives_the_same_run_to_the_bit(start, storage):
+    for name in ("one", "two"):
+        driver, _ = start(name, 12)
+        driver.finish()
+    assert_same_end(storage / "one", storage / "two", 12)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tiny_coco, storage, tmp_path_factory):
+    """undisturbed(steps) -> the run directory of a run that nothing happened to; made once for each length."""
+
+    def of(steps: int) -> Path:
+        root = storage / f"undisturbed_{steps}"
+        if not root.exists():
+            log = tmp_path_factory.mktemp("log") / "log"
+            Driver(words(tiny_coco, storage, root.name, steps), cluster["address"], log).finish()
+        return root
+
+    return of
+
+
+@slow
+def test_kills_of_random_workers(start, undisturbed):
+    """KILLS times (or for half of MINUTES) SIGKILL at a random moment: the run ends as if nothing had been."""
+    steps, chance = 200, random.Random(SEED)
+    driver, root = start("kills", steps)
+    recoveries, older = [], 0
+    until = time.monotonic() + 30 * MINUTES
+    goal = 0
+    while len(recoveries) < KILLS and time.monotonic() < until:
+        goal = last_step(root) + chance.randint(1, 8)
+        wait_for(lambda goal=goal: last_step(root) >= goal, driver.going)
+        recoveries.append(kill_worker(root, psutil.Process(), chance))
+    driver.finish()
+    assert_same_end(root, undisturbed(steps), steps)
+    lost, seconds = [r.lost for r in recoveries], sorted(r.seconds for r in recoveries)
+    assert max(lost) <= 5 + 5, "the interval and what was made while a checkpoint was written"
+    report(
+        worker_kills={
+            "kills": len(recoveries),
+            "lost_max": max(lost),
+            "lost_p95": percentile(sorted(lost), 0.95),
+            "recovery_s_p50": statistics.median(seconds),
+            "recovery_s_p95": percentile(seconds, 0.95),
+            "seed": SEED,
+            "older": older,
+        }
+    )
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@slow
+def test_kills_of_the_driver(start, undisturbed):
+    """The same command each time."""
+    steps, chance, seconds = 40, random.Random(SEED), []
+    driver, root = start("driver_kills", steps)
+    for _ in range(DRIVER_KILLS):
+        goal = last_step(root) + chance.randint(1, 5)
+        wait_for(lambda goal=goal: last_step(root) >= goal, driver.going)
+        driver.kill()
+        began, before = time.monotonic(), len(events(root, "start"))
+        driver, _ = start("driver_kills", steps)
+        wait_for(lambda before=before: len(events(root, "start")) > before, driver.going)
+        resumed = events(root, "start")[-1]["step"]
+        wait_for(lambda resumed=resumed: last_step(root) > resumed, driver.going)
+        seconds.append(time.monotonic() - began)
+    driver.finish()
+    assert_same_end(root, undisturbed(steps), steps)
+    report(driver_kills={"kills": DRIVER_KILLS, "recovery_s_p50": statistics.median(seconds), "seed": SEED})
+
+
+@slow
+def test_damaged_checkpoints(start, undisturbed, storage):
+    """Truncated, flipped, missing, without a manifest: back to the one before; with none left, a refusal."""
+    whole, steps = undisturbed(40), 40
+    for damage in ("truncated", "flipped", "missing", "manifest"):
+        root = storage / f"damaged_{damage}"
+        shutil.copytree(whole, root)
+        shutil.rmtree(newest(root))  # the end: there is something to do again
+        victim = newest(root) / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
+        data = victim.read_bytes()
+        if damage == "truncated":
+            victim.write_bytes(data[: len(data) // 2])
+        elif damage == "flipped":
+            victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        else:
+            victim.unlink()
+        before = checkpoints(root)[-2].name
+        driver, _ = start(root.name, steps)
+        output = driver.finish()
+        assert "checkpoint passed over" in output
+        assert f"from {before}" in output
+        assert_same_end(root, whole, steps)
+    for folder in checkpoints(root):
+        (folder / "student.safetensors").write_bytes(b"")
+    driver, _ = start(root.name, steps)
+    assert driver.process.wait() == 2
+    assert "no usable checkpoint" in driver.output()
+    report(damaged={"ways": 4, "fallbacks": 4, "all_damaged": "refused, exit code 2"})
+
+
+@slow
+def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_path):
+    """Checkpoints fail and are told with the need; training goes on; with room again the end is the same."""
+    room = tmp_path / "room"
+    room.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", room], capture_output=True, check=False)
+    if done.returncode != 0:
+        if os.environ.get("PAIS_RAY_CI"):
+            pytest.fail(f"no file system of our own: {done.stderr!r}")
+        pytest.skip(f"no file system of our own: {done.stderr!r}")
+    steps, root = 200, room / "full"
+    try:
+        arguments = words(tiny_coco, room, "full", steps, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+        driver = Driver(arguments, cluster["address"], tmp_path / "full.log")
+        wait_for(lambda: checkpoint_folder(root, 10).exists(), driver.going)
+        ballast = room / "ballast"
+        with ballast.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(2**16))
+                    file.flush()
+            except OSError:
+                pass
+        wait_for(lambda: "training goes on without it" in driver.output(), driver.going)
+        failed_at = last_step(root)
+        ballast.unlink()
+        output = driver.finish()
+        assert "no space: " in output
+        assert_same_end(root, undisturbed(steps), steps)
+        report(full_disk={"steps_logged_when_given_up": failed_at, "end": "same"})
+    finally:
+        subprocess.run(["umount", "-l", room], check=False)
+
+
+@slow
+def test_a_worker_that_stands_still(start, undisturbed):
+    """SIGSTOP for longer than the watchdog allows: it is named, killed, and the run ends as if nothing had been."""
+    steps = 40
+    driver, root = start("stands_still", steps, "guards.step_s=15")
+    wait_for(lambda: last_step(root) >= 12, driver.going)
+    victim = workers(psutil.Process())[0]
+    began = time.monotonic()
+    victim.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: events(root, "stall"), driver.going)
+        noticed = time.monotonic() - began
+        driver.finish()
+    finally:
+        stop(victim)
+    assert_same_end(root, undisturbed(steps), steps)
+    report(stopped={"limit_s": 15, "noticed_s": noticed})

@@ -1,0 +1,132 @@
+"""Nodes that die and come: a cluster of several nodes on loopback, a run that outlives them."""
+
+import contextlib
+import os
+import random
+import statistics
+import time
+
+import numpy as np
+import pytest
+
+from pais_ray.train.checkpoints import metric_rows
+from tests.faults.harness import Driver, assert_same_end, events, last_step, steps_logged, wait_for, words
+from tests.faults.test_faults import SEED, report
+from tests.ray.nodes import Nodes, free_ports, nodes, processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+NODE_KILLS = 3
+
+
+@contextlib.contextmanager
+def begun(cluster: Nodes, arguments, log):
+    """The driver as a process beside the head; ended with the block."""
+    before = dict(os.environ)
+    os.environ.update(cluster.env)
+    try:
+        driver = Driver(arguments, cluster.gcs, log)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    try:
+        yield driver
+    finally:
+        if driver.going():
+            driver.kill()
+
+
+def add(cluster: Nodes, cpus: float) -> int:
+    """One more node; its index."""
+    agent, metrics = free_ports(2)
+    cluster.add(
+        *(f"--address={cluster.gcs}", f"--num-cpus={cpus}", f"--object-store-memory={200 * 2**20}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
+    )
+    index = len(cluster.running) - 1
+    there = cluster.alive()
+    wait_for(lambda: cluster.alive() > there)
+    return index
+
+
+def busy(cluster: Nodes) -> list[int]:
+    """Nodes that hold a training process, the head left out."""
+
+    def holds(index: int) -> bool:
+        found = False
+        for process in processes(cluster.running[index]):
+            with contextlib.suppress(Exception):
+                found |= "RayTrainWorker" in " ".join(process.cmdline())
+        return found
+
+    return [i for i in range(1, len(cluster.running)) if cluster.running[i].poll() is None and holds(i)]
+
+
+def test_nodes_that_die(tiny_coco, tmp_path_factory, tmp_path):
+    """Three times a node with a worker on it, with room on the others; each time another one joins."""
+    chance, steps, seconds = random.Random(SEED), 60, []
+    spread = ("scaling.placement_strategy=SPREAD", "scaling.cpus_per_worker=0.5")
+    with nodes(tmp_path_factory.mktemp("n"), cpus=[2, 1, 1]) as cluster:
+        with begun(cluster, words(tiny_coco, tmp_path, "whole", steps, *spread), tmp_path / "whole.log") as driver:
+            driver.finish()
+        root = tmp_path / "nodes"
+        with begun(cluster, words(tiny_coco, tmp_path, "nodes", steps, *spread), tmp_path / "log") as driver:
+            for _ in range(NODE_KILLS):
+                goal = last_step(root) + chance.randint(2, 8)
+                wait_for(lambda goal=goal: last_step(root) >= goal, driver.going)
+                victim = wait_for(lambda: busy(cluster), driver.going)[-1]
+                starts, began = len(events(root, "start")), time.monotonic()
+                cluster.kill(victim)
+                wait_for(lambda starts=starts: len(events(root, "start")) > starts, driver.going)
+                resumed = events(root, "start")[-1]["step"]
+                wait_for(lambda resumed=resumed: last_step(root) > resumed, driver.going)
+                seconds.append(time.monotonic() - began)
+                add(cluster, 1)
+            driver.finish()
+    assert_same_end(root, tmp_path / "whole", steps)
+    report(node_kills={"kills": NODE_KILLS, "recovery_s": [round(s, 1) for s in seconds], "seed": SEED})
+    assert statistics.median(seconds) > 0
+
+
+def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_factory, tmp_path):
+    more = ("scaling.placement_strategy=SPREAD", "scaling.cpus_per_worker=0.8")
+    with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
+        root = tmp_path / "room"
+        with begun(cluster, words(tiny_coco, tmp_path, "room", 20, *more), tmp_path / "log") as driver:
+            wait_for(lambda: last_step(root) >= 6, driver.going)
+            cluster.kill(1)
+            wait_for(lambda: events(root, "no_room"), driver.going)
+            assert "waiting for room: 2 workers of 0.8 CPUs" in driver.output()
+            assert "the cluster has 1 of 1.85 CPUs" in driver.output()
+            add(cluster, 1)
+            driver.finish()
+    assert steps_logged(root) == list(range(1, 21))
+
+
+def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
+    """2 -> 1 -> 2 workers: steps see the same rows, and the loss is the fixed run's but for the order of sums."""
+    steps = 120
+    elastic = ("scaling.num_workers=[1,2]", "scaling.cpus_per_worker=0.7", "scaling.resize_check_s=5")
+    with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
+        fixed = words(tiny_coco, tmp_path, "fixed", steps, "scaling.cpus_per_worker=0.7")
+        with begun(cluster, fixed, tmp_path / "fixed.log") as driver:
+            driver.finish()
+        root = tmp_path / "elastic"
+        with begun(cluster, words(tiny_coco, tmp_path, "elastic", steps, *elastic), tmp_path / "log") as driver:
+            wait_for(lambda: last_step(root) >= 12, driver.going)
+            cluster.kill(1)
+            wait_for(lambda: [e for e in events(root, "start") if e["workers"] == 1], driver.going)
+            alone = last_step(root)
+            wait_for(lambda: last_step(root) >= alone + 6, driver.going)
+            add(cluster, 1)
+            driver.finish()
+    sizes = [e["workers"] for e in events(root, "start")]
+    assert (sizes[0], sizes[-1]) == (2, 2)
+    assert 1 in sizes
+    ours, theirs = ({r["step"]: r for r in metric_rows(run) if "loss" in r} for run in (root, tmp_path / "fixed"))
+    assert sorted(ours) == list(range(1, steps + 1))
+    # The same images in every step: what is no sum over networks is equal, losses but for rounding that grows.
+    assert [ours[s]["lr"] for s in ours] == [theirs[s]["lr"] for s in ours]
+    assert [ours[s]["ema_decay"] for s in ours] == [theirs[s]["ema_decay"] for s in ours]
+    apart = np.array([abs(ours[s]["loss"] - theirs[s]["loss"]) / theirs[s]["loss"] for s in sorted(ours)])
+    assert apart[:10].max() < 1e-4
+    report(elastic={"sizes": sizes, "loss_apart_median": float(np.median(apart)), "loss_apart_max": float(apart.max())})

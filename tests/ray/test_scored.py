@@ -1,0 +1,115 @@
+"""Pseudo-labels from a file through the main job: used, resumed, guarded, and made by another run. Validation images
+are held out of the annotated ones."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pais_ray.cli import main
+from pais_ray.config import compose
+from pais_ray.data.sources import read_coco
+from pais_ray.train import launch, prepare
+from pais_ray.train.checkpoints import metric_rows
+from tests.ray.test_main_job import weights, words
+from tests.test_scored import results_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def masks(tiny_coco, tmp_path_factory):
+    """The truth of every image as scored masks."""
+    path = tmp_path_factory.mktemp("masks") / "results.json"
+    results_of(read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images")), path, score=0.9, iou=0.75)
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(tiny_coco, tmp_path_factory, masks):
+    """Words of a run on them, by its name."""
+    storage = tmp_path_factory.mktemp("scored_runs")
+    more = (f"data.pseudo_labels={masks}", "method.burn_in=0", "optim.lr=0.001", "scaling.num_workers=1")
+    more += ("data.val=null", "data.holdout=0.25", "data.labeled=0.4")
+    more += (f"train.steps={STEPS}", "train.panel_every=3")
+    return lambda name, *extra: words(tiny_coco, storage, name, *more, *extra)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, given):
+    config = compose(given("undisturbed"))
+    assert launch.train(config).step == STEPS
+    return Path(config.run.storage_path) / "undisturbed"
+
+
+def test_the_masks_of_the_file_are_learned_and_the_teacher_is_evaluated(undisturbed):
+    rows = metric_rows(undisturbed)
+    logged = [row for row in rows if "loss" in row]
+    with_masks = [row for row in logged if row["pseudo/kept_per_image"]]
+    assert len(with_masks) > 1
+    for row in with_masks:
+        kept = row["pseudo/kept_per_image"]  # of one image
+        assert row["pseudo/over_tau_cls_per_image"] == kept
+        assert row["pseudo/score_mean"] == pytest.approx(0.9)
+        assert row["pseudo/iou_mean"] == pytest.approx(0.75)
+        assert row["pseudo/class_weight_sum"] == pytest.approx(kept * 0.9**4)
+        assert row["pseudo/mask_weight_sum"] == pytest.approx(kept * 0.75**4)
+    assert any("teacher/segm_AP" in row for row in rows)
+    assert (undisturbed / "figures/pseudo_labels_00000003.png").exists()
+
+
+def test_a_run_is_evaluated_on_what_was_held_out(undisturbed, tmp_path):
+    held = json.loads((undisturbed / "split.json").read_text())["held_out_ids"]
+    truth = json.loads((undisturbed / "ground_truth.json").read_text())
+    assert sorted(image["id"] for image in truth["images"]) == held
+    assert len(held) == 3
+    done = CliRunner().invoke(
+        main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", f"{tmp_path}/e.json"]
+    )
+    assert done.exit_code == 0, done.output
+    logged = [row["teacher/segm_AP"] for row in metric_rows(undisturbed) if "teacher/segm_AP" in row]
+    assert json.loads((tmp_path / "e.json").read_text())["segm"]["AP"] == pytest.approx(logged[-1], abs=1e-9)
+
+
+def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbed, given, masks):
+    launch.train(compose(given("halves", "train.stop_at=2")))
+    before = masks.read_text()
+    masks.write_text(json.dumps([entry | {"score": 0.8} for entry in json.loads(before)]))
+    try:
+        with pytest.raises(ValueError, match=r"results\.json: changed since the run began"):
+            launch.train(compose(given("halves")))
+    finally:
+        masks.write_text(before)
+    with pytest.raises(ValueError, match=r"other values of data\.pseudo_labels"):
+        launch.train(compose(given("halves", "data.pseudo_labels=null")))
+    assert launch.train(compose(given("halves"))).step == STEPS
+    a, b = weights(undisturbed, STEPS), weights(undisturbed.parent / "halves", STEPS)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_what_one_run_predicts_another_run_learns_from(undisturbed, given, tmp_path):
+    """`predict --part unlabeled` gives the ids of the run; a plain folder has those of its own order."""
+    out = tmp_path / "out"
+    command = ["predict", str(undisturbed), "--out", str(out), "--draw", "2"]
+    done = CliRunner().invoke(main, [*command, "--part", "unlabeled"])
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / "results.json").read_text())
+    assert results
+    assert all("mask_iou" in entry for entry in results)
+    assert len(os.listdir(out / "overlays")) == 2
+    more = (f"data.pseudo_labels={out}/results.json", "method.tau_cls=0")
+    config, data = prepare.prepare(compose(given("next", *more)))
+    listing = json.loads((out / "images.json").read_text())["images"]
+    assert [image["id"] for image in listing] == [r.image_id for r in data.unlabeled]
+    assert (data.scored.below, data.scored.elsewhere) == (0, 0)
+    assert sum(len(image.scores) for image in data.scored.images) == len(results) - data.scored.empty > 0
+    folder = config.data.images
+    done = CliRunner().invoke(main, [*command, folder])
+    assert done.exit_code == 0, done.output
+    _, data = prepare.prepare(compose(given("next", *more, f"data.unlabeled={folder}")))
+    assert data.scored.elsewhere > 0, "labeled and validation images lie in the folder too"
+    assert sum(len(image.scores) for image in data.scored.images) > 0

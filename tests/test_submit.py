@@ -1,0 +1,77 @@
+"""What goes to a cluster: the code and nothing else, the same bytes each time, within Ray's limit."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pais_ray import submit
+from pais_ray.cli import main
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_working_dir_runs_by_itself(here):
+    archive = submit.pack(submit.contents())
+    assert archive == submit.pack(submit.contents()), "Ray knows it again"
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        names = packed.namelist()
+        packed.extractall(here / "job")
+    assert {name.split("/")[0] for name in names} == {"pais_ray", "pipelines", "configs"}
+    assert not [name for name in names if not name.endswith((".py", ".yaml"))]
+    command = [sys.executable, "pipelines/train.py", "quickstart", "run.storage_path=s3://bucket"]
+    done = subprocess.run(
+        command, cwd=here / "job", env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "run.storage_path" in done.stderr
+
+
+def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
+    for name in ("mine/method.py", "mine/.git/config", "mine/__pycache__/x.pyc", "note.yaml", ".secret"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("x")
+    added = submit.contents([Path("mine"), here / "note.yaml"]).keys() - submit.contents().keys()
+    assert added == {"mine/method.py", "note.yaml"}
+
+
+def test_too_much_is_refused_by_name(here, monkeypatch):
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+
+    assert submit.UPLOAD_LIMIT == DASHBOARD_CLIENT_MAX_SIZE
+    monkeypatch.setattr(submit, "UPLOAD_LIMIT", 2**20)
+    Path("weights.bin").write_bytes(__import__("random").Random(0).randbytes(2**20))
+    done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--include", "weights.bin"])
+    assert done.exit_code == 2
+    assert "1.00 MiB" in done.stderr
+    assert "The largest: weights.bin (1.00 MiB)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian", "quickstart"], "no pipeline 'trian'; there are audit, "),
+        (["train", "quickstart"], "run.storage_path: expected an absolute path that every node sees, got 'runs'"),
+        (["train", "quickstart", "train.stepz=3"], "train.stepz: no such setting"),
+        (["train", "quickstart", "--forse"], "--forse"),
+    ],
+)
+def test_wrong_words_never_reach_the_cluster(words, line):
+    done = CliRunner().invoke(main, ["submit", *words, "--address", "http://127.0.0.1:9"])
+    assert done.exit_code == 2
+    assert line in done.stderr
+
+
+def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not win over --address
+    done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--address", "http://127.0.0.1:9"])
+    assert done.exit_code == 1
+    assert "http://127.0.0.1:9" in done.stderr.splitlines()[0]
