@@ -30,8 +30,17 @@ def test_data_are_named_by_hash_and_counted(tiny_coco):
 
 def test_unlabeled_images_of_their_own_are_a_data_set(tiny_coco):
     _, data = prepare(compose(words(tiny_coco, f"data.unlabeled={tiny_coco}/images")))
-    assert data.facts["unlabeled"]["images"] == 16
+    assert data.facts["unlabeled"]["images"] == len(data.unlabeled) > 0
     assert "unlabeled" not in data.facts["training"]
+
+
+def test_other_images_held_out_are_another_validation_set(tiny_coco):
+    def held_out(share: float) -> str:
+        paths = (f"data.train={tiny_coco}/train.json", f"data.images={tiny_coco}/images", f"data.holdout={share}")
+        words = ["synthetic", "mask_rcnn", "pais", *paths, "data.labeled=0.5"]
+        return prepare(compose(words))[1].facts["validation"]["sha256"]
+
+    assert held_out(0.25) == held_out(0.25) != held_out(0.5)
 
 
 def test_the_commit_is_of_this_code(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pais_ray.data import entries, validate
 from pais_ray.data._findings import Report
+from pais_ray.data.encoded import name_of
 from pais_ray.data.sources import Category, Record, decode_rle, measure, to_rles
 from pais_ray.data.validate import LIMITS, DataError, Limits, short
 
@@ -99,7 +100,7 @@ def read_scored(
     """
     with entries.no_collection():
         listed, sha256 = _read(path, limits)
-        known = {r.image_id: Known((r.height, r.width), os.path.basename(r.path)) for r in unlabeled}
+        known = {r.image_id: Known((r.height, r.width), name_of(r.path)) for r in unlabeled}
         index = {category.id: category.index for category in categories}
         check_listing(path, known)
         own: dict[int, list[tuple[Json, str]]] = {image_id: [] for image_id in known}

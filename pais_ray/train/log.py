@@ -87,6 +87,7 @@ class Log:
 
     def __init__(self, job: "Job", step: int) -> None:
         self.job = job
+        self.clock = 0.0  # time of the last line
         self.rewind(step)
         self.events = Lines(job.root / "events.jsonl")
         self.tracker = Tracker(job.config.tracking, job.root)
@@ -98,7 +99,7 @@ class Log:
         rows = metric_rows(self.job.root, step)
         aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(aside, path)
-        self.clock = max((row.get("time", 0.0) for row in rows), default=0.0)
+        self.clock = max([self.clock, *(row.get("time", 0.0) for row in rows)])
         self.metrics = Lines(path)
 
     def row(self, step: int, values: dict[str, float]) -> None:
