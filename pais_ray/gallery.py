@@ -23,7 +23,9 @@ def of_run(root: Path, images: int) -> np.ndarray:
 def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) -> np.ndarray:
     """The same for the best checkpoint of ``role`` of several runs. Raises ValueError where they are not scored on
     the same images."""
-    predictors = {root.name: Predictor.open(root, role=role) for root in roots}
+    names = [root.name for root in roots]
+    titles = names if len(set(names)) == len(names) else [str(root) for root in roots]
+    predictors = {title: Predictor.open(root, role=role) for title, root in zip(titles, roots, strict=True)}
     datasets = {name: predictor.validation() for name, predictor in predictors.items()}
     first, dataset = next(iter(datasets.items()))
     for name, other in datasets.items():

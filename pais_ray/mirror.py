@@ -54,9 +54,7 @@ class Mirror:
         self._known: dict[str, set[tuple[int, int]]] = {}  # what the store had before: metric -> steps and times
         self._old = set(run.data.metrics)  # metrics whose history nobody has asked for yet
         self._tails: dict[Path, Tail] = {}
-        # Of figures the store tells the sizes and not when they were made.
-        figures = self.client.list_artifacts(self.run_id, "figures")
-        self._figures: dict[str, tuple[int, int | None]] = {Path(f.path).name: (f.file_size, None) for f in figures}
+        self._figures: dict[str, tuple[int, int | None]] | None = None  # name -> size and, of those sent here, time
         self._papers: list[tuple[int, int]] | None = None
         self._digest = run.data.tags.get(PAPERS_TAG)
         on = card.datasets.get("validation")
@@ -156,6 +154,9 @@ class Mirror:
         self._papers, self._digest = state, digest
 
     def _send_figures(self) -> None:
+        if self._figures is None:  # of what is there the store tells the size and not when it was made
+            there = self.client.list_artifacts(self.run_id, "figures")
+            self._figures = {Path(f.path).name: (f.file_size, None) for f in there}
         for path in sorted(self.root.glob("figures/[!.]*")):
             state = _state(path)
             if self._figures.get(path.name) not in (state, (state[0], None)):

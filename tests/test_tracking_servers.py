@@ -15,7 +15,7 @@ from pais_ray.tracking import Tracker, TrackingConfig, read_run_id, sync, tracki
 from tests.mlflow_runs import client, history, opened, tiny_run, write_checkpoint, write_row
 from tests.servers import mlflow_server, postgres
 
-WRITERS, ROWS = 8, 40
+WRITERS, ROWS = 8, 20
 
 
 def test_eight_writers_on_a_new_sqlite_store_lose_nothing(tmp_path):
