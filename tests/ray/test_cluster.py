@@ -124,6 +124,7 @@ def test_a_bucket_is_predicted_by_a_job(three, bucket, tiny_coco, tmp_path):
     assert "3 of them finished" in Submitted(three, *words).ends(0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco, tmp_path):
     root = tmp_path / "left"
     long = ("train.steps=5000", "train.eval_every=null", "train.checkpoint_every=5000", "train.panel_every=null")
