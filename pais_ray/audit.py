@@ -14,6 +14,7 @@ from pais_ray import analysis, plots_audit
 from pais_ray.config import Config
 from pais_ray.data import sources
 from pais_ray.data.formats import read_labeled
+from pais_ray.data.sources import annotated
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.views import Sample, make_views
 from pais_ray.inference import Predictor, read_picture
@@ -55,7 +56,7 @@ def audit(
     if annotations is None:
         records = hidden(run, predictor.config)
     else:
-        records = predictor.validation(annotations, images).records
+        records = annotated(predictor.validation(annotations, images))
     chosen = random.Random(0).sample(records, min(number, len(records)))
     findings = look(predictor, chosen)
     report = {"run": str(run), "role": role, "images": len(chosen), **conclude(findings, predictor)}
@@ -78,10 +79,12 @@ def hidden(run: Path, config: Config) -> Sequence[sources.LabeledRecord]:
             "give --annotations and --images of annotated ones"
         )
     ids = set(SplitManifest.from_json((run / "split.json").read_text()).split.unlabeled_ids)
-    records = read_labeled(*config.data.part("train"), config.data.limits()).records
+    records = annotated(read_labeled(*config.data.part("train"), config.data.limits()))
     found = [record for record in records if record.image_id in ids]
     if not found:
-        raise ValueError(f"{run}: every image was labeled in training; give --annotations and --images of other ones")
+        raise ValueError(
+            f"{run}: every image was labeled in training, or lies in shards; give --annotations and --images of others"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.json_schema import models_json_schema
 
 from pais_ray import plugins
-from pais_ray.data import formats
+from pais_ray.data import formats, shards, storage
 from pais_ray.data.validate import LIMITS, MAX_PIXELS, Limits
 from pais_ray.data.views import AugmentConfig
 from pais_ray.guards import GuardConfig
@@ -37,14 +37,18 @@ class DataConfig(Section):
 
     train: str | None = Field(
         default=None,
-        description="COCO JSON, or Cityscapes' folder gtFine/train; null: the embedded, generated data set",
+        description="COCO JSON, Cityscapes' folder gtFine/train, or folder or URL of shards; null: the embedded, "
+        "generated data set",
     )
     train_images: str | None = Field(default=None, description="folder of the training images; null: images")
-    val: str | None = Field(default=None, description="COCO JSON to evaluate on, or Cityscapes' folder gtFine/val")
+    val: str | None = Field(
+        default=None,
+        description="COCO JSON to evaluate on, Cityscapes' folder gtFine/val, or shards; null: those of train",
+    )
     val_images: str | None = Field(default=None, description="folder of the validation images; null: images")
     unlabeled: str | None = Field(
         default=None,
-        description="COCO JSON or folder of unlabeled images; null: what `labeled` leaves of train",
+        description="COCO JSON, or folder or URL of unlabeled images; null: what `labeled` leaves of train",
     )
     unlabeled_images: str | None = Field(default=None, description="folder of the JSON's images; null: images")
     images: str | None = Field(default=None, description="the common default of the three folders")
@@ -93,12 +97,14 @@ class DataConfig(Section):
     @property
     def holds_out(self) -> bool:
         """Whether the validation images are some of train: a share of it, or those that the manifest names."""
-        return self.train is not None and self.val is None
+        return self.train is not None and self.val is None and not shards.is_shards(self.train)
 
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
         where one is not set."""
         annotations, images = getattr(self, name), getattr(self, f"{name}_images") or self.images
+        if name == "val" and annotations is None and shards.is_shards(self.train):
+            annotations = self.train
         if annotations is None:
             raise ConfigError(f"data.{name}: expected a COCO JSON, got null; set it")
         if images is None and not formats.is_folder(annotations):
@@ -106,6 +112,11 @@ class DataConfig(Section):
                 f"data.{name}_images: expected the folder of {annotations}'s images; set it or data.images"
             )
         return annotations, images
+
+    @field_validator("train", "val", "unlabeled")
+    @classmethod
+    def _no_keys(cls, value: str | None) -> str | None:
+        return None if value is None else storage.check_url(value)
 
     @model_validator(mode="after")
     def _both_sides(self) -> Self:
@@ -261,6 +272,7 @@ class Config(Section):
         if not self.method.uses_unlabeled and unlabeled > 0:
             raise ValueError(f"batch.unlabeled: {name} uses none, got {unlabeled}; set batch.unlabeled=0")
         leaves_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
+        leaves_none &= not shards.is_shards(self.data.train)  # they may hold a split: reading them tells
         if self.method.uses_unlabeled and leaves_none:
             raise ValueError(
                 f"data.labeled: {name} needs unlabeled images and 1 leaves none; set data.labeled=0.1, or "

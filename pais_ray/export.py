@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +73,6 @@ def export(
     """
     folder = choose_checkpoint(run, role, checkpoint)
     predictor = Predictor.open(run, role=role, checkpoint=str(folder), device="cpu")
-    if onnx:
-        check_packages()
-        if not hasattr(predictor.segmentor, "graph"):
-            raise ValueError(f"segmentor {predictor.config.segmentor.name}: has no graph(); use --format safetensors")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, MODEL, RUNNER, *(f"{r}.safetensors" for r in ROLES)):  # of an export before this one
-        (out / name).unlink(missing_ok=True)
-    weights = f"{role}.safetensors"
-    save_file({k: v.contiguous() for k, v in predictor.segmentor.state_dict().items()}, out / weights)
-    (out / "config.yaml").write_text(dump(predictor.config))
     facts: dict[str, Any] = {
         "segmentor": predictor.config.segmentor.name,
         "role": role,
@@ -91,26 +80,51 @@ def export(
         "step": json.loads((folder / "state.json").read_text())["step"],
         "categories": predictor.categories,
     }
+    if onnx:
+        facts["onnx"] = onnx_facts(predictor)
+    names = write_weights(predictor, out, role)
     if not onnx:
-        return write_manifest(out, [weights, "config.yaml"], facts)
-    facts["onnx"] = {"format": FORMAT, "opset": OPSET, "size": f"any, padded to multiples of {PAD} px"}
-    facts["onnx"] |= {"input": input_of(predictor.config), "versions": _versions()}
+        return write_manifest(out, names, facts)
+    click.echo("writing the graph", err=True)
     write_graph(predictor.segmentor, out / MODEL)
     shutil.copyfile(onnx_runner.__file__, out / RUNNER)
-    write_manifest(out, [weights, "config.yaml", MODEL], facts)  # the runner reads it
+    write_manifest(out, [*names, MODEL], facts)  # the runner reads it
     parity = compare(predictor, Detector(out), images)
     facts["parity"] = asdict(parity) | {"holds": parity.holds}
-    return write_manifest(out, [weights, "config.yaml", MODEL], facts)
+    return write_manifest(out, [*names, MODEL], facts)
 
 
-def check_packages() -> None:
-    """Raises ValueError, naming the remedy, where what writes or runs ONNX is not installed."""
+def onnx_facts(predictor: Predictor) -> dict[str, Any]:
+    """What the manifest says of the ONNX file. Raises ValueError where it cannot be made."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxruntime
+        import onnxscript
     except ImportError as error:
         raise ValueError(f"{error}; `pip install pais-ray[export]`, or use --format safetensors") from error
+    if not hasattr(predictor.segmentor, "graph"):
+        raise ValueError(f"segmentor {predictor.config.segmentor.name}: has no graph(); use --format safetensors")
+    modules = {"torch": torch, "onnx": onnx, "onnxscript": onnxscript, "onnxruntime": onnxruntime}
+    return {
+        "format": FORMAT,
+        "opset": OPSET,
+        "size": f"any, padded to multiples of {PAD} px",
+        "input": input_of(predictor.config),
+        "versions": {name: module.__version__ for name, module in modules.items()},
+    }
+
+
+def write_weights(predictor: Predictor, out: Path, role: str) -> list[str]:
+    """Weights and config, in the place of an earlier export; the names of the files."""
+    if (out / "state.json").exists():
+        raise ValueError(f"--out: {out} is a checkpoint of a run; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, MODEL, RUNNER, *(f"{r}.safetensors" for r in ROLES)):
+        (out / name).unlink(missing_ok=True)
+    names = [f"{role}.safetensors", "config.yaml"]
+    save_file({k: v.contiguous() for k, v in predictor.segmentor.state_dict().items()}, out / names[0])
+    (out / names[1]).write_text(dump(predictor.config))
+    return names
 
 
 def open_exported(folder: Path, device: str = "cpu") -> Predictor:
@@ -229,7 +243,3 @@ def _largest(values: Tensor) -> float:
 def _bar(records: Iterable[Record], label: str) -> Iterator[Record]:
     with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         yield from bar
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pais_ray import plots
-from pais_ray.data.sources import LabeledRecord, decode_rle
+from pais_ray.data.sources import LabeledRecord, annotated, decode_rle
 from pais_ray.inference import Predictor, draw_results, read_picture
 
 DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
@@ -17,7 +17,7 @@ DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
 def of_run(root: Path, images: int) -> np.ndarray:
     """The picture (H, W, 3) uint8 of a run's best teacher: ground truth | predictions, a line an image."""
     predictor = Predictor.open(root)
-    return gallery({"teacher at its best": predictor}, choose(predictor.validation().records, images))
+    return gallery({"teacher at its best": predictor}, choose(annotated(predictor.validation()), images))
 
 
 def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) -> np.ndarray:
@@ -31,7 +31,7 @@ def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) ->
     for name, other in datasets.items():
         if other.sha256 != dataset.sha256:
             raise ValueError(f"{name} and {first} have other validation annotations; compare them without --out")
-    return gallery(predictors, choose(dataset.records, images), draw_above)
+    return gallery(predictors, choose(annotated(dataset), images), draw_above)
 
 
 def choose(records: Sequence[LabeledRecord], count: int) -> list[LabeledRecord]:

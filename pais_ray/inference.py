@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,6 +16,8 @@ from torch import nn
 
 from pais_ray import evaluate, geometry, plots, plugins
 from pais_ray.config import Config, load
+from pais_ray.data import storage
+from pais_ray.data.encoded import Reader, name_of
 from pais_ray.data.formats import is_folder, read_labeled
 from pais_ray.data.images import decode, upright_size
 from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
@@ -28,7 +29,7 @@ from pais_ray.train.prepare import held_out, prepare
 from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import autocast
 
-AHEAD = 4  # images decoded ahead of the network
+AHEAD, THREADS = 4, 2  # images decoded ahead of the network, and the threads that do it
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -42,9 +43,10 @@ def predict_records(
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
     """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
+    reader = Reader()
 
     def read(record: Record) -> Sample:
-        image = torch.from_numpy(read_picture(record)).permute(2, 0, 1)
+        image = torch.from_numpy(read_picture(record, reader)).permute(2, 0, 1)
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
 
     for sample in ahead(read, records):
@@ -53,14 +55,7 @@ def predict_records(
 
 def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
     """``read`` of each item, in order, made in two threads while the caller works on the one before."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque[Future[Read]] = deque()
-        for item in items:
-            waiting.append(pool.submit(read, item))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return storage.in_order(read, items, THREADS, AHEAD)
 
 
 def predict_sample(
@@ -124,11 +119,11 @@ class Predictor:
         if annotations is None and data.holds_out and self.manifest is not None:
             dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
         elif annotations is None:
-            dataset = read_labeled(*data.part("val"), data.limits())
+            dataset = read_labeled(*data.part("val"), data.limits(), "val")
         elif images is None and not is_folder(annotations):
             raise ValueError(f"--images: expected the folder of {annotations}'s images")
         else:
-            dataset = read_labeled(annotations, images, data.limits())
+            dataset = read_labeled(annotations, images, data.limits(), "val")
         if [c.id for c in dataset.categories] != [c["id"] for c in self.categories]:
             raise DataError(
                 "categories",
@@ -157,9 +152,10 @@ class Predictor:
             if result["score"] >= draw_above:
                 of_image[result["image_id"]].append(result)
         names = {c["id"]: c["name"] for c in self.categories}
+        reader = Reader()
         for record in records[:draw]:
-            picture = draw_results(record, of_image[record.image_id], names)
-            stem = f"{record.image_id:06d}_{Path(record.path).stem}"
+            picture = draw_results(record, of_image[record.image_id], names, reader)
+            stem = f"{record.image_id:06d}_{Path(name_of(record.path)).stem}"
             Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)
         drawn = sum(len(v) for v in of_image.values())
         return {
@@ -170,9 +166,11 @@ class Predictor:
         }
 
 
-def read_picture(record: Record) -> np.ndarray:
-    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data."""
-    return decode(Path(record.path).read_bytes(), record.path, max(MAX_PIXELS, record.height * record.width))
+def read_picture(record: Record, reader: Reader | None = None) -> np.ndarray:
+    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data. ``reader`` helps
+    where many are read one after the other."""
+    data = (reader or Reader()).read(record.path, record.image_id)["bytes"]
+    return decode(data, record.path, max(MAX_PIXELS, record.height * record.width))
 
 
 def image_records(sources: Sequence[Path]) -> Sequence[Record]:
@@ -186,16 +184,18 @@ def image_records(sources: Sequence[Path]) -> Sequence[Record]:
     return [Record(image_id=i, path=p, height=h, width=w) for i, (p, h, w) in enumerate(found)]
 
 
-def draw_results(record: Record, results: Sequence[dict[str, Any]], names: dict[int, str]) -> np.ndarray:
+def draw_results(
+    record: Record, results: Sequence[dict[str, Any]], names: dict[int, str], reader: Reader | None = None
+) -> np.ndarray:
     """The image (H, W, 3) uint8 with COCO results drawn over it."""
-    image = read_picture(record)
+    image = read_picture(record, reader)
     rles = [r["segmentation"]["counts"].encode() for r in results]
     boxes = np.array([r["bbox"] for r in results], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     ids = sorted(names)
     labels = np.array([ids.index(r["category_id"]) for r in results], dtype=np.int64)
     scores = np.array([r["score"] for r in results], dtype=np.float32)
-    masks = decode_rle(rles, record.height, record.width).astype(bool)
+    masks = decode_rle(rles, *image.shape[:2]).astype(bool)
     return plots.overlay(image, boxes, labels, scores, masks, [names[i] for i in ids])
 
 

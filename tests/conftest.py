@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -58,8 +62,9 @@ def bucket(s3, request) -> str:
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """One local Ray cluster of two CPUs for all tests that need one, stopped by its processes at the end."""
+def cluster(s3):
+    """One local Ray cluster of two CPUs for all tests that need one, stopped by its processes at the end. Its workers
+    inherit the environment of this process, as a user's local cluster does."""
     import ray
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

@@ -50,6 +50,10 @@ THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetens
 TORCH_FREE = {  # imported by Ray's data tasks
     "data/pipeline.py",
     "data/plan.py",
+    "data/storage.py",
+    "data/encoded.py",
+    "data/shards.py",
+    "data/shard_writer.py",
     "data/images.py",
     "data/sources.py",
     "data/validate.py",

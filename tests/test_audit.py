@@ -60,7 +60,9 @@ def test_a_teacher_that_knows_the_truth_is_right(run, monkeypatch):
 
 
 def test_unlabeled_images_without_truth_need_others(tiny_coco, tmp_path):
-    run = untrained_run(tiny_coco, tmp_path, "foreign", f"data.unlabeled={tiny_coco}/images", "data.labeled=1")
+    (tmp_path / "others").mkdir()
+    Image.new("RGB", (96, 96), (200, 30, 90)).save(tmp_path / "others" / "0.png")
+    run = untrained_run(tiny_coco, tmp_path, "foreign", f"data.unlabeled={tmp_path}/others", "data.labeled=1")
     done = CliRunner().invoke(main, ["audit", str(run)])
     assert done.exit_code == 2
     assert "give --annotations and --images" in done.stderr

@@ -19,7 +19,7 @@ def test_help_does_not_import_what_costs_seconds():
     code += "sys.exit(bool({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "evaluate", "predict", "show"):
+    for verb in ("train", "evaluate", "predict", "export", "show"):
         assert verb in done.stdout
 
 

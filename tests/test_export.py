@@ -21,7 +21,7 @@ from pais_ray.data import images, sources
 from pais_ray.data.views import AugmentConfig, Sample, make_batch, make_views
 from pais_ray.inference import Predictor, predict_sample
 from pais_ray.structures import Masks
-from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder
+from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, verify
 from pais_ray.train.launch import write_run_directory
 from pais_ray.train.prepare import prepare
 from pais_ray.train.state import build_state
@@ -299,6 +299,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert done.exit_code == 2
     assert "error: " in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_written_over(fresh_run):
+    folder = checkpoint_folder(fresh_run, 0)
+    done = CliRunner().invoke(main, ["export", str(fresh_run), "--out", str(folder), "--format", "safetensors"])
+    assert done.exit_code == 2
+    verify(folder)
 
 
 @pytest.mark.slow

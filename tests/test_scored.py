@@ -145,6 +145,7 @@ def test_images_without_masks_give_no_pseudo_labels_and_all_or_none_have_an_answ
     state.teacher.__class__ = NobodyAsks
     losses, logs = batch_losses(state.student, state.teacher, batch_of(labeled, nothing), PAIS(), step=0)
     assert logs["pseudo/empty_images"] == 1
+    assert batch_of(labeled, nothing).to("cpu").scored is not None, "a batch takes its masks along"
     assert all(torch.isfinite(value) for value in losses.values())
     with pytest.raises(ValueError, match="all 2 samples, got 1"):
         scored_in(batch_of(labeled, nothing).weak, [sample(0, 1, False), dataclasses.replace(labeled, scored=nothing)])
@@ -221,7 +222,7 @@ def test_best_first_and_nothing_below_the_threshold(dataset, tmp_path):
     assert image.boxes.tolist() == [[4, 6, 34, 26], [5, 5, 40, 30], [5, 5, 40, 30]]
     assert (found.below, found.empty, found.elsewhere) == (1, 1, 0)
     assert sum(len(image.scores) for image in found.images) == 3
-    assert "3 scored masks in 1 of 9 unlabeled images, 8 have none; score 0.38 / 0.50 / 0.82" in found.summary()
+    assert "3 scored masks in 1 of 9 unlabeled images, 8 have none\n  score 0.38 / 0.50 / 0.82" in found.summary()
 
 
 def test_the_table_holds_what_was_read(dataset, tmp_path):

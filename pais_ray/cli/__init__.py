@@ -7,6 +7,7 @@ from pais_ray.cli.comparing import compare
 from pais_ray.cli.exporting import export
 from pais_ray.cli.models import evaluate, predict
 from pais_ray.cli.registering import promote, register, sync
+from pais_ray.cli.sharding import shard
 from pais_ray.cli.splitting import split
 from pais_ray.cli.studying import audit, tables
 from pais_ray.cli.training import show, train
@@ -25,6 +26,7 @@ VERBS = (
     predict,
     export,
     split,
+    shard,
     validate,
     submit,
     batch_predict,

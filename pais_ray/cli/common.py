@@ -45,7 +45,7 @@ def progress(items: Iterable[Any], count: int) -> Iterator[Any]:
     if count == 0 or not sys.stderr.isatty():
         yield from items
         return
-    with click.progressbar(items, length=count, label="images", file=sys.stderr) as bar:
+    with click.progressbar(items, length=count, label="files", file=sys.stderr) as bar:
         yield from bar
 
 

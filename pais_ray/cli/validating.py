@@ -83,6 +83,7 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     from pais_ray.data.entries import check_folder
     from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
+    from pais_ray.data.storage import is_url
     from pais_ray.data.validate import DataError
     from pais_ray.overlays import spell_out
 
@@ -95,18 +96,18 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     train, images = data.part("train")
     draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
     parts = [Part(name="train", annotations=train, images=images_of(train, images), **draw)]
-    if not data.holds_out:
+    if data.val is not None:
         val, images = data.part("val")
         parts.append(Part(name="val", annotations=val, images=images_of(val, images)))
     if data.unlabeled is not None:
-        folder = Path(data.unlabeled).is_dir()
+        folder = is_url(data.unlabeled) or Path(data.unlabeled).is_dir()
         images = data.unlabeled if folder else data.unlabeled_images or data.images
         source = None if folder else data.unlabeled
         if source is not None:
             check_folder(images, source)
         parts.append(Part(name="unlabeled", annotations=source, images=images, labels=False))
     for path in (data.pseudo_labels, *(path for part in parts for path in (part.annotations, part.images))):
-        if path is not None and not Path(path).exists():
+        if path is not None and not is_url(path) and not Path(path).exists():
             raise DataError("file-missing", path, "there is no such file or folder")
     return parts, data.limits(), data.pseudo_labels
 

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pais_ray.data import cityscapes
+from pais_ray.data import cityscapes, shards
 from pais_ray.data.sources import SUFFIXES, list_folder
 from pais_ray.data.validate import DataError
 
 HOLDOUT = 0.2  # of the labeled images, where no JSON is for validation; of 100 images 20, which is little already
-SHARDS = ("manifest.json", re.compile('"format": *"pais[-_]ray shards"'))  # what `pais-ray shard` writes last
 ROBOFLOW = "_annotations.coco.json"  # one in each part's folder
 UNLABELED_CITYSCAPES = "leftImg8bit/train_extra"  # of the release: images without fine annotations
 MOST_FILES = 64  # JSON files looked into, the largest: other formats have one an image
@@ -57,7 +56,7 @@ class JsonFile:
 def detect(source: str, given: Mapping[str, Any]) -> Found:
     """What ``source``, a folder, a COCO file or a URL of shards, holds; ``given`` are settings of `data:` that the
     user decides. Raises DataError where nothing, or more than one thing, is recognised."""
-    if is_shards(source):
+    if shards.is_shards(source):
         return _found(f"shards in {source}", {"train": source}, {}, [])
     if os.path.isfile(source):
         return _coco(os.path.dirname(source) or ".", given, source)
@@ -66,19 +65,6 @@ def detect(source: str, given: Mapping[str, Any]) -> Found:
     if os.path.isdir(os.path.join(source, "gtFine")):
         return _cityscapes(source, given)
     return _coco(source, given)
-
-
-def is_shards(source: str) -> bool:
-    """Whether ``source`` holds shards of `pais-ray shard`. A URL can hold nothing else that is read: its reader
-    looks at the manifest."""
-    if "://" in source:
-        return True
-    name, mark = SHARDS
-    try:
-        with open(os.path.join(source, name), encoding="utf-8") as file:
-            return mark.search(file.read(4096)) is not None
-    except (OSError, ValueError):
-        return False
 
 
 def _cityscapes(root: str, given: Mapping[str, Any]) -> Found:

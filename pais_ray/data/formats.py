@@ -1,23 +1,30 @@
-"""Which reader is for which annotations: a file is COCO JSON, a folder is Cityscapes' gtFine/PART. Torch-free."""
+"""Which reader is for which annotations: COCO JSON, Cityscapes' gtFine/PART, or shards. Torch-free."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
-from pais_ray.data import cityscapes, entries
+from pais_ray.data import cityscapes, entries, shards
 from pais_ray.data.sources import CocoDataset, build_dataset, read_coco
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
 
 def is_folder(annotations: str) -> bool:
     """Whether annotations at this path are a folder's, be it there or not."""
-    return os.path.isdir(annotations) or cityscapes.images_beside(annotations) is not None
+    return (
+        shards.is_shards(annotations) or os.path.isdir(annotations) or cityscapes.images_beside(annotations) is not None
+    )
 
 
-def read_labeled(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
-    """The data set of ``annotations`` with its images under ``images``; Cityscapes knows its own by default.
+def read_labeled(
+    annotations: str, images: str | None, limits: Limits = LIMITS, part: Literal["train", "val"] = "train"
+) -> CocoDataset:
+    """The data set of ``annotations`` with its images under ``images``; Cityscapes knows its own by default. Shards
+    hold images and both parts, of which ``part`` is read.
 
     Raises DataError.
     """
+    if shards.is_shards(annotations):
+        return shards.read_shards(annotations, part, limits)
     if not is_folder(annotations):
         if images is None:
             raise DataError("file-missing", annotations, "its images need a folder", "give the folder of the images")
@@ -30,6 +37,8 @@ def read_labeled(annotations: str, images: str | None, limits: Limits = LIMITS) 
 
 def read_annotations(annotations: str) -> CocoDataset:
     """The data set without its images, whose paths are names that nobody looked for. Raises DataError."""
+    if shards.is_shards(annotations):
+        return shards.read_shards(annotations, "train")
     if not is_folder(annotations):
         return read_coco(annotations, None)
     tree, sha256 = cityscapes.to_coco(annotations)
@@ -47,5 +56,8 @@ def images_of(annotations: str, images: str | None) -> str | None:
 
 
 def read_truth(annotations: str) -> str | dict[str, Any]:
-    """What ``evaluate.score`` takes as ground truth: the COCO file itself, or the content made of Cityscapes."""
+    """What ``evaluate.score`` takes as ground truth: the COCO file itself, or the content made of Cityscapes or kept
+    in shards."""
+    if shards.is_shards(annotations):
+        return shards.read_truth(annotations)
     return cityscapes.to_coco(annotations)[0] if is_folder(annotations) else annotations

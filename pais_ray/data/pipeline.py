@@ -1,11 +1,10 @@
 """Records -> Ray Data -> one stream of step rows per rank.
 
-Encoded bytes travel through the object store; pixels exist only in the worker, decoded in its collate
-threads. The tasks that read bytes import this module, so it must not import torch at the top: that costs
-seconds in every one of Ray's task processes.
+Encoded bytes travel through the object store, at most ``READ_AHEAD_BYTES`` of them ahead; pixels exist only in the
+worker, decoded in its collate threads. The tasks that read bytes import this module, so it must not import torch at
+the top: that costs seconds in every one of Ray's task processes.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ import pyarrow as pa
 import ray
 from ray.data.collate_fn import ArrowBatchCollateFn
 
+from pais_ray.data.encoded import Reader
 from pais_ray.data.images import decode
 from pais_ray.data.plan import RankRows, StepPlan
 from pais_ray.data.scored import SCORED, ScoredMasks, to_predictions, to_table
 from pais_ray.data.sources import LabeledRecord, Record, decode_rle
-from pais_ray.data.validate import MAX_PIXELS, DataError, check_upright
+from pais_ray.data.validate import MAX_PIXELS, check_upright
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pais_ray.data.views import Sample
 
 ROWS_PER_BLOCK = 16  # a block of 16 rows x 4 images x ~0.15 MB is ~10 MB: a few MB are best (docs/architecture.md)
+BLOCK_BYTES = 8 * 2**20  # from which on a task's rows make a block
+# Row groups that a task reads of the part drawn least: the last one is shared with the next task, and read twice.
+GROUPS_PER_TASK = 8
 READ_AHEAD_BYTES = 256 * 2**20  # a stream's blocks in the object store, read but not yet used
 LOOP_PAUSE_S = 0.05  # between two rounds of Ray Data's scheduling loop
 READ_TASK_CPUS = 0.25  # reading waits for the disk; with whole CPUs two streams starve on a two-CPU machine
@@ -41,6 +44,7 @@ class Feed:
     plan: StepPlan
     labeled: "ray.ObjectRef[pa.Table]"
     unlabeled: "ray.ObjectRef[pa.Table]"
+    max_pixels: int  # of an image
     scored: "ray.ObjectRef[pa.Table] | None" = None  # masks from elsewhere, a row an unlabeled image
 
 
@@ -55,13 +59,20 @@ class Row:
 
 def make_feed(
     plan: StepPlan,
-    labeled: Sequence[LabeledRecord],
+    labeled: Sequence[Record],
     unlabeled: Sequence[Record],
     scored: Sequence[ScoredMasks] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Feed:
-    """Puts the records (paths, sizes, RLE; no pixels) into the object store; ``scored`` has one item an unlabeled."""
-    masks = None if scored is None else ray.put(to_table(scored))
-    return Feed(plan=plan, labeled=ray.put(_table(labeled)), unlabeled=ray.put(_table(unlabeled)), scored=masks)
+    """Puts the records (paths, sizes, RLE; no pixels) into the object store; ``scored`` has one item an unlabeled.
+    Labels of shards stay in the shards."""
+    return Feed(
+        plan=plan,
+        labeled=ray.put(_table(labeled)),
+        unlabeled=ray.put(_table(unlabeled)),
+        max_pixels=max_pixels,
+        scored=None if scored is None else ray.put(to_table(scored)),
+    )
 
 
 def step_rows(
@@ -85,21 +96,30 @@ def step_rows(
     context.custom_execution_callback_classes = [_Pause]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.target_max_block_size = BLOCK_BYTES  # a task gives its rows away block by block, as it reads on
     images = feed.plan.images_per_row
-    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // ROWS_PER_BLOCK)).map_batches(
+    rows_per_task = task_rows(feed.plan)
+    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // rows_per_task)).map_batches(
         _read_rows,
         batch_format="pyarrow",
-        batch_size=ROWS_PER_BLOCK,
+        batch_size=rows_per_task,
         num_cpus=READ_TASK_CPUS,
         fn_kwargs={"feed": feed, "rows": rows},
     )
     batches = stream.iterator().iter_torch_batches(
         batch_size=images,
         prefetch_batches=prefetch,
-        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric),
+        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric, max_pixels=feed.max_pixels),
         device="cpu",
     )
     yield from batches
+
+
+def task_rows(plan: StepPlan) -> int:
+    """Step rows of a reading task: of shards so many that few row groups are needed by two tasks."""
+    parts = ((plan.labeled_groups, plan.labeled), (plan.unlabeled_groups, plan.unlabeled))
+    whole = (GROUPS_PER_TASK * max(groups) // count for groups, count in parts if groups and count)
+    return max(ROWS_PER_BLOCK, *whole, 0)
 
 
 class _Pause:
@@ -120,7 +140,7 @@ class _Pause:
 def _table(records: Sequence[Record]) -> pa.Table:
     columns = {
         "image_id": pa.array([r.image_id for r in records], pa.int64()),
-        "path": pa.array([os.path.abspath(r.path) for r in records], pa.string()),
+        "path": pa.array([r.path for r in records], pa.string()),
         "height": pa.array([r.height for r in records], pa.int32()),
         "width": pa.array([r.width for r in records], pa.int32()),
     }
@@ -149,33 +169,36 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> pa.Table:
+def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> Iterator[pa.Table]:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
     if feed.scored is not None:
         unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
-    out: list[dict[str, Any]] = []
-    for index in ids["id"].to_pylist():
-        g = rows[index]
-        of_labeled, of_unlabeled = feed.plan.row(g)
-        picked = [(labeled, i) for i in of_labeled] + [(unlabeled, i) for i in of_unlabeled]
-        for slot, (table, i) in enumerate(picked):
-            record = table.slice(int(i), 1).to_pylist()[0]
-            try:
-                with open(record["path"], "rb") as file:
-                    out.append({"g": g, "slot": slot, "bytes": file.read(), **record})
-            except FileNotFoundError as error:
-                where, remedy = record["path"], "restore it, or take it out of the annotations"
-                raise DataError("image-missing", where, "is there no more", remedy) from error
-    return pa.Table.from_pylist(out, schema=_SCHEMA)
+    walked = [rows[index] for index in ids["id"].to_pylist()]
+    lanes = {g % feed.plan.lanes for g in walked}  # in each of them lies a row group that is being read
+    parts: list[tuple[Reader, Iterator[dict[str, Any]]]] = []  # and what each reads, in order
+    for table, drawn in zip((labeled, unlabeled), zip(*map(feed.plan.row, walked), strict=True), strict=True):
+        # the labels of shards lie in the shards, and are read of the labeled part alone
+        reader = Reader(labels=table is labeled and "rles" not in table.column_names, keep=len(lanes) + 1)
+        parts.append((reader, iter(table.take(np.concatenate(drawn)).to_pylist())))
+    counts = (feed.plan.labeled, feed.plan.unlabeled)
+    for start in range(0, len(walked), ROWS_PER_BLOCK):
+        out: list[dict[str, Any]] = []
+        for g in walked[start : start + ROWS_PER_BLOCK]:
+            picked = [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+            for slot, (reader, records) in enumerate(picked):
+                record = next(records)
+                out.append({"g": g, "slot": slot, **record, **reader.read(record["path"], record["image_id"])})
+        yield pa.Table.from_pylist(out, schema=_SCHEMA)
 
 
 class _Collate(ArrowBatchCollateFn):
     """Decodes one step row. Runs in several threads at once, so it keeps no state."""
 
-    def __init__(self, *, seed: int, photometric: "Photometric | None") -> None:
+    def __init__(self, *, seed: int, photometric: "Photometric | None", max_pixels: int) -> None:
         self.seed = seed
         self.photometric = photometric
+        self.max_pixels = max_pixels
 
     def __call__(self, batch: pa.Table) -> Row:
         labeled: list[Sample] = []
@@ -193,8 +216,7 @@ class _Collate(ArrowBatchCollateFn):
 
         g, slot, image_id = (batch[name][i].as_py() for name in ("g", "slot", "image_id"))
         path, height, width = (batch[name][i].as_py() for name in ("path", "height", "width"))
-        # its size has passed the cap of this run's data, which may be higher than the common one
-        image = decode(batch["bytes"][i].as_buffer(), path, max(MAX_PIXELS, height * width))
+        image = decode(batch["bytes"][i].as_buffer(), path, self.max_pixels)
         if not batch["boxes"][i].is_valid:
             masks, scored = batch["scored"][i].as_py(), None
             if masks is not None:

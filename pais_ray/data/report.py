@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pais_ray.data import splits
+from pais_ray.data import shards, splits, storage
 from pais_ray.data._findings import Finding, Report
 from pais_ray.data._inspect import Content, absent_categories, inspect_coco
 from pais_ray.data._pictures import Job, look_at_all
 from pais_ray.data.entries import check_same_categories
 from pais_ray.data.images import upright_size
 from pais_ray.data.scored import Known, inspect_scored
-from pais_ray.data.sources import list_folder
+from pais_ray.data.sources import list_folder, list_prefix
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
 __all__ = ["Finding", "Part", "Report", "examine"]
@@ -26,8 +26,8 @@ class Part:
     """One part of a data set: a COCO file, its images, or both."""
 
     name: str  # train, val, unlabeled
-    annotations: str | None
-    images: str | None  # the folder; None: files are not looked at
+    annotations: str | None  # or shards
+    images: str | None  # the folder; None: files are not looked at, and of a URL only their names
     labels: bool = True  # whether annotations and categories count
     labeled: float = 1.0  # the share of images that keep their labels, and which draw of it
     fold: int = 1
@@ -54,6 +54,12 @@ def examine(
     files: dict[str, Content] = {}
     known: dict[int, Known] = {}  # images that scored masks may be of
     for part in parts:
+        if shards.is_shards(part.annotations):
+            _shards(part, report, progress)
+            continue
+        if part.annotations is None and storage.is_url(part.images or ""):
+            report.images += len(report.check(list_prefix, part.images) or ())
+            continue
         if part.annotations is None:
             paths = report.check(list_folder, part.images) or []
             jobs = [Job(path, path, None) for path in paths]
@@ -95,6 +101,15 @@ def _looks(part: Part, jobs: list[Job], files: dict[str, Content], report: Repor
         absent_categories(content, split.labeled_ids, report)
         held_out = frozenset(split.held_out_ids)
     return [Look(job, part.name == "val" or job.image_id in held_out) for job in jobs]
+
+
+def _shards(part: Part, report: Report, progress: Progress) -> None:
+    """Every file of shards against their manifest. What they hold was checked when they were written."""
+    manifest = report.check(shards.read_manifest, part.annotations)
+    if manifest is not None:
+        report.images += sum(manifest.parts.values())
+        for file in progress(manifest.files, len(manifest.files)):
+            report.check(shards.verify, part.annotations, file)
 
 
 def _pictures(looks: Sequence[Look], limits: Limits, report: Report, progress: Progress) -> None:

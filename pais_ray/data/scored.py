@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pais_ray.data import entries, validate
 from pais_ray.data._findings import Report
+from pais_ray.data.encoded import name_of
 from pais_ray.data.sources import Category, Record, decode_rle, measure, to_rles
 from pais_ray.data.validate import LIMITS, DataError, Limits, short
 
@@ -72,15 +73,15 @@ class ScoredFile:
     elsewhere: int  # of images of the same source that are not unlabeled
 
     def summary(self) -> str:
-        """A line for the start of a run."""
+        """Two lines for the start of a run."""
         scores = np.concatenate([np.zeros(0), *(image.scores for image in self.images)])
         without = sum(len(image.scores) == 0 for image in self.images)
         low, middle, high = np.quantile(scores, (0.1, 0.5, 0.9)) if len(scores) else (math.nan,) * 3
         return (
             f"pseudo-labels are those of {self.path}: {len(scores)} scored masks in {len(self.images) - without} of "
-            f"{len(self.images)} unlabeled images, {without} have none; score {low:.2f} / {middle:.2f} / {high:.2f} "
-            f"(10th / 50th / 90th percentile); left out: {self.below} below the method's threshold, "
-            f"{self.empty} empty, {self.elsewhere} of images that are not unlabeled"
+            f"{len(self.images)} unlabeled images, {without} have none\n"
+            f"  score {low:.2f} / {middle:.2f} / {high:.2f} (10th / 50th / 90th percentile); left out: {self.below} "
+            f"below the method's threshold, {self.empty} empty, {self.elsewhere} of images that are not unlabeled"
         )
 
 
@@ -99,7 +100,7 @@ def read_scored(
     """
     with entries.no_collection():
         listed, sha256 = _read(path, limits)
-        known = {r.image_id: Known((r.height, r.width), os.path.basename(r.path)) for r in unlabeled}
+        known = {r.image_id: Known((r.height, r.width), name_of(r.path)) for r in unlabeled}
         index = {category.id: category.index for category in categories}
         check_listing(path, known)
         own: dict[int, list[tuple[Json, str]]] = {image_id: [] for image_id in known}

@@ -1,4 +1,4 @@
-"""COCO files and plain folders -> records: paths, sizes and run lengths, no pixels. Torch-free.
+"""COCO files, plain folders and prefixes -> records: paths, sizes and run lengths, no pixels. Torch-free.
 
 Legend: N instances of an image, crowds left out; boxes are (N, 4) XYXY px of the upright image.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pais_ray.data import entries, validate
+from pais_ray.data import entries, storage, validate
 from pais_ray.data.images import upright_size
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
@@ -27,11 +27,11 @@ class Category:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """One image on disk. It has no field for labels, so labels cannot leak through it."""
+    """One image. It has no field for labels, so labels cannot leak through it."""
 
     image_id: int
-    path: str
-    height: int  # px of the upright image
+    path: str  # a file, a URL, or a row of a shard (shards.place_of)
+    height: int  # px of the upright image; 0 where nobody has looked yet
     width: int
 
 
@@ -45,14 +45,26 @@ class LabeledRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ShardRecord(Record):
+    """One image whose instances lie in its shard, beside its bytes; their classes are known."""
+
+    labels: np.ndarray  # (N,) int64, Category.index
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CocoDataset:
     path: str  # of the annotations
     categories: tuple[Category, ...]
-    records: tuple[LabeledRecord, ...]  # in the order of the file
+    records: tuple[LabeledRecord | ShardRecord, ...]  # in the order of the file
     sha256: str  # of the annotations' content
     truth: str | dict[str, Any]  # to score against, with crowds: the COCO file, or its content where there is none
     num_crowd: int  # annotations left out because they are crowds
     num_dropped: int  # annotations left out because box or mask is empty within the image
+
+
+def annotated(dataset: CocoDataset) -> list[LabeledRecord]:
+    """The images whose instances are at hand: all but those that lie in shards."""
+    return [record for record in dataset.records if isinstance(record, LabeledRecord)]
 
 
 def read_coco(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
@@ -133,14 +145,31 @@ def list_folder(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
+def list_prefix(url: str) -> tuple[Record, ...]:
+    """Every image under the prefix of an object store, in the order of ``list_folder``. Headers are not read: sizes
+    are unknown."""
+    try:
+        files = storage.list_files(url)
+    except storage.StorageError as error:
+        raise DataError("file-read", url, error.reason, storage.REMEDY) from error
+    shown = [name.split("/") for name in files if name.lower().endswith(SUFFIXES)]
+    names = ["/".join(parts) for parts in sorted(shown) if not any(part.startswith(".") for part in parts)]
+    if not names:
+        raise DataError("image-missing", url, f"expected images ({' '.join(SUFFIXES)}), got none")
+    paths = (storage.join(url, name) for name in names)
+    return tuple(Record(image_id=i, path=path, height=0, width=0) for i, path in enumerate(paths))
+
+
 def read_unlabeled(
     source: str, images: str | None, limits: Limits = LIMITS, *, look: bool = True
 ) -> tuple[Record, ...]:
-    """Images of a COCO file, of which only the list of images is looked at, or of a plain folder.
+    """Images of a COCO file, of which only the list of images is looked at, of a plain folder, or of a URL's prefix.
 
     ``images`` is the folder the file's names are relative to; a plain folder needs none. Without ``look`` nobody
     looks for the images of a COCO file, and their paths are the names in it.
     """
+    if storage.is_url(source):
+        return list_prefix(source)
     if os.path.isdir(source):
         return read_folder(source, limits)
     if images is None and look:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pais_ray.data.encoded import name_of
 from pais_ray.data.sources import CocoDataset, Record
 from pais_ray.data.validate import DataError
 
@@ -245,7 +246,7 @@ def draw(
 
 def with_unlabeled(split: Split, records: Sequence[Record]) -> Split:
     """The split with images of another source as its unlabeled part, instead of what it leaves of its own."""
-    names = sorted(f"{r.image_id} {os.path.basename(r.path)}" for r in records)
+    names = sorted(f"{r.image_id} {name_of(r.path)}" for r in records)
     source = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     return assemble(
         split.labeled_ids,

@@ -109,6 +109,9 @@ RULES: dict[str, str] = {
     ),
     "cityscapes-label": "use the labels of Cityscapes, or remove the object",
     "cityscapes-ids": "give the instanceIds.png of the release (not labelIds, not train ids)",
+    "shard-manifest": "give a folder that `pais-ray shard` has finished; the same command again completes it",
+    "shard-truncated": "fetch the file again, or write the shards anew with `pais-ray shard` into an empty folder",
+    "shard-damaged": "fetch the file again, or write the shards anew with `pais-ray shard` into an empty folder",
     "cityscapes-results": "write one NAME.txt an image with lines `mask.png label score`, masks beside it",
 }
 # Found and told, but nothing refuses the data: reading puts them right or leaves them out, or they are the user's call.

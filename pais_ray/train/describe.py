@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pais_ray.config import Config
+from pais_ray.config import Config, DataConfig
 from pais_ray.data.scored import ScoredFile
+from pais_ray.data.shards import ShardDataset
 from pais_ray.data.sources import CocoDataset
 from pais_ray.data.splits import Split
 
@@ -16,13 +17,15 @@ Facts = dict[str, dict[str, Any]]  # use of the data -> name, source, sha256 of 
 
 
 def facts(
-    config: Config, train: CocoDataset, val: CocoDataset, split: Split, scored: ScoredFile | None = None
+    data: DataConfig, train: CocoDataset, val: CocoDataset, split: Split, scored: ScoredFile | None = None
 ) -> Facts:
     """The data a run has seen, by use: the content of its data.json."""
     parts = {"training": _fact(train.path, train.sha256, len(train.records))}
     parts["training"]["labeled"] = len(split.labeled_ids)
-    if config.data.unlabeled is not None and split.unlabeled_sha256 is not None:
-        parts["unlabeled"] = _fact(config.data.unlabeled, split.unlabeled_sha256, len(split.unlabeled_ids))
+    if isinstance(train, ShardDataset):
+        parts["training"]["shards_sha256"] = train.manifest_sha256
+    if data.unlabeled is not None and split.unlabeled_sha256 is not None:
+        parts["unlabeled"] = _fact(data.unlabeled, split.unlabeled_sha256, len(split.unlabeled_ids))
     else:
         parts["training"]["unlabeled"] = len(split.unlabeled_ids)
     if scored is not None:

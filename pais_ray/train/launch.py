@@ -91,6 +91,9 @@ def train(config: Config, *, force: bool = False) -> TrainResult:
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
     if data.scored is not None:
         say(data.scored.summary())
+    if data.labeled_groups is not None and len(data.labeled) < len(data.train.records):
+        say(f"hint: in {data.train.path} labeled images lie among unlabeled ones, and reading one reads its row group;")
+        say("      shards of this split (pais-ray shard ... data.labeled=... or data.split=...) read less")
     say(schedule.explain())
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
@@ -120,6 +123,9 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
         num_unlabeled=len(data.unlabeled),
         labeled=config.batch.labeled,
         unlabeled=config.batch.unlabeled,
+        labeled_groups=data.labeled_groups,
+        unlabeled_groups=data.unlabeled_groups,
+        lanes=worker.rows_a_step(schedule, config),
     )
     assert config.train.threads_per_worker is not None
     job = worker.Job(
@@ -128,7 +134,11 @@ def fit(root: Path, config: Config, data: Data, schedule: Schedule, cpus: float)
         root=root,
         categories=data.train.categories,
         feed=pipeline.make_feed(
-            plan, data.labeled, data.unlabeled, None if data.scored is None else data.scored.images
+            plan,
+            data.labeled,
+            data.unlabeled,
+            None if data.scored is None else data.scored.images,
+            config.data.max_pixels,
         ),
         val=ray.put(data.val),
         ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
@@ -401,7 +411,10 @@ def check_data(root: Path, data: Data, force: bool) -> None:
     was = splits.SplitManifest.from_json(path.read_text(), str(path))
     now = data.manifest
     changed = None
-    if (was.split.sha256, was.source_sha256) != (now.split.sha256, now.source_sha256):
+    facts = root / "data.json"
+    shards_sha256 = json.loads(facts.read_text())["training"].get("shards_sha256") if facts.exists() else None
+    before = (was.split.sha256, was.source_sha256, shards_sha256)  # other shards: the run's rows hold other images
+    if before != (now.split.sha256, now.source_sha256, data.facts["training"].get("shards_sha256")):
         changed = data.train.path
     elif was.scored_sha256 != now.scored_sha256:
         changed = "data.pseudo_labels" if data.scored is None else data.scored.path

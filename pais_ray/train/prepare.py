@@ -2,23 +2,26 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pais_ray import evaluate
-from pais_ray.config import Config, ConfigError
-from pais_ray.data import entries, formats, scored, sources, splits, synthetic
+from pais_ray.config import Config, ConfigError, DataConfig
+from pais_ray.data import entries, formats, scored, shards, sources, splits, synthetic
 from pais_ray.train import describe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A run's data, read and split."""
+    """A run's data, read and split. Parts that lie in shards are in the order they lie there."""
 
     train: sources.CocoDataset
-    labeled: tuple[sources.LabeledRecord, ...]
+    labeled: tuple[sources.LabeledRecord | sources.ShardRecord, ...]
     unlabeled: tuple[sources.Record, ...]
+    labeled_groups: tuple[int, ...] | None  # images of the part in each row group, where it lies in shards
+    unlabeled_groups: tuple[int, ...] | None
     val: tuple[sources.Record, ...]
     truth: str | dict[str, Any]  # of the validation images: a COCO file, or its content
     manifest: splits.SplitManifest
@@ -30,55 +33,88 @@ def prepare(config: Config) -> tuple[Config, Data]:
     """Reads annotations, makes the split, and generates the embedded data set where none is given."""
     if config.data.train is None:
         config = embedded(config)
-    data = config.data
+    threshold = 0.0 if config.data.pseudo_labels is None else config.method.score_threshold
+    data = read_data(config.data, threshold)
+    split = data.manifest.split
+    # What a manifest says is what the run did.
+    told: dict[str, Any] = {"labeled": split.labeled, "fold": split.fold}
+    if config.data.holds_out:
+        told["holdout"] = split.holdout
+    config = config.model_copy(update={"data": config.data.model_copy(update=told)})
+    if config.method.uses_unlabeled and not data.unlabeled:
+        remedy = "set data.unlabeled, or label fewer with data.labeled or data.split"
+        raise ConfigError(f"data: {config.method.name} needs unlabeled images and there are none; {remedy}")
+    return config, data
+
+
+def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
+    """The data that the section `data:` spells, which names a training set; scored masks from ``threshold`` on."""
     limits = data.limits()
-    train = formats.read_labeled(*data.part("train"), limits)
+    train = formats.read_labeled(*data.part("train"), limits, "train")
     val = None
     if not data.holds_out:
-        val = formats.read_labeled(*data.part("val"), limits)
+        val = formats.read_labeled(*data.part("val"), limits, "val")
         names, val_names = ({c.id: c.name for c in part.categories} for part in (train, val))
         entries.check_same_categories(val_names, val.path, names, train.path)
-    others = None
+    others: tuple[sources.Record, ...] | None = None
     if data.unlabeled is not None:
         others = sources.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images, limits)
-    evaluated = () if val is None else val.records
-    manifest = splits.for_run(train, data.labeled, data.fold, data.split, others, data.holdout, evaluated)
-    if data.split is not None:  # what the manifest says is what the run did
-        told: dict[str, Any] = {"labeled": manifest.split.labeled, "fold": manifest.split.fold}
-        if val is None:
-            told["holdout"] = manifest.split.holdout
-        config = config.model_copy(update={"data": data.model_copy(update=told)})
+    elif isinstance(train, shards.ShardDataset):
+        others = train.unlabeled
+    manifest = split_of(data, train, others, () if val is None else val.records)
     if val is None:
         val = held_out(train, manifest)
     by_id = {r.image_id: r for r in train.records}
-    labeled = tuple(by_id[i] for i in manifest.split.labeled_ids)
+    labeled, labeled_groups = shards.by_group([by_id[i] for i in manifest.split.labeled_ids])
     if others is None:
-        unlabeled = tuple(sources.unlabel(by_id[i]) for i in manifest.split.unlabeled_ids)
+        left = [sources.unlabel(by_id[i]) for i in manifest.split.unlabeled_ids]
     else:
         ids = set(manifest.split.unlabeled_ids)
-        unlabeled = tuple(r for r in others if r.image_id in ids)
-    if config.method.uses_unlabeled and not unlabeled:
-        remedy = "set data.unlabeled, or label fewer with data.labeled or data.split"
-        raise ConfigError(f"data: {config.method.name} needs unlabeled images and there are none; {remedy}")
+        left = [r for r in others if r.image_id in ids]
+    unlabeled, unlabeled_groups = shards.by_group(left)
     masks = None
     if data.pseudo_labels is not None:
         ids = {r.image_id for r in others or train.records} - {r.image_id for r in unlabeled}
-        masks = scored.read_scored(
-            data.pseudo_labels, unlabeled, ids, train.categories, config.method.score_threshold, limits
-        )
+        masks = scored.read_scored(data.pseudo_labels, unlabeled, ids, train.categories, threshold, limits)
         manifest = replace(manifest, scored_sha256=masks.sha256)
-    # Workers may run elsewhere on the disk than the driver: absolute paths.
-    val_records = tuple(replace(sources.unlabel(r), path=os.path.abspath(r.path)) for r in val.records)
-    return config, Data(
+    return Data(
         train=train,
         labeled=labeled,
         unlabeled=unlabeled,
-        val=val_records,
+        labeled_groups=labeled_groups,
+        unlabeled_groups=unlabeled_groups,
+        val=tuple(sources.unlabel(r) for r in val.records),
         truth=val.truth,
         manifest=manifest,
         scored=masks,
-        facts=describe.facts(config, train, val, manifest.split, masks),
+        facts=describe.facts(data, train, val, manifest.split, masks),
     )
+
+
+def split_of(
+    data: DataConfig,
+    train: sources.CocoDataset,
+    others: Sequence[sources.Record] | None,
+    evaluated: Sequence[sources.Record],
+) -> splits.SplitManifest:
+    """The manifest that the section `data:` asks for, or the one that shards were written with. Raises ValueError."""
+    if not isinstance(train, shards.ShardDataset):
+        return splits.for_run(train, data.labeled, data.fold, data.split, others, data.holdout, evaluated)
+    if data.holdout is not None:
+        raise ConfigError(f"data.holdout: {train.path} holds images for validation already; leave data.holdout unset")
+    if train.split is None:
+        return splits.for_run(train, data.labeled, data.fold, data.split, others)
+    made, split = train.split, train.split.split
+    if data.split is not None and splits.read_manifest(data.split).split.sha256 != split.sha256:
+        raise ConfigError(f"data.split: {train.path} was written with another split; leave data.split unset")
+    if data.labeled < 1 and (data.labeled, data.fold) != (split.labeled, split.fold):
+        raise ConfigError(
+            f"data.labeled: {train.path} was written with labeled={split.labeled:g}, fold={split.fold}, and asked for "
+            f"are {data.labeled:g}, {data.fold}; give those, or write shards of this split or of all labels"
+        )
+    if data.unlabeled is not None and others is not None:
+        made = splits.manifest(splits.with_unlabeled(split, others), train, made.sampling)
+    return made
 
 
 def held_out(train: sources.CocoDataset, manifest: splits.SplitManifest) -> sources.CocoDataset:

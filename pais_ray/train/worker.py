@@ -358,13 +358,15 @@ class Worker:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
         started = time.perf_counter()
         self.heart.enter(self.state.step, "evaluate")
-        shard = ray.get(self.job.val)[self.rank :: self.world]
+        records = ray.get(self.job.val)
+        # A stretch, not every W-th: images that lie together are read together.
+        mine = records[self.rank * len(records) // self.world : (self.rank + 1) * len(records) // self.world]
         ids = [c.id for c in self.job.categories]
         score = ray.remote(num_cpus=SCORE_TASK_CPUS)(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()
-            results = list(predict_records(module, shard, self.config, ids, self.device))
+            results = list(predict_records(module, mine, self.config, ids, self.device))
             module.train(mode)
             gathered: list[Any] = [None] * self.world if self.rank == 0 else []
             if self.world > 1:

@@ -113,6 +113,7 @@ def answers(port: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_bucket_is_predicted_by_a_job(three, bucket, tiny_coco, tmp_path):
     run = untrained_run(tiny_coco, tmp_path)
     words = ["predict", str(run), bucket, "--out", str(tmp_path / "out"), "--part-images", "6", "--merge"]
@@ -139,6 +140,7 @@ def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco
     assert steps_made(root) > left_at
 
 
+@pytest.mark.slow
 def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
     def job(name: str) -> Submitted:
         more = ("scaling.placement_strategy=SPREAD", "train.panel_every=1")

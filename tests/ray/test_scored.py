@@ -1,4 +1,5 @@
-"""Pseudo-labels from a file through the main job: used, resumed, guarded, and made by another run."""
+"""Pseudo-labels from a file through the main job: used, resumed, guarded, and made by another run. Validation images
+are held out of the annotated ones."""
 
 import json
 import os
@@ -33,6 +34,7 @@ def given(tiny_coco, tmp_path_factory, masks):
     """Words of a run on them, by its name."""
     storage = tmp_path_factory.mktemp("scored_runs")
     more = (f"data.pseudo_labels={masks}", "method.burn_in=0", "optim.lr=0.001", "scaling.num_workers=1")
+    more += ("data.val=null", "data.holdout=0.25", "data.labeled=0.4")
     more += (f"train.steps={STEPS}", "train.panel_every=3")
     return lambda name, *extra: words(tiny_coco, storage, name, *more, *extra)
 
@@ -58,6 +60,19 @@ def test_the_masks_of_the_file_are_learned_and_the_teacher_is_evaluated(undistur
         assert row["pseudo/mask_weight_sum"] == pytest.approx(kept * 0.75**4)
     assert any("teacher/segm_AP" in row for row in rows)
     assert (undisturbed / "figures/pseudo_labels_00000003.png").exists()
+
+
+def test_a_run_is_evaluated_on_what_was_held_out(undisturbed, tmp_path):
+    held = json.loads((undisturbed / "split.json").read_text())["held_out_ids"]
+    truth = json.loads((undisturbed / "ground_truth.json").read_text())
+    assert sorted(image["id"] for image in truth["images"]) == held
+    assert len(held) == 3
+    done = CliRunner().invoke(
+        main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", f"{tmp_path}/e.json"]
+    )
+    assert done.exit_code == 0, done.output
+    logged = [row["teacher/segm_AP"] for row in metric_rows(undisturbed) if "teacher/segm_AP" in row]
+    assert json.loads((tmp_path / "e.json").read_text())["segm"]["AP"] == pytest.approx(logged[-1], abs=1e-9)
 
 
 def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbed, given, masks):
