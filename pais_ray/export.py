@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pais_ray import evaluate, onnx_runner, plugins
 from pais_ray.config import Config, dump, load
+from pais_ray.data.encoded import Reader
 from pais_ray.data.sources import Record
 from pais_ray.data.views import PAD
 from pais_ray.inference import Predictor, choose_checkpoint, predict_records, read_picture
@@ -194,7 +195,8 @@ def compare(predictor: Predictor, detector: Detector, images: int | None = None)
         raw = {name: float(np.maximum(value, raw.get(name, 0.0))) for name, value in found.items()}  # NaN stays
     truth = evaluate.load_ground_truth(dataset.truth, [r.image_id for r in records])
     ours = list(predict_records(predictor.segmentor, _bar(records, "PyTorch"), config, ids, predictor.device))
-    theirs = [e for r in _bar(records, "ONNX") for e in detector.results(read_picture(r), r.image_id)]
+    reader = Reader()
+    theirs = [e for r in _bar(records, "ONNX") for e in detector.results(read_picture(r, reader), r.image_id)]
     return Parity(
         raw_images=len(records[:RAW_IMAGES]),
         raw=raw,

@@ -27,6 +27,8 @@ from pais_ray.train.prepare import prepare
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
 
+pytestmark = pytest.mark.timeout(900)  # the exporter takes a quarter of a minute of a core, more of a busy one
+
 STEPS = 12
 SIZES = [(96, 96), (40, 400), (300, 64), (1, 1), (7, 5), (121, 187)]  # (h, w) px of images
 
