@@ -165,6 +165,11 @@ def test_words_spell_a_data_set(tmp_path):
     assert set(rules(out)) <= {"category-absent"}
     assert (rules(out) == []) == (json.loads(out.read_text())["warnings"] == 0)
     done = call(*words, f"data.unlabeled={tmp_path / 'val'}")
+    assert "4 images (4 decoded)" in done.output, "what is evaluated on is not taken for unlabeled"
+    (tmp_path / "more").mkdir()
+    for i in range(2):
+        Image.new("RGB", (W, H), (90, i, 200)).save(tmp_path / "more" / f"more{i}.png")
+    done = call(*words, f"data.unlabeled={tmp_path / 'more'}")
     assert "6 images (6 decoded)" in done.output
 
 
