@@ -62,6 +62,10 @@ def test_too_much_is_refused_by_name(here, monkeypatch):
         (["train", "quickstart"], "run.storage_path: expected an absolute path that every node sees, got 'runs'"),
         (["train", "quickstart", "train.stepz=3"], "train.stepz: no such setting"),
         (["train", "quickstart", "--forse"], "--forse"),
+        (["search", "quickstart", "search_pais"], "--model NAME is missing"),
+        (["search", "quickstart", "search_pais", "--model", "m"], "run.storage_path: expected an absolute path"),
+        (["search", "quickstart", "search_pais", "--model", "m", "--sampels", "3"], "--sampels"),
+        (["search", "quickstart", "--over", "method.tau_clz=1,2", "--model", "m"], "method.tau_clz"),
     ],
 )
 def test_wrong_words_never_reach_the_cluster(words, line):

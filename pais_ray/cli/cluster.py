@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pais_ray.cli.common import FAILED, json_option, verb, write_json
+from pais_ray.cli.searching import tune
 from pais_ray.cli.training import train
 
 
@@ -32,8 +33,7 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
     """Run PIPELINE (a program of pipelines/: train, search, audit, predict, tables) with WORDS as a job on a cluster.
 
     Follows the log; the exit code is the job's. Ctrl-C leaves the job running."""
-    if pipeline == "train":
-        check_words(words)
+    check_words(pipeline, words)
     from pais_ray import submit as jobs
 
     if pipeline not in jobs.pipelines():
@@ -54,12 +54,24 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
     sys.exit(status)
 
 
-def check_words(words: tuple[str, ...]) -> None:
-    """What training would refuse a minute later, on the cluster."""
+def check_words(pipeline: str, words: tuple[str, ...]) -> None:
+    """What training or a search would refuse a minute later, on the cluster."""
     from pais_ray.config import compose
     from pais_ray.train.prepare import check_outlives_job
 
-    check_outlives_job(compose(train.make_context("train", list(words)).params["words"]))
+    if pipeline == "train":
+        check_outlives_job(compose(train.make_context("train", list(words)).params["words"]))
+    elif pipeline == "search":
+        from pais_ray.search.plan import Options, make_plan
+
+        told = list(words)
+        if "--model" not in told[:-1]:
+            raise click.UsageError("search: --model NAME is missing, the name of the registered model")
+        at = told.index("--model")
+        given = tune.make_context("tune", told[:at] + told[at + 2 :]).params
+        searched = given.pop("words")
+        given.pop("json_path")
+        check_outlives_job(make_plan(searched, Options(**given)).base)
 
 
 @click.command("batch-predict")
