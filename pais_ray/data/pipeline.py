@@ -8,12 +8,15 @@ the top: that costs seconds in every one of Ray's task processes.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data.block import BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data.datasource import Datasource, ReadTask
 
 from pais_ray.data.encoded import Reader
 from pais_ray.data.images import decode
@@ -34,7 +37,7 @@ BLOCK_BYTES = 8 * 2**20  # from which on a task's rows make a block
 GROUPS_PER_TASK = 8
 READ_AHEAD_BYTES = 256 * 2**20  # a stream's blocks in the object store, read but not yet used
 LOOP_PAUSE_S = 0.05  # between two rounds of Ray Data's scheduling loop
-READ_TASK_CPUS = 0.25  # reading waits for the disk; with whole CPUs two streams starve on a two-CPU machine
+MOST_READERS = 4  # tasks that a stream has reading at once; on small machines fewer, see readers()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +100,15 @@ def step_rows(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES  # a task gives its rows away block by block, as it reads on
-    images = feed.plan.images_per_row
-    rows_per_task = task_rows(feed.plan)
-    stream = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // rows_per_task)).map_batches(
-        _read_rows,
-        batch_format="pyarrow",
-        batch_size=rows_per_task,
-        num_cpus=READ_TASK_CPUS,
-        fn_kwargs={"feed": feed, "rows": rows},
+    source = _StepRows(feed, rows)
+    stream = ray.data.read_datasource(
+        source,
+        override_num_blocks=len(source.parts),
+        num_cpus=0,  # else streams that wait for each other in a collective can also wait for each other's CPUs
+        concurrency=min(readers(rows.world), len(source.parts)),
     )
     batches = stream.iterator().iter_torch_batches(
-        batch_size=images,
+        batch_size=feed.plan.images_per_row,
         prefetch_batches=prefetch,
         collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric, max_pixels=feed.max_pixels),
         device="cpu",
@@ -120,6 +121,34 @@ def task_rows(plan: StepPlan) -> int:
     parts = ((plan.labeled_groups, plan.labeled), (plan.unlabeled_groups, plan.unlabeled))
     whole = (GROUPS_PER_TASK * max(groups) // count for groups, count in parts if groups and count)
     return max(ROWS_PER_BLOCK, *whole, 0)
+
+
+def readers(streams: int) -> int:
+    """Reading tasks at once of each of so many streams: one a CPU of the cluster, within bounds."""
+    return max(1, min(MOST_READERS, int(ray.cluster_resources().get("CPU", 1.0)) // streams))
+
+
+class _StepRows(Datasource):
+    """The rows of one rank, as tasks of Ray Data."""
+
+    def __init__(self, feed: Feed, rows: RankRows) -> None:
+        super().__init__()
+        size = task_rows(feed.plan)
+        self.parts = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        self.images = feed.plan.images_per_row
+        self.given = ray.put((feed, rows))  # once: a long run has thousands of tasks
+
+    def estimate_inmemory_data_size(self) -> None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        return [
+            ReadTask(
+                partial(_read_rows, part, self.given),
+                BlockMetadata(num_rows=len(part) * self.images, size_bytes=None, exec_stats=None),
+            )
+            for part in self.parts
+        ]
 
 
 class _Pause:
@@ -169,12 +198,13 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_rows(ids: pa.Table, *, feed: Feed, rows: RankRows) -> Iterator[pa.Table]:
+def _read_rows(indices: range, given: "ray.ObjectRef[tuple[Feed, RankRows]]") -> Iterator[pa.Table]:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
+    feed, rows = ray.get(given)
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])
     if feed.scored is not None:
         unlabeled = unlabeled.append_column("scored", ray.get(feed.scored)["scored"])
-    walked = [rows[index] for index in ids["id"].to_pylist()]
+    walked = [rows[index] for index in indices]
     lanes = {g % feed.plan.lanes for g in walked}  # in each of them lies a row group that is being read
     parts: list[tuple[Reader, Iterator[dict[str, Any]]]] = []  # and what each reads, in order
     for table, drawn in zip((labeled, unlabeled), zip(*map(feed.plan.row, walked), strict=True), strict=True):

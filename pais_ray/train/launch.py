@@ -346,8 +346,8 @@ def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None])
 
 
 def worker_resources(config: Config) -> tuple[float, int]:
-    """(CPUs to reserve a worker, torch threads a worker). Reading tasks need a free CPU or the streams starve:
-    workers take at most what leaves one, half a CPU each on two."""
+    """(CPUs to reserve a worker, torch threads a worker). Reading tasks reserve none, but need some: workers take at
+    most what leaves one CPU, half a CPU each on two."""
     workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
     cpus = config.scaling.cpus_per_worker
     if cpus is None:
@@ -368,13 +368,13 @@ def worker_resources(config: Config) -> tuple[float, int]:
 def lack_of_room(config: Config, cpus: float) -> str | None:
     """What the cluster would need for the least number of workers and does not have."""
     least, there = config.scaling.least, ray.cluster_resources()
-    need = {"CPU": least * cpus + pipeline.READ_TASK_CPUS, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
+    need = {"CPU": least * cpus, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
     missing = [f"{there.get(k, 0.0):g} of {v:g} {k}s" for k, v in need.items() if there.get(k, 0.0) < v]
     if not missing:
         return None
     return (
-        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}, and "
-        f"{pipeline.READ_TASK_CPUS} CPUs for reading data; the cluster has {' and '.join(missing)}"
+        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}; "
+        f"the cluster has {' and '.join(missing)}"
     )
 
 

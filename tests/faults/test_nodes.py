@@ -12,7 +12,7 @@ import pytest
 from pais_ray.train.checkpoints import metric_rows
 from tests.faults.harness import Driver, assert_same_end, events, last_step, steps_logged, wait_for, words
 from tests.faults.test_faults import SEED, report
-from tests.ray.nodes import Nodes, free_ports, nodes, processes
+from tests.ray.nodes import Nodes, nodes, processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 NODE_KILLS = 3
@@ -33,19 +33,6 @@ def begun(cluster: Nodes, arguments, log):
     finally:
         if driver.going():
             driver.kill()
-
-
-def add(cluster: Nodes, cpus: float) -> int:
-    """One more node; its index."""
-    agent, metrics = free_ports(2)
-    cluster.add(
-        *(f"--address={cluster.gcs}", f"--num-cpus={cpus}", f"--object-store-memory={200 * 2**20}"),
-        *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
-    )
-    index = len(cluster.running) - 1
-    there = cluster.alive()
-    wait_for(lambda: cluster.alive() > there)
-    return index
 
 
 def busy(cluster: Nodes) -> list[int]:
@@ -80,7 +67,7 @@ def test_nodes_that_die(tiny_coco, tmp_path_factory, tmp_path):
                 resumed = events(root, "start")[-1]["step"]
                 wait_for(lambda resumed=resumed: last_step(root) > resumed, driver.going)
                 seconds.append(time.monotonic() - began)
-                add(cluster, 1)
+                cluster.join(1)
             driver.finish()
     assert_same_end(root, tmp_path / "whole", steps)
     report(node_kills={"kills": NODE_KILLS, "recovery_s": [round(s, 1) for s in seconds], "seed": SEED})
@@ -96,8 +83,8 @@ def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_fac
             cluster.kill(1)
             wait_for(lambda: events(root, "no_room"), driver.going)
             assert "waiting for room: 2 workers of 0.8 CPUs" in driver.output()
-            assert "the cluster has 1 of 1.85 CPUs" in driver.output()
-            add(cluster, 1)
+            assert "the cluster has 1 of 1.6 CPUs" in driver.output()
+            cluster.join(1)
             driver.finish()
     assert steps_logged(root) == list(range(1, 21))
 
@@ -117,7 +104,7 @@ def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
             wait_for(lambda: [e for e in events(root, "start") if e["workers"] == 1], driver.going)
             alone = last_step(root)
             wait_for(lambda: last_step(root) >= alone + 6, driver.going)
-            add(cluster, 1)
+            cluster.join(1)
             driver.finish()
     sizes = [e["workers"] for e in events(root, "start")]
     assert (sizes[0], sizes[-1]) == (2, 2)

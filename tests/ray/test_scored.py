@@ -75,6 +75,7 @@ def test_a_run_is_evaluated_on_what_was_held_out(undisturbed, tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["segm"]["AP"] == pytest.approx(logged[-1], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbed, given, masks):
     launch.train(compose(given("halves", "train.stop_at=2")))
     before = masks.read_text()

@@ -42,6 +42,25 @@ def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts):
     assert sorted(seen) == list(range(68))
 
 
+@ray.remote(num_cpus=2)
+class Holder:
+    """Has every CPU of the cluster, as long as it lives."""
+
+    def there(self) -> bool:
+        return True
+
+
+def test_a_stream_flows_where_every_cpu_is_taken(feed):
+    """Else workers that wait for each other in a collective also wait for each other's images."""
+    holder = Holder.remote()
+    try:
+        assert ray.get(holder.there.remote())
+        rows = list(pipeline.step_rows(feed, rows_of(0, 3, 2, 2, 0)))
+    finally:
+        ray.kill(holder)
+    assert [row.g for row in rows] == [0, 2, 4]
+
+
 def test_labels_of_the_unlabeled_part_are_nowhere(feed, parts):
     table = ray.get(feed.unlabeled)
     assert isinstance(table, pa.Table)
