@@ -16,7 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
+from mlflow import MlflowClient
 
+from pais_ray.cli import main
+from pais_ray.tracking import read_run_id
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows
 from tests.faults.harness import (
     Driver,
@@ -32,6 +36,7 @@ from tests.faults.harness import (
     words,
     workers,
 )
+from tests.servers import mlflow_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 MINUTES = float(os.environ.get("MINUTES", "20"))
@@ -310,3 +315,28 @@ def test_a_worker_that_stands_still(start, undisturbed):
         stop(victim)
     assert_same_end(root, undisturbed(steps), steps)
     report(stopped={"limit_s": 15, "noticed_s": noticed})
+
+
+@slow
+def test_a_tracking_server_that_is_away(start, undisturbed, tmp_path):
+    """Not up when the run starts, killed in the middle, away at the end: the run is as if nothing had been, and
+    `sync` sends what the server lacks."""
+    steps, server = 40, mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))
+    driver, root = start("tracking", steps, f"tracking.uri={server.url}")
+    try:
+        wait_for(lambda: last_step(root) >= 5, driver.going)
+        server.start()
+        wait_for(lambda: last_step(root) >= 15, driver.going)
+        server.kill()
+        driver.finish()
+        assert_same_end(root, undisturbed(steps), steps)
+        server.start()
+        done = CliRunner().invoke(main, ["sync", str(root)])
+        assert done.exit_code == 0, done.output
+        store = MlflowClient(server.url)
+        run = store.get_run(read_run_id(root))
+        assert [m.step for m in store.get_metric_history(run.info.run_id, "loss")] == list(range(1, steps + 1))
+        assert len(run.outputs.model_outputs) == 2, "the scored checkpoints"
+    finally:
+        server.kill()
+    report(tracking_away={"times": 3, "steps_in_mlflow": steps, "end": "same"})
