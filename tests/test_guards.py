@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pais_ray.guards import GuardConfig, Guards
+from pais_ray.train import launch
 from pais_ray.train.watchdog import describe, stuck
 
 
@@ -74,3 +75,8 @@ def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     assert stuck([waiting, beat(1, age=72)], LIMITS)["rank"] == 1  # it is in it for longest
     text = describe(beat(1, age=70, silent=65), tmp_path)
     assert "rank 1 hangs: stage 'step' of step 7 for 70 s, without a sign of life for 65 s" in text
+
+
+def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():
+    row = {"step": 7, "last": 16, "eta": 9.0, "lr": 0.1, "time/img_per_s": 1.0, "time/data_wait_share": 0.0}
+    assert "7/16 | no loss, skipped" in launch.progress_line(row)

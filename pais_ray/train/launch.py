@@ -86,8 +86,9 @@ def progress_line(row: dict[str, Any]) -> str:
     )
     kept = row.get("pseudo/kept_per_image")
     minutes, seconds = divmod(int(row["eta"]), 60)
+    loss = f"loss {row['loss']:.3f}" if "loss" in row else "no loss, skipped"
     return (
-        f"{row['step']:>6}/{row['last']} | loss {row['loss']:.3f} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
+        f"{row['step']:>6}/{row['last']} | {loss} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
         + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
         + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
         + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
