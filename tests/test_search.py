@@ -184,7 +184,10 @@ def test_trials_start_report_stop_and_finish(tmp_path):
     assert not heard(control, a, s10=0.1, s20=0.15, s30=0.2)
     assert not heard(control, b, s10=0.3)
     assert heard(control, c, s10=0.2)
-    assert closed == [(c, "KILLED")]
+    assert closed == []
+    control.heard(c, {"finished": False})
+    assert closed == [(c, "KILLED")], "when it writes no more"
+    assert control.ledger.trial(c).state == "stopped"
     assert "AP 0.2000 at rung 10" in control.ledger.trial(c).why
     for trial, ap in ((a, 0.3), (b, 0.4)):
         heard(control, trial, s90=ap)

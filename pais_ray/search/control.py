@@ -81,9 +81,12 @@ class Control:
                 trial.state, trial.why = "failed", result["failed"]
                 self.say(f"{name} failed: {trial.why}")
                 self.close(trial, "FAILED")
-            elif result.get("finished"):
-                trial.state = "finished"
-                self.say(f"{name} finished")
+            elif "finished" in result:  # its last word
+                if trial.state == "stopped":
+                    self.close(trial, "KILLED")  # now that nobody else writes there
+                elif result["finished"]:
+                    trial.state = "finished"
+                    self.say(f"{name} finished")
             elif METRIC in result and result["step"] not in trial.scores:
                 self.judge(trial, result["step"], result[METRIC])
             self.ledger.save()
@@ -98,7 +101,6 @@ class Control:
             verdict = f"; {'goes on' if stays else 'stopped'} at this rung ({len(at_rung)} trials so far)"
             if not stays:
                 trial.state, trial.why = "stopped", f"AP {ap:.4f} at rung {step} ({len(at_rung)} trials so far)"
-                self.close(trial, "KILLED")
         self.say(f"{trial.id} at {step}/{self.plan.steps}: AP {ap:.3f}{verdict}")
 
     def halts(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pais_ray.search.space import Params
 
+LEDGER = "trials.json"  # of a search's folder
 FORMAT = 1  # of the file; a reader refuses what it does not know
 STATES = ("running", "waiting", "failed", "stopped", "finished")  # a configuration is in the first that a trial is in
 

@@ -11,7 +11,7 @@ from typing import Any
 from pais_ray.config import Config, ConfigError, changed_identity, dump, load, run_schedule
 from pais_ray.overlays import resolve
 from pais_ray.search import propose, rungs
-from pais_ray.search.ledger import Ledger
+from pais_ray.search.ledger import LEDGER, Ledger
 from pais_ray.search.space import Choice, Params, Space, check_space, compose_with, read_space
 
 PAPERS = "search.json"
@@ -148,7 +148,7 @@ def warm_start(plan: Plan, ledger: Ledger, base: Config, folder: Path) -> int:
     if not (folder / PAPERS).exists():
         raise ConfigError(f"--warm-start {folder}: not the folder of a search")
     taken, reasons = 0, set()
-    for trial in Ledger(folder / "trials.json").trials:
+    for trial in Ledger(folder / LEDGER).trials:
         root = Path(trial.folder or folder.absolute() / "trials" / trial.id)
         if trial.state not in ("finished", "stopped"):
             continue

@@ -22,7 +22,7 @@ from pais_ray.overlays import ConfigError
 from pais_ray.search import report
 from pais_ray.search.capacity import concurrent_trials
 from pais_ray.search.control import METRIC, Control
-from pais_ray.search.ledger import Ledger
+from pais_ray.search.ledger import LEDGER, Ledger
 from pais_ray.search.plan import Options, Plan, make_plan, warm_start
 from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracked import Tracked
@@ -45,7 +45,7 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
     prepared, data = prepare(plan.base)  # here, once: trials find the generated data set in its place
     plan.check_same()
     paths = data_paths(prepared)
-    ledger = Ledger(plan.root / "trials.json")
+    ledger = Ledger(plan.root / LEDGER)
     if options.warm_start:
         taken = warm_start(plan, ledger, compose_with(plan.words, paths), Path(options.warm_start))
         say(f"{taken} trials taken up from {options.warm_start}")
@@ -190,14 +190,16 @@ class Suggest(Unsaved, Searcher):
 
 
 class Judge(Unsaved, FIFOScheduler):
-    """Tune's scheduler: hands on what trials report, and which of them stop."""
+    """Tune's scheduler: hands on what trials report. It stops none: Tune would end a trial's process, and with it the
+    owner of its workers, whose CPUs Ray (2.60) may then keep reserved until the search ends. Trials stop themselves."""
 
     def __init__(self, control: Control) -> None:
         super().__init__()
         self.control = control
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return str(self.STOP if self.control.heard(trial.config["trial"], result) else self.CONTINUE)
+        self.control.heard(trial.config["trial"], result)
+        return str(self.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         lines = str(trial.get_error()).strip().splitlines()
@@ -219,23 +221,31 @@ class Halt(Unsaved, tune.Stopper):
 
 def run_trial(root: Path, search: str, parent: str | None) -> None:
     """A trial's life, in a process of its own: trains the run at ``root`` and reports each evaluation to Tune, those
-    of an earlier start first."""
+    of an earlier start first. Where the ledger then says that it is stopped, it stops with a checkpoint."""
     reported = 0
+    stop = threading.Event()
 
     def report_new() -> None:
         nonlocal reported
         for row in metric_rows(root):
-            if METRIC in row and row["step"] > reported:
+            if METRIC in row and row["step"] > reported and not stop.is_set():
                 reported = row["step"]
+                # Returns when Tune has taken it, and the verdict stands in the ledger.
                 tune.report({"step": reported, METRIC: UNDEFINED if row[METRIC] is None else row[METRIC]})
+                if Ledger(root.parent.parent / LEDGER).trial(root.name).state == "stopped":
+                    stop.set()
 
     def heard(row: dict[str, Any]) -> None:
         if row.get("role") == "teacher":
             report_new()
 
     report_new()
+    if stop.is_set():
+        tune.report({"finished": False})
+        return
     try:
-        result = launch.train(load(root / "config.yaml"), tags={"search": search}, parent=parent, heard=heard)
+        config = load(root / "config.yaml")
+        result = launch.train(config, tags={"search": search}, parent=parent, heard=heard, stop=stop)
     except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
         tune.report({"failed": str(error)})
     except ValueError as error:

@@ -103,11 +103,12 @@ def train(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
     heard: Callable[[dict[str, Any]], None] = tell,
+    stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains, or resumes the run of that name, and returns what came out.
 
     ``tags`` are for MLflow, beside the run's own, as is the id of the ``parent`` run; ``heard`` gets what the
-    workers say, by default to print it.
+    workers say, by default to print it. ``stop``, once set, stops the run as Ctrl-C does, with a checkpoint.
     Raises ConfigError or DataError (wrong input) before anything starts, and ray.train.TrainingFailedError.
     """
     if "://" in config.run.storage_path:
@@ -144,7 +145,7 @@ def train(
         cpus, threads = worker_resources(config)
         config = with_threads(config, threads)
         write_run_directory(root, config, data, schedule)
-        return fit(root, config, data, schedule, cpus, tags or {}, parent, heard)
+        return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
     finally:
         if started_here:
             ray.shutdown()
@@ -159,6 +160,7 @@ def fit(
     tags: Mapping[str, str],
     parent: str | None,
     heard: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
 ) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
     tags = {**describe.tags(config, data.manifest.split, data.facts), **tags}
@@ -215,7 +217,7 @@ def fit(
     status: tracking.Status = "FAILED"
     try:
         last = min(schedule.steps, config.train.stop_at or schedule.steps)
-        stopped = follow(trainer, Watch(monitor, root, config, cpus, heard), root, last)
+        stopped = follow(trainer, Watch(monitor, root, config, cpus, heard), root, last, stop)
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, status)
@@ -235,10 +237,10 @@ def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
     tracking.Tracker(config.tracking, root).close(status)
 
 
-def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool:
+def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int, stop: threading.Event) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
-    passes on what the workers say and watches over them. Returns whether the user stopped it; raises what training
-    raised."""
+    passes on what the workers say and watches over them. Returns whether it was stopped, by the user or by ``stop``;
+    raises what training raised."""
     outcome: dict[str, Any] = {}
     done = threading.Event()  # not Thread.join: interrupted, it takes a living thread for dead (Python < 3.13)
 
@@ -262,6 +264,9 @@ def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool
                 fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
                 patience -= fatal is not None
                 watch.look()
+                if stop.is_set() and not asked:
+                    asked = 1
+                    ray.get(watch.monitor.request.remote("stop"))
             except KeyboardInterrupt:
                 asked += 1
                 if asked > 1:
@@ -275,7 +280,7 @@ def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int) -> bool
         raise outcome["error"]
     stopped = asked > 0 and steps_made(root) < last
     if stopped:
-        say(f"stopped with a checkpoint in {root / 'checkpoints'}")
+        watch.heard({"text": f"stopped with a checkpoint in {root / 'checkpoints'}"})
     return stopped
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from ray.util import placement_group_table
 
 from pais_ray.cli import main
 from pais_ray.config import load
@@ -145,7 +146,11 @@ def test_a_trial_worse_than_an_earlier_searchs_is_stopped_at_the_rung(searched, 
     _, runs = children(storage, "second")
     assert runs[trial.id].info.status == "KILLED"
     assert runs[trial.id].data.tags["search.state"].startswith("stopped AP 0.0")
-    assert (storage / "second" / "trials" / trial.id / "figures" / "curves.png").exists()
+    root = storage / "second" / "trials" / trial.id
+    assert (root / "figures" / "curves.png").exists()
+    assert checkpoints(root), "it stopped by itself"
+    reserved = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not [group for group in reserved if any("CPU" in bundle for bundle in group["bundles"].values())]
 
 
 @pytest.mark.slow
