@@ -23,10 +23,12 @@ import psutil
 import ray
 
 from pais_ray.data import synthetic
+from pais_ray.train import launch
 
 EVERY_S = 15.0
 WARM_UP = 0.5  # share of a process's life that is not fitted: caches fill, allocators settle
 LONG_ENOUGH_S = 900.0  # a life shorter than that has no slope an hour
+MANY_ENOUGH = 20  # samples, for a line
 
 
 def words(out: Path) -> list[str]:
@@ -48,7 +50,7 @@ def name_of(process: psutil.Process) -> str:
     for mark in ("RayTrainWorker", "TrainController", "Monitor", "gcs_server", "raylet", "log_monitor", "dashboard"):
         if mark in line:
             return mark
-    found = re.match(r"ray::([\w.]+)", line)
+    found = re.match(r"ray::(\w+)", line)  # without the method that an actor is in
     return found.group(1) if found else Path(line.split(" ")[0]).name
 
 
@@ -74,6 +76,9 @@ def slope(points: list[tuple[float, float]]) -> float | None:
     if t[-1] - t[0] < LONG_ENOUGH_S:
         return None
     kept = t >= t[0] + WARM_UP * (t[-1] - t[0])
+    if kept.sum() < MANY_ENOUGH:
+        return None
+    t = t - t[0]
     rate = np.polyfit(t[kept] / 3600, value[kept], 1)[0]
     return float(100 * rate / max(value[kept].mean(), 1.0))
 
@@ -105,9 +110,8 @@ def main() -> None:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     arguments, chance = words(out), random.Random(args.seed)
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    context = ray.init(address="local", num_cpus=2, log_to_driver=False, object_store_memory=500 * 2**20)
-    address = context.address_info["address"]
+    launch.connect()  # as `pais-ray train` would start it
+    address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pais_ray.cli", "train", *arguments]
     series: dict[str, list[tuple[float, float]]] = {}

@@ -390,6 +390,8 @@ def connect() -> bool:
         return False
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
+    # Ray's head keeps what it knows of past tasks, 100,000 of them: 100 MiB an hour of a run that nobody looks up.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}  # what workers say comes through the Monitor
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 
-@ray.remote(num_cpus=0, max_concurrency=8)
+@ray.remote(num_cpus=0, max_concurrency=8, enable_task_events=False)  # some calls a second, of no interest later
 class Monitor:
     """Between driver and workers: progress and signs of life one way, the wish to stop or to save the other."""
 

@@ -44,7 +44,6 @@ from pais_ray.train.log import Lines, Log, Window
 from pais_ray.train.state import ROLES, build_state
 from pais_ray.train.step import StepResult, StepSettings, autocast, train_step
 
-SCORE_TASK_CPUS = 0.25  # scoring runs beside training, as the reading tasks do
 CAP_FILE = "memory.json"  # of the run directory: outlives the rank that ran out of memory
 
 
@@ -362,8 +361,9 @@ class Worker:
         # A stretch, not every W-th: images that lie together are read together.
         mine = records[self.rank * len(records) // self.world : (self.rank + 1) * len(records) // self.world]
         ids = [c.id for c in self.job.categories]
-        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks: none are free there.
-        score = ray.remote(num_cpus=SCORE_TASK_CPUS, scheduling_strategy="DEFAULT")(evaluate.score)
+        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks, and reserving none:
+        # where workers have them all, training would wait for its scores for ever.
+        score = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()
