@@ -150,6 +150,7 @@ def test_changed_identity_is_refused_and_free_fields_are_not(undisturbed, tiny_c
     assert "train.log_every: 1 -> 5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storage, tmp_path):
     """Its first half is trained without the MLflow server that the second one finds: nothing is missing there."""
     server = mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))

@@ -147,6 +147,7 @@ def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
         list(pipeline.step_rows(pipeline.make_feed(plan, (), records, max_pixels=63), rows_of(0, 1, 1, 1, 0)))
 
 
+@pytest.mark.slow
 def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(cluster, bucket, tiny_coco, tmp_path):
     plain = [f"data.{part}={tiny_coco}/{part}.json" for part in ("train", "val")] + [f"data.images={tiny_coco}/images"]
     source = source_of((*plain, "data.labeled=0.25"))
