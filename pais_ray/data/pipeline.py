@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,12 @@ BLOCK_BYTES = 8 * 2**20  # from which on a task's rows make a block
 GROUPS_PER_TASK = 8
 READ_AHEAD_BYTES = 256 * 2**20  # a stream's blocks in the object store, read but not yet used
 LOOP_PAUSE_S = 0.05  # between two rounds of Ray Data's scheduling loop
+# Of thousands in a long run: Ray Data puts every task of a data set into the object store when it starts.
+TASKS_PER_DATASET = 256
 MOST_READERS = 4  # tasks that a stream has reading at once; on small machines fewer, see readers()
+
+
+Given: TypeAlias = "ray.ObjectRef[tuple[Feed, RankRows]]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +105,20 @@ def step_rows(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES  # a task gives its rows away block by block, as it reads on
-    source = _StepRows(feed, rows)
-    stream = ray.data.read_datasource(
-        source,
-        override_num_blocks=len(source.parts),
-        num_cpus=0,  # else streams that wait for each other in a collective can also wait for each other's CPUs
-        concurrency=min(readers(rows.world), len(source.parts)),
-    )
-    batches = stream.iterator().iter_torch_batches(
-        batch_size=feed.plan.images_per_row,
-        prefetch_batches=prefetch,
-        collate_fn=_Collate(seed=feed.plan.seed, photometric=photometric, max_pixels=feed.max_pixels),
-        device="cpu",
-    )
-    yield from batches
+    collate = _Collate(seed=feed.plan.seed, photometric=photometric, max_pixels=feed.max_pixels)
+    given = ray.put((feed, rows))
+    size = task_rows(feed.plan)
+    for start in range(0, len(rows), size * TASKS_PER_DATASET):
+        source = _StepRows(given, range(start, min(start + size * TASKS_PER_DATASET, len(rows))), size, feed.plan)
+        stream = ray.data.read_datasource(
+            source,
+            override_num_blocks=len(source.parts),
+            num_cpus=0,  # else streams that wait for each other in a collective can also wait for each other's CPUs
+            concurrency=min(readers(rows.world), len(source.parts)),
+        )
+        yield from stream.iterator().iter_torch_batches(
+            batch_size=feed.plan.images_per_row, prefetch_batches=prefetch, collate_fn=collate, device="cpu"
+        )
 
 
 def task_rows(plan: StepPlan) -> int:
@@ -129,14 +134,13 @@ def readers(streams: int) -> int:
 
 
 class _StepRows(Datasource):
-    """The rows of one rank, as tasks of Ray Data."""
+    """A stretch of one rank's rows, as tasks of Ray Data of ``size`` rows each."""
 
-    def __init__(self, feed: Feed, rows: RankRows) -> None:
+    def __init__(self, given: Given, rows: range, size: int, plan: StepPlan) -> None:
         super().__init__()
-        size = task_rows(feed.plan)
-        self.parts = [range(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        self.images = feed.plan.images_per_row
-        self.given = ray.put((feed, rows))  # once: a long run has thousands of tasks
+        self.given = given
+        self.parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self.images = plan.images_per_row
 
     def estimate_inmemory_data_size(self) -> None:
         return None
@@ -198,7 +202,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read_rows(indices: range, given: "ray.ObjectRef[tuple[Feed, RankRows]]") -> Iterator[pa.Table]:
+def _read_rows(indices: range, given: Given) -> Iterator[pa.Table]:
     """In a Ray task: one output row an image, ``images_per_row`` of them a step row, labeled ones first."""
     feed, rows = ray.get(given)
     labeled, unlabeled = ray.get([feed.labeled, feed.unlabeled])

@@ -25,7 +25,9 @@ def feed(cluster, parts):
     return pipeline.make_feed(plan, labeled, unlabeled)
 
 
-def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts):
+@pytest.mark.parametrize("tasks", [1, pipeline.TASKS_PER_DATASET])
+def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts, tasks, monkeypatch):
+    monkeypatch.setattr(pipeline, "TASKS_PER_DATASET", tasks)
     labeled, unlabeled = parts
     seen = []
     for start, steps, world in ((0, 10, 2), (40, 5, 3), (60, 2, 1)):  # 4 rows a step
