@@ -211,6 +211,7 @@ class Worker:
             stopped = result.stop
             if self.look(result, batches):
                 rows, window = self.stream(last), Window()
+                self.heart.enter(state.step, "first_batch")  # of the new stream
                 continue
             window.add(result.metrics, waited, time.perf_counter() - waiting)
             at_end = state.step == last or stopped
