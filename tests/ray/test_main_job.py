@@ -31,7 +31,7 @@ STEPS = 8
 
 
 def words(data: Path, storage: Path, name: str, *more: str, segmentor: str = "mask_rcnn") -> list[str]:
-    """Two workers that have every CPU, 12 images of 96 px, a quarter of them labeled."""
+    """Two workers, 12 images of 96 px, a quarter of them labeled."""
     return [
         *("synthetic", segmentor, "pais"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
@@ -40,7 +40,6 @@ def words(data: Path, storage: Path, name: str, *more: str, segmentor: str = "ma
         *("optim.lr=0.02", f"train.steps={STEPS}", "train.eval_every=4", "train.checkpoint_every=2"),
         *("train.log_every=1", "train.panel_every=6", "train.keep_checkpoints=9", "scaling.num_workers=2"),
         *(f"run.storage_path={storage}", f"run.name={name}", f"tracking.uri=sqlite:///{storage}/mlflow.db"),
-        "scaling.cpus_per_worker=1",
         *more,
     ]
 
