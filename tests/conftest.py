@@ -73,7 +73,7 @@ def cluster(s3):
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
-    os.environ["RAY_num_workers_soft_limit"] = "4"
+    os.environ["RAY_num_workers_soft_limit"] = "4"  # noqa: SIM112
     context = ray.init(address="local", num_cpus=2, log_to_driver=False)
     yield context.address_info
     ray.shutdown()
