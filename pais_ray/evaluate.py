@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -30,7 +30,9 @@ from pais_ray.data.validate import (
     check_size,
     short,
 )
-from pais_ray.structures import Predictions
+
+if TYPE_CHECKING:  # scoring is tasks of its own, whose processes need no torch: 4 s and 700 MB each
+    from pais_ray.structures import Predictions
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = ("segm", "bbox")
@@ -42,7 +44,7 @@ Json = dict[str, Any]
 
 
 def to_results(
-    predictions: Predictions, image_id: int, size: tuple[int, int], category_ids: Sequence[int]
+    predictions: "Predictions", image_id: int, size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Json]:
     """COCO results of one image of ``size`` = (h, w) px, best first, from predictions in that image's frame.
 

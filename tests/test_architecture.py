@@ -71,6 +71,8 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "data/scored.py",
     "data/synthetic.py",
     "onnx_runner.py",  # runs where there is no torch
+    "evaluate.py",
+    "evaluate_cityscapes.py",
     "overlays.py",
     "plugins.py",
     "train/monitor.py",

@@ -25,10 +25,11 @@ class Heartbeat:
     def __init__(self, monitor: Any, root: Path, rank: int, node: str, attempt: float) -> None:
         self.monitor = monitor
         born = psutil.Process().create_time()  # with the pid, which may be given to another process later
+        self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
         self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born, "attempt": attempt}
+        self.fixed["stacks"] = self.stacks.name
         self.at = (0, "first_batch", time.monotonic())
         self.stopped = threading.Event()
-        self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
         faulthandler.register(STACKS_SIGNAL, self.stacks, all_threads=True)
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.thread.start()

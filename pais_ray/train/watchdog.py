@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pais_ray.guards import GuardConfig
 from pais_ray.train.heartbeat import STACKS_SIGNAL
 
-STACKS_S = 2.0  # for a live rank to write its stacks
+STACKS_S = 5.0  # for a live rank to write its stacks
+TASK_S = 30.0  # for a task to start: where every CPU is taken it may need a new process first
 
 
 def stuck(pulse: list[dict[str, Any]], limits: GuardConfig) -> dict[str, Any] | None:
@@ -40,19 +41,33 @@ def describe(beat: dict[str, Any], root: Path) -> str:
 
 def end(beat: dict[str, Any], pulse: list[dict[str, Any]]) -> None:
     """Has all ranks write their stacks and kills the one of ``beat``, each by a task on its own node."""
-    asked = [_signal(b, STACKS_SIGNAL) for b in pulse]
-    ray.wait(asked, num_returns=len(asked), timeout=STACKS_S)
-    time.sleep(STACKS_S)  # the handlers write to files; there is nobody to ask whether they have
-    ray.wait([_signal(beat, signal.SIGKILL)], timeout=10 * STACKS_S)
+    asked = [_there(_write_stacks, b).remote(b["pid"], b["born"], b["stacks"]) for b in pulse]
+    ray.wait(asked, num_returns=len(asked), timeout=TASK_S + STACKS_S)
+    ray.wait([_there(_kill, beat).remote(beat["pid"], beat["born"])], timeout=TASK_S)
 
 
-def _signal(beat: dict[str, Any], number: signal.Signals) -> Any:
-    there = NodeAffinitySchedulingStrategy(node_id=beat["node"], soft=False)
-    return _kill.options(scheduling_strategy=there).remote(beat["pid"], beat["born"], int(number))
+def _there(task: Any, beat: dict[str, Any]) -> Any:
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=beat["node"], soft=False))
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int, born: float, number: int) -> None:
+def _write_stacks(pid: int, born: float, path: str) -> None:
+    """Returns when they are in ``path``; those of a stopped process never will be."""
+    _send(pid, born, STACKS_SIGNAL)
+    size, until = 0, time.monotonic() + STACKS_S
+    while time.monotonic() < until:
+        time.sleep(0.2)  # nobody tells when a handler has ended: its file has then stopped growing
+        before, size = size, Path(path).stat().st_size
+        if size == before > 0:
+            return
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int, born: float) -> None:
+    _send(pid, born, signal.SIGKILL)
+
+
+def _send(pid: int, born: float, number: signal.Signals) -> None:
     try:
         if psutil.Process(pid).create_time() == born:
             os.kill(pid, number)
