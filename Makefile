@@ -7,11 +7,12 @@ MINUTES ?= 20
 
 env: .venv/.installed
 
-# uv where it is there, else venv + pip: the same locked versions either way.
+# uv where it is there, else venv + pip: the same locked versions either way. Compiled once, as pip does by itself:
+# a run starts a dozen processes, and where Python may not write bytecode each would compile all it imports.
 .venv/.installed: pyproject.toml requirements.lock
 	@if command -v uv >/dev/null 2>&1; then \
 	  { [ -x $(BIN)/python ] || uv venv -q --python '>=3.11,<3.14' .venv; } && \
-	  uv pip install -q --python $(BIN)/python -r requirements.lock && uv pip install -q --python $(BIN)/python --no-deps -e .; \
+	  uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.lock && uv pip install -q --python $(BIN)/python --no-deps -e .; \
 	else \
 	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	    { echo "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"; exit 1; }; \
