@@ -100,6 +100,25 @@ def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def write(out: Path, series: dict, store: list, kills: list[float]) -> dict:
+    """soak.json and soak.png of what has been seen so far; the figures."""
+    slopes = {name: value for name, points in series.items() if (value := slope(points)) is not None}
+    steps = [json.loads(line)["step"] for line in (out / "runs/soak/metrics.jsonl").read_text().splitlines()]
+    ordered = sorted(slopes, key=lambda name: -slopes[name])
+    figures = {
+        "minutes": round(store[-1][0] / 60, 1),
+        "steps": max(steps, default=0),
+        "kills_at_min": [round(kill / 60, 1) for kill in kills],
+        "percent_an_hour": {name: round(slopes[name], 2) for name in ordered},
+        "mib_at_end": {name: round(series[name][-1][1], 1) for name in ordered},
+        "object_store_percent_an_hour": slope(store),
+        "object_store_mib_max": max(v for _, v in store),
+    }
+    (out / "soak.json").write_text(json.dumps({**figures, "series": series, "store": store}))
+    draw({name: points for name, points in series.items() if name in slopes}, store, kills, out / "soak.png")
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
@@ -133,26 +152,14 @@ def main() -> None:
                         chance.choice(victims).kill()
                         made.append(now)
                         kills.pop(0)
+                if (out / "runs/soak/metrics.jsonl").exists() and len(store) % 20 == 0:  # a soak may be cut short
+                    write(out, series, store, made)
                 time.sleep(max(0.0, EVERY_S - (time.monotonic() - began - now)))
         finally:
             driver.send_signal(signal.SIGTERM)  # asks for a checkpoint
             driver.wait(timeout=120)
     ray.shutdown()
-    slopes = {name: value for name, points in series.items() if (value := slope(points)) is not None}
-    steps = [json.loads(line)["step"] for line in (out / "runs/soak/metrics.jsonl").read_text().splitlines()]
-    result = {
-        "minutes": args.minutes,
-        "steps": max(steps),
-        "kills_at_min": [round(m / 60, 1) for m in made],
-        "percent_an_hour": {k: round(v, 2) for k, v in sorted(slopes.items(), key=lambda item: -item[1])},
-        "object_store_percent_an_hour": slope(store),
-        "object_store_mib_max": max(v for _, v in store),
-        "driver_exit": driver.returncode,
-    }
-    (out / "soak.json").write_text(json.dumps({**result, "series": series, "store": store}))
-    shown = {k: v for k, v in series.items() if k in slopes}
-    draw(shown, store, made, out / "soak.png")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write(out, series, store, made), indent=1))
 
 
 if __name__ == "__main__":

@@ -400,6 +400,8 @@ def connect() -> bool:
         ray.init(**quiet)
         return False
     access.ensure_token()
+    # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     ray.init(address="local", **quiet)
     return True
 

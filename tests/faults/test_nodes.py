@@ -91,7 +91,7 @@ def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_fac
 
 def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
     """2 -> 1 -> 2 workers: steps see the same rows, and the loss is the fixed run's but for the order of sums."""
-    steps = 120
+    steps = 240
     elastic = ("scaling.num_workers=[1,2]", "scaling.cpus_per_worker=0.7", "scaling.resize_check_s=5")
     with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
         fixed = words(tiny_coco, tmp_path, "fixed", steps, "scaling.cpus_per_worker=0.7")
@@ -116,4 +116,26 @@ def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
     assert [ours[s]["ema_decay"] for s in ours] == [theirs[s]["ema_decay"] for s in ours]
     apart = np.array([abs(ours[s]["loss"] - theirs[s]["loss"]) / theirs[s]["loss"] for s in sorted(ours)])
     assert apart[:10].max() < 1e-4
+    draw(ours, theirs, events(root, "start"))
     report(elastic={"sizes": sizes, "loss_apart_median": float(np.median(apart)), "loss_apart_max": float(apart.max())})
+
+
+def draw(ours: dict, theirs: dict, starts: list[dict]) -> None:
+    """elastic.png beside faults.json: both loss curves and how far they are apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    steps = sorted(ours)
+    for rows, name in ((theirs, "2 workers throughout"), (ours, "2, 1, 2 workers")):
+        above.plot(steps, [rows[s]["loss"] for s in steps], label=name, linewidth=1)
+    below.semilogy(steps, [abs(ours[s]["loss"] / theirs[s]["loss"] - 1) + 1e-9 for s in steps], linewidth=1)
+    for start in starts[1:]:
+        for axes in (above, below):
+            axes.axvline(start["step"], color="0.6", linestyle=":", linewidth=1)
+        above.annotate(f" {start['workers']}", (start["step"], above.get_ylim()[1]), va="top")
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    below.set_ylabel("relative difference")
+    below.set_xlabel("step (dotted: the group started again, with so many workers)")
+    figure.savefig("elastic.png", dpi=100)
