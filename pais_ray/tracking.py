@@ -47,6 +47,9 @@ class TrackingConfig(BaseModel):
         """Workers run in other directories, so a relative SQLite path is fixed where it was written."""
         if uri is not None and uri.startswith("sqlite:///"):
             return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
+        if uri is not None and re.search(r"://[^/@]*:[^/@]*@", uri):
+            remedy = "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for PostgreSQL)"
+            raise ValueError(f"no password here, it would be written to config.yaml; {remedy}")
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
             remedy = "MLflow keeps no runs in plain folders any more"
             raise ValueError(f"expected sqlite:///FILE, http(s)://HOST or a database's, got {uri!r}; {remedy}")

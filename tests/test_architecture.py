@@ -76,6 +76,7 @@ TORCH_FREE = {  # imported by Ray's data tasks
     "overlays.py",
     "plugins.py",
     "train/monitor.py",
+    "train/start.py",
     "access.py",
     "submit.py",
 }

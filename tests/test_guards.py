@@ -1,12 +1,16 @@
 """Laws of the guards: a healthy run hears nothing, a sick one hears it once, and the verdict needs no other rank."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import ray.train
 
 from pais_ray.guards import GuardConfig, Guards
 from pais_ray.train import launch
+from pais_ray.train.monitor import Monitor
 from pais_ray.train.watchdog import describe, stuck
+from pais_ray.train.worker import Worker
 
 
 @pytest.fixture
@@ -66,6 +70,85 @@ LIMITS = GuardConfig(step_s=60, evaluate_s=600)
 def test_nobody_hangs_within_the_limits_of_the_stage():
     assert stuck([], LIMITS) is None
     assert stuck([beat(0, age=59), beat(1, stage="evaluate", age=300)], LIMITS) is None
+
+
+def test_those_that_wait_for_a_longer_stage_wait_as_long_as_it_may_last():
+    late = beat(1, age=300)
+    assert stuck([beat(0, stage="save", age=310, step=6), late], LIMITS) is None
+    assert stuck([beat(0, stage="first_batch", age=310), late], LIMITS) is None
+    assert stuck([beat(0, stage="evaluate", age=601, step=6), late], LIMITS)["rank"] == 0  # beyond its own limit
+    assert stuck([beat(0, stage="save", age=3, step=8), late], LIMITS)["rank"] == 1  # nobody waits for what is ahead
+
+
+def test_a_stop_is_not_taken_back_by_who_asks_for_a_checkpoint():
+    monitor = Monitor.__ray_metadata__.modified_class()
+    for wish in ("save", "stop", "save", ""):
+        monitor.request(wish)
+    assert monitor.requested() == "stop"
+
+
+class Trainer:
+    """Stands for Ray's: raises the errors one after the other, then trains."""
+
+    def __init__(self, errors):
+        self.errors, self.names = list(errors), []
+
+    def __call__(self, run_config):
+        self.names.append(run_config.name)
+        return self
+
+    def fit(self):
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+DIED = ray.train.ControllerError(ray.exceptions.ActorDiedError())
+MET = ray.train.ControllerError(ray.exceptions.RayTaskError("f", "...", RuntimeError("connection closed by peer")))
+WRONG = ray.train.ControllerError(ray.exceptions.RayTaskError("f", "...", ImportError("no module of that name")))
+
+
+def test_a_worker_that_dies_while_the_group_is_made_costs_one_of_the_failures(tmp_path):
+    told = []
+    trainer = Trainer([DIED, MET])
+    launch.fit_again(trainer, tmp_path, 2, told.append)
+    assert len(told) == 2
+    assert len(set(trainer.names)) == 3
+    with pytest.raises(ray.train.ControllerError):
+        launch.fit_again(Trainer([DIED, MET, DIED]), tmp_path, 2, told.append)
+    launch.fit_again(Trainer([DIED] * 20), tmp_path, -1, told.append)
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
+    trainer = Trainer([WRONG])
+    with pytest.raises(ray.train.ControllerError):
+        launch.fit_again(trainer, tmp_path, -1, pytest.fail)
+    assert len(trainer.names) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "stopped", "asked", "in_row", "done"),
+    [
+        (4, False, False, 0, ["collect 3", "save", "evaluate"]),
+        (2, False, False, 0, ["collect 1", "save"]),
+        (2, False, False, 1, ["collect 1"]),  # amid a bad streak
+        (3, False, True, 0, ["save"]),
+        (4, False, True, 0, ["save", "collect 3", "save", "evaluate"]),
+        (4, True, False, 0, ["save and wait", "collect 4"]),  # the next start evaluates
+        (8, False, False, 0, ["evaluate", "collect 8", "save and wait"]),
+        (8, True, False, 0, ["evaluate", "collect 8", "save and wait"]),
+    ],
+)
+def test_what_is_saved_and_evaluated_after_a_step_and_in_which_order(step, stopped, asked, in_row, done):
+    rank = Worker.__new__(Worker)
+    rank.state = SimpleNamespace(step=step, skipped_in_row=in_row)
+    rank.config = SimpleNamespace(train=SimpleNamespace(eval_every=4, checkpoint_every=2))
+    rank.job = SimpleNamespace(schedule=SimpleNamespace(steps=8))
+    made = []
+    rank.evaluate = lambda: made.append("evaluate")
+    rank.collect_scores = lambda up_to: made.append(f"collect {up_to}")
+    rank.save = lambda at_end: made.append("save and wait" if at_end else "save")
+    rank.keep(8, stopped, asked)
+    assert made == done
 
 
 def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):

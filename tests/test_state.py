@@ -13,6 +13,7 @@ from pais_ray.train.checkpoints import (
     metric_rows,
     newest_verified,
     retain,
+    sound_checkpoint,
     usable_checkpoint,
     verify,
 )
@@ -73,7 +74,9 @@ def test_a_checkpoint_is_safetensors_and_json_and_has_no_leftovers(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_0"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "missing", "no manifest", "other format"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "flip", "missing", "no manifest", "no text", "other shape", "other format"]
+)
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     state = state_of()
     for step in (1, 2):
@@ -90,6 +93,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
         victim.unlink()
     elif damage == "no manifest":
         (newest / "manifest.json").unlink()
+    elif damage == "no text":  # one bit of it
+        manifest = (newest / "manifest.json").read_bytes()
+        (newest / "manifest.json").write_bytes(manifest[:9] + bytes([manifest[9] ^ 0x80]) + manifest[10:])
+    elif damage == "other shape":
+        (newest / "manifest.json").write_text('{"format": 2, "files": []}')
     else:
         manifest = json.loads((newest / "manifest.json").read_text())
         (newest / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
@@ -99,6 +107,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     assert str(newest) in refused[0]
     with pytest.raises(CheckpointError):
         verify(newest)
+
+
+def test_a_checkpoint_made_amid_steps_without_a_loss_is_nothing_to_return_to(tmp_path):
+    state = state_of()
+    for state.step, state.skipped_in_row in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        state.save(checkpoint_folder(tmp_path, state.step))
+    (checkpoint_folder(tmp_path, 2) / "teacher.safetensors").unlink()
+    assert sound_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+    assert newest_verified(tmp_path)[0] == checkpoint_folder(tmp_path, 4)
 
 
 def test_a_checkpoint_of_the_first_format_is_taken_up(tmp_path):

@@ -278,7 +278,10 @@ def test_the_uri_is_absolute_and_folders_are_refused(tmp_path, monkeypatch):
     assert TrackingConfig(uri="sqlite:///m.db").uri == f"sqlite:///{tmp_path}/m.db"
     assert tracking_uri(TrackingConfig(), tmp_path / "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert tmp_path.name in ui_command(TrackingConfig(), tmp_path)
-    assert ui_command(TrackingConfig(uri="https://me:secret@host/x"), tmp_path) == "https://***@host/x"
+    assert ui_command(TrackingConfig(uri="https://me@host/x"), tmp_path) == "https://***@host/x"
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        TrackingConfig(uri="https://me:secret@host/x")
+    assert "no password here" in str(refused.value)
     for uri in ("./mlruns", "file:///tmp/mlruns"):
         with pytest.raises(ValueError, match="sqlite"):
             TrackingConfig(uri=uri)

@@ -1,10 +1,11 @@
 """Verbs around a run: train, show."""
 
+import sys
 from pathlib import Path
 
 import click
 
-from pais_ray.cli.common import WORDS, echo, json_option, same_command, verb, write_json
+from pais_ray.cli.common import FAILED, WORDS, echo, json_option, same_command, verb, write_json
 
 
 @click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
@@ -22,7 +23,11 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     config = compose(spelt.words)
     from pais_ray.train import launch
 
-    result = launch.train(config, force=force)
+    try:
+        result = launch.train(config, force=force)
+    except launch.TrainingStopped as error:  # the run's own verdict, no fault of the program
+        click.echo(f"error: {error}", err=True)
+        sys.exit(FAILED)
     write_json(json_path, result.to_json())
     click.echo(launch.summary(result, config))
     if result.stopped:

@@ -56,7 +56,8 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        folder.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
+        aside.mkdir()
         for name, tensors in snapshot.tensors.items():
             save_file(tensors, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
@@ -155,7 +156,9 @@ def verify(folder: Path) -> None:
             path = folder / name
             if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
                 raise CheckpointError(f"{path}: differs from its manifest; the file is damaged, use another checkpoint")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, no UTF-8, another shape
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); use another one") from error
 
 
@@ -184,6 +187,19 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
             continue
         return folder, refused
     return None, refused
+
+
+def sound_checkpoint(root: Path) -> Path | None:
+    """The newest good checkpoint that was not made amid steps without a usable loss: those hold the weights that
+    fail."""
+    for folder in reversed(checkpoints(root)):
+        try:
+            verify(folder)
+        except CheckpointError:
+            continue
+        if read_state(folder)["skipped_in_row"] == 0:
+            return folder
+    return None
 
 
 def usable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:

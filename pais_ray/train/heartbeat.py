@@ -3,6 +3,7 @@
 The thread also lets the rank's Python stacks be asked for from outside, by a signal that needs no thread to answer.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -48,9 +49,10 @@ class Heartbeat:
         self.stopped.set()
         self.thread.join()
         faulthandler.unregister(STACKS_SIGNAL)
-        self.stacks.close()
-        if Path(self.stacks.name).stat().st_size == 0:
-            Path(self.stacks.name).unlink()
+        with contextlib.suppress(OSError):  # storage that is gone is told by whom it stops
+            self.stacks.close()
+            if Path(self.stacks.name).stat().st_size == 0:
+                Path(self.stacks.name).unlink()
 
     def _beat(self) -> None:
         while not self.stopped.is_set():
@@ -62,5 +64,5 @@ class Heartbeat:
 def stacks_file(root: Path, rank: int) -> Path:
     """Where the stacks of this rank's process are written when somebody asks."""
     folder = root / "stacks"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     return folder / f"rank{rank}_{os.getpid()}.txt"

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +24,7 @@ from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten
 from pais_ray.data import pipeline, splits
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
-from pais_ray.train import describe, watchdog, worker
+from pais_ray.train import describe, start, watchdog, worker
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
 from pais_ray.train.log import Lines
 from pais_ray.train.monitor import Monitor
@@ -32,6 +34,7 @@ from pais_ray.train.state import ROLES
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
 PANEL_IMAGES = 4  # validation images in the picture of a run's end
 NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
+SILENCE_S = 120.0  # without one, though there is room, before it says so
 POLL_S = 0.5  # between two looks at the monitor
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
@@ -197,8 +200,9 @@ def fit(
         monitor=monitor,
         threads=config.train.threads_per_worker,
     )
-    trainer = TorchTrainer(
-        worker.run,
+    trainer = partial(
+        TorchTrainer,
+        start.run,
         train_loop_config={"job": ray.put(job)},  # by reference: the controller need not import what it is made of
         torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -207,11 +211,6 @@ def fit(
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.scaling.use_gpu else {})},
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
             placement_strategy=config.scaling.placement_strategy,
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
-            storage_path=str(root / ATTEMPT_FOLDER),
-            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
         ),
     )
     status: tracking.Status = "FAILED"
@@ -237,7 +236,33 @@ def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
     tracking.Tracker(config.tracking, root).close(status)
 
 
-def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int, stop: threading.Event) -> bool:
+def fit_again(trainer: Callable[..., TorchTrainer], root: Path, max_failures: int, tell: Callable[[str], None]) -> None:
+    """``trainer`` to its end. Ray starts a group again whose workers die in training, but gives up where one dies while
+    the group is made: that is tried again here, counted against the same limit."""
+    failures = 0
+    while True:
+        run_config = ray.train.RunConfig(
+            name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{failures}",
+            storage_path=str(root / ATTEMPT_FOLDER),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        )
+        try:
+            trainer(run_config=run_config).fit()
+            return
+        except ray.train.ControllerError as error:
+            failures += 1
+            if not died_at_start(error.controller_failure) or 0 <= max_failures < failures:
+                raise
+            tell(f"a worker died while the group was made; the workers start again ({type(error).__name__})")
+
+
+def died_at_start(error: Exception) -> bool:
+    """The death of a worker, or what it meant to another one that was about to meet it."""
+    met = isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, RuntimeError)
+    return met or isinstance(error, ray.exceptions.RayActorError)
+
+
+def follow(trainer: Callable[..., TorchTrainer], watch: "Watch", root: Path, last: int, stop: threading.Event) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
     passes on what the workers say and watches over them. Returns whether it was stopped, by the user or by ``stop``;
     raises what training raised."""
@@ -246,7 +271,7 @@ def follow(trainer: TorchTrainer, watch: "Watch", root: Path, last: int, stop: t
 
     def target() -> None:
         try:
-            outcome["result"] = trainer.fit()
+            fit_again(trainer, root, watch.config.run.max_failures, lambda text: watch.tell(text, "start_failed"))
         except BaseException as error:
             outcome["error"] = error
         finally:
@@ -305,7 +330,7 @@ class Watch:
     ) -> None:
         self.monitor, self.root, self.config, self.cpus, self.heard = monitor, root, config, cpus, heard
         self.leaving: set[str] = set()
-        self.alive = time.monotonic()  # when some rank last gave a sign of life
+        self.alive = self.told = time.monotonic()  # when some rank last gave a sign of life; when its lack was told
         self.events = Lines(root / "events.jsonl")
 
     def look(self) -> None:
@@ -316,18 +341,32 @@ class Watch:
         self.leaving = leaving
         pulse = ray.get(self.monitor.pulse.remote())
         now = time.monotonic()
-        if pulse:
-            self.alive = now
-        elif now - self.alive > NO_ROOM_S:
-            self.alive = now  # said again as long as it lasts
-            lacking = lack_of_room(self.config, self.cpus)
-            if lacking is not None:
-                self.tell(f"waiting for room: {lacking}", "no_room")
+        if any(b["silent"] < NO_ROOM_S for b in pulse):
+            self.alive = self.told = now
+        elif now - self.told > NO_ROOM_S:
+            self.look_for_room(now)
         late = watchdog.stuck(pulse, self.config.guards)
         if late is not None:
             self.tell(watchdog.describe(late, self.root), "stall")
             watchdog.end(late, pulse)
             ray.get(self.monitor.silence.remote(None))
+
+    def look_for_room(self, now: float) -> None:
+        """Why no rank gives a sign of life; said again as long as it lasts."""
+        lacking = lack_of_room(self.config, self.cpus)
+        if lacking is not None:
+            self.told = now
+            ray.get(self.monitor.silence.remote(None))  # they are gone, and hang in no stage
+            self.tell(f"waiting for room: {lacking}", "no_room")
+        elif now - self.told > SILENCE_S:
+            self.told = now
+            free = ray.available_resources()
+            self.tell(
+                f"no worker has given a sign of life for {now - self.alive:.0f} s, though the cluster is large enough: "
+                f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free now. Other jobs may "
+                "hold the rest, or workers hang as they start: `ray status` and Ray's log folder tell",
+                "silence",
+            )
 
     def tell(self, text: str, event: str) -> None:
         self.heard({"text": text})
@@ -402,8 +441,26 @@ def connect() -> bool:
     access.ensure_token()
     # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    ray.init(address="local", **quiet)
+    with listening_on_loopback():
+        ray.init(address="local", **quiet)
     return True
+
+
+@contextmanager
+def listening_on_loopback() -> Iterator[None]:
+    """A cluster started within listens on loopback alone: Ray's own way where it does not run over several machines,
+    a switch that it reads as it is imported, and in the processes that it starts."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    given = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if given is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = given
 
 
 def check_resume(root: Path, config: Config, force: bool) -> None:
@@ -482,6 +539,7 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
     """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
+    (root / "stacks").mkdir(exist_ok=True)
     papers = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,18 +69,50 @@ class Lines:
         self.path = path
         self.backlog: list[str] = []
         self.torn = False  # a write may have left half a line
+        self.lock = threading.Lock()  # the training and the checkpoint thread tell events
 
     def append(self, row: dict[str, Any]) -> str | None:
         """Writes the row and all that waited; returns what was wrong where the trouble begins."""
-        self.backlog.append(json.dumps(row) + "\n")
+        with self.lock:
+            self.backlog.append(json.dumps(row) + "\n")
+            error = self._write()
+            if error is None:
+                return None
+            began, self.torn = not self.torn, True
+            return f"{self.path}: {error}; figures are kept in memory until it can be written again" if began else None
+
+    def flush(self) -> str | None:
+        """Writes what waited; returns what is lost if that fails."""
+        with self.lock:
+            error = self._write() if self.backlog else None
+            return None if error is None else f"{self.path}: {error}; {len(self.backlog)} lines are lost"
+
+    def _write(self) -> OSError | None:
         try:
             with self.path.open("a") as file:
                 file.write("\n" * self.torn + "".join(self.backlog))
         except OSError as error:
-            began, self.torn = not self.torn, True
-            return f"{self.path}: {error}; figures are kept in memory until it can be written again" if began else None
+            return error
         self.backlog, self.torn = [], False
         return None
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drops the rows of later steps and half-written lines; returns those that stay."""
+        with self.lock:
+            rows = metric_rows(self.path.parent, step)
+            waiting = [line for line in self.backlog if json.loads(line)["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            aside = self.path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                aside.write_text(text)
+                os.replace(aside, self.path)
+            except OSError:  # a full disk, say: a file becomes shorter all the same
+                aside.unlink(missing_ok=True)
+                with self.path.open("r+") as file:
+                    file.write(text)
+                    file.truncate()
+            self.backlog, self.torn = waiting, False
+            return [*rows, *(json.loads(line) for line in waiting)]
 
 
 class Log:
@@ -88,19 +121,14 @@ class Log:
     def __init__(self, job: "Job", step: int) -> None:
         self.job = job
         self.clock = 0.0  # time of the last line
+        self.metrics = Lines(job.root / "metrics.jsonl")
         self.rewind(step)
         self.events = Lines(job.root / "events.jsonl")
         self.tracker = Tracker(job.config.tracking, job.root)
 
     def rewind(self, step: int) -> None:
         """Lines of steps that will be made again go, and a half-written last one."""
-        path = self.job.root / "metrics.jsonl"
-        aside = path.with_suffix(f".{os.getpid()}.partial")
-        rows = metric_rows(self.job.root, step)
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(aside, path)
-        self.clock = max([self.clock, *(row.get("time", 0.0) for row in rows)])
-        self.metrics = Lines(path)
+        self.clock = max([self.clock, *(row.get("time", 0.0) for row in self.metrics.rewind(step))])
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, null where a value is not finite; MLflow takes it from there. Two lines never
@@ -134,4 +162,8 @@ class Log:
         self.job.monitor.progress.remote({"step": step, "role": role, **values})
 
     def close(self) -> None:
+        for lines in (self.metrics, self.events):
+            lost = lines.flush()
+            if lost is not None:
+                self.job.monitor.progress.remote({"text": lost})
         self.tracker.close()  # the run may go on: the driver ends it

@@ -31,7 +31,8 @@ class Monitor:
         return self.ended
 
     def request(self, wish: str) -> None:
-        self.wish = wish
+        if self.wish != "stop":  # it stays: a checkpoint asked for at the same time comes with it
+            self.wish = wish
 
     def requested(self) -> str:
         return self.wish

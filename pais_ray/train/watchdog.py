@@ -27,6 +27,10 @@ def stuck(pulse: list[dict[str, Any]], limits: GuardConfig) -> dict[str, Any] | 
     late = [b for b in pulse if b["age"] > getattr(limits, f"{b['stage']}_s")]
     if not late:
         return None
+    # Ranks in a step may be waiting for one that evaluates or saves, within the longer limit of that.
+    behind = min(b["step"] for b in pulse)
+    if any(b not in late and b["stage"] != "step" and b["step"] == behind for b in pulse):
+        return None
     return min(late, key=lambda b: (-round(b["silent"] / 5), b["step"], -b["age"]))
 
 

@@ -37,6 +37,7 @@ from pais_ray.train.checkpoints import (
     StorageLost,
     Writer,
     metric_rows,
+    sound_checkpoint,
     usable_checkpoint,
 )
 from pais_ray.train.heartbeat import Heartbeat
@@ -155,6 +156,11 @@ class Worker:
     def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], float]:
         """The newest verified checkpoint in storage (Ray may not know of it, see docs/architecture.md), what was
         wrong with newer ones, the log, and a number of this start of the group. Rank 0 reads for all."""
+        if not (self.job.root / "config.yaml").exists():  # the driver wrote it
+            raise StorageLost(
+                f"{self.job.root}: the run directory is not there on node {ray.util.get_node_ip_address()}; mount its "
+                "storage, and give the same command again"
+            )
         found: list[Any] = [None, [], [], 0.0]
         if self.rank == 0:
             found = [*usable_checkpoint(self.job.root), metric_rows(self.job.root), time.time()]
@@ -220,13 +226,35 @@ class Worker:
                 window = Window()
             if self.rank == 0 and cfg.train.panel_every and state.step % cfg.train.panel_every == 0:
                 self.panel(batches[-1])
-            due = self.evaluation_due(state.step)
+            self.keep(last, stopped, asked=wish == "save")
+
+    def keep(self, last: int, stopped: bool, asked: bool) -> None:
+        """The checkpoint and the evaluation that are due after a step. ``asked`` is rank 0's alone.
+
+        Who stops a run or asks for a checkpoint may have seconds: then the state comes first, and an evaluation that a
+        stop left out is made by the next start. Otherwise scores are taken at the next checkpoint, so that what it
+        holds does not depend on timing; it is written before an evaluation, whose end a machine may not live to see.
+        """
+        state = self.state
+        due = self.evaluation_due(state.step)
+        if state.step == last:
             if due:
                 self.evaluate()
-            if due or at_end or wish == "save" or state.step % cfg.train.checkpoint_every == 0:
-                # Scores of an evaluation are taken at the next checkpoint, or now where there is none to come.
-                self.collect_scores(up_to=state.step if at_end else state.step - 1)
-                self.save(at_end)
+            self.collect_scores(up_to=state.step)
+            self.save(at_end=True)
+            return
+        if stopped:
+            self.save(at_end=True)
+            self.collect_scores(up_to=state.step)
+            return
+        if asked:
+            self.save(at_end=False)
+        if due or state.step % self.config.train.checkpoint_every == 0:
+            self.collect_scores(up_to=state.step - 1)
+            if state.skipped_in_row == 0:  # else these are the weights that fail, and retention would prefer them
+                self.save(at_end=False)
+        if due:
+            self.evaluate()
 
     def stream(self, last: int) -> Iterator[pipeline.Row]:
         cfg = self.config
@@ -261,19 +289,20 @@ class Worker:
         found: list[Any] = [None]
         if self.writer is not None and made < limit:
             self.writer.flush()
-            found = [usable_checkpoint(self.job.root)[0]]
+            found = [sound_checkpoint(self.job.root)]
         if self.world > 1:
             dist.broadcast_object_list(found, device=self.device)
         if found[0] is None:
+            tried = f"{made} returns to a checkpoint were made (guards.max_rollbacks {limit})"
             raise TrainingEnded(
-                f"{why}. {made} returns to a checkpoint were made (guards.max_rollbacks {limit}). Lower optim.lr, set "
-                "optim.clip_norm, or look at these images; the last checkpoint is untouched"
+                f"{why}. {tried if made == limit else 'There is no good checkpoint to return to'}. Lower optim.lr, set "
+                "optim.clip_norm, or look at these images; checkpoints that there are stay as they are"
             )
         was, g_next, skipped = state.step, state.g_next, state.skipped
         state.load(found[0])
         state.g_next, state.skipped, state.skipped_in_row, state.rollbacks = g_next, skipped, 0, made + 1
         state.cap = kept_cap(self.job.root, state.cap)
-        self.scoring = []
+        self.scoring = [s for s in self.scoring if s[0] <= state.step]  # later evaluations are made again
         text = f"back from step {was} to {found[0].name} with the data that follow, {made + 1} of {limit}: {why}"
         if self.log is not None:
             self.log.rewind(state.step)
@@ -348,8 +377,14 @@ class Worker:
         """Memory ran out in a backward pass, whose all-reduce the other ranks wait in: this rank has to go. The
         group starts again with half as many pseudo-labels an image."""
         cap = max(1, self.state.cap // 2)
-        (self.job.root / CAP_FILE).write_text(json.dumps({"cap": cap}))
         text = f"rank {self.rank} ran out of memory; at most {cap} pseudo-labels an image from now on ({error})"
+        path = self.job.root / CAP_FILE
+        aside = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            aside.write_text(json.dumps({"cap": cap}))
+            os.replace(aside, path)
+        except OSError as lost:
+            text = f"rank {self.rank} ran out of memory ({error}), and {path} could not be written ({lost})"
         self.say(text)
         row = {"step": self.state.step, "time": time.time(), "event": "out_of_memory", "cap": cap, "text": text}
         Lines(self.job.root / "events.jsonl").append(row)
@@ -436,7 +471,7 @@ class Worker:
             self.writer.close()
         self.sampler.close()
         if self.log is not None:
-            self.log.close()
+            self.log.close()  # after the writer, which tells events
 
 
 def rows_a_step(schedule: Schedule, config: Config) -> int:

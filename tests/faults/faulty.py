@@ -67,7 +67,7 @@ class FaultyMaskRCNN(MaskRCNN):
             return found
         if self.due("nan_teacher", row):
             return [Predictions(**{**vars(p), "scores": p.scores * torch.nan}) for p in found]
-        if self.due("empty", row):
+        if row % 2 and self.due("empty", row):  # of two ranks the second one's rows
             return [p[:0] for p in found]
         return found
 

@@ -1,0 +1,61 @@
+"""Laws of the log: no line is lost or doubled, whoever writes and whatever storage does, and what is undone goes."""
+
+import errno
+import json
+import os
+import threading
+
+import pytest
+
+from pais_ray.train import log
+from pais_ray.train.checkpoints import metric_rows
+from pais_ray.train.log import Lines
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return Lines(tmp_path / "metrics.jsonl")
+
+
+def test_two_threads_lose_and_double_nothing(lines):
+    def write(first):
+        for step in range(first, first + 500):
+            lines.append({"step": step})
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 500)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(steps(lines.path)) == list(range(1000))
+
+
+def test_what_could_not_be_written_waits_and_is_flushed(lines, tmp_path):
+    lines.path.mkdir()  # in the way
+    assert "kept in memory" in lines.append({"step": 1})
+    assert lines.append({"step": 2}) is None, "said once"
+    assert "2 lines are lost" in lines.flush()
+    lines.path.rmdir()
+    assert lines.flush() is None
+    assert [row["step"] for row in metric_rows(tmp_path)] == [1, 2]
+    assert lines.flush() is None
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_going_back_drops_later_lines_and_keeps_those_that_wait(lines, monkeypatch, full):
+    for step in (1, 4, 6, 4):  # scores of step 4 come after step 6
+        lines.append({"step": step})
+    with lines.path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    lines.backlog = [json.dumps({"step": step}) + "\n" for step in (5, 7)]
+    if full:
+        monkeypatch.setattr(log.os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    assert [row["step"] for row in lines.rewind(5)] == [1, 4, 4, 5]
+    assert os.listdir(lines.path.parent) == ["metrics.jsonl"]
+    assert steps(lines.path) == [1, 4, 4]
+    lines.append({"step": 6})
+    assert steps(lines.path) == [1, 4, 4, 5, 6]
