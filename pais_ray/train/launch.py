@@ -238,7 +238,7 @@ def close_tracking(root: Path, config: Config, status: tracking.Status) -> None:
 
 def fit_again(trainer: Callable[..., TorchTrainer], root: Path, max_failures: int, tell: Callable[[str], None]) -> None:
     """``trainer`` to its end. Ray starts a group again whose workers die in training, but gives up where one dies while
-    the group is made: that is tried again here, counted against the same limit."""
+    the group is made: that is tried again here, up to ``max_failures`` times (-1: without end)."""
     failures = 0
     while True:
         run_config = ray.train.RunConfig(
