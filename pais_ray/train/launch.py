@@ -429,8 +429,9 @@ def connect() -> bool:
         return False
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
-    # Ray's head keeps what it knows of past tasks, 100,000 of them: 100 MiB an hour of a run that nobody looks up.
-    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
+    # Ray's head keeps what it knows of past tasks, 100,000 of them: 20 to 100 MiB an hour of a run, for a day, that
+    # nobody looks up.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
     # Ray keeps as many idle processes as CPUs are free. Where workers have them all, each reading or scoring task would
     # wait seconds for a process of its own.
     os.environ.setdefault("RAY_num_workers_soft_limit", str(max(4, os.cpu_count() or 1)))
