@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pais_ray.cli.searching import tune
 from pais_ray.config import compose, flatten
 from pais_ray.overlays import ConfigError, config_dirs, resolve
 from pais_ray.search import propose, report
@@ -20,7 +22,7 @@ from pais_ray.search.plan import Options, make_plan, warm_start
 from pais_ray.search.rungs import ETA, default_rungs, goes_on, parse_rungs
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
 
-WORDS = ("quickstart", "train.steps=90", "train.eval_every=10")
+WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=10")
 
 
 def plan_of(tmp_path, *over, words=WORDS, **options):
@@ -108,8 +110,55 @@ def test_a_search_over_nothing_is_refused(tmp_path):
 
 def test_combinations_that_do_not_fit_are_found_before_anything_starts(tmp_path):
     """Each value fits on its own."""
+    words = ("synthetic", "mask_rcnn", "pais", "train.steps=90")
     with pytest.raises(ConfigError, match=r"batch\.unlabeled"):
-        plan_of(tmp_path, "method.name=pais,supervised", "batch.unlabeled=2,3")
+        plan_of(tmp_path, "method.name=pais,supervised", "batch.unlabeled=2,3", words=words)
+
+
+def test_trials_that_end_within_the_burn_in_are_refused(tmp_path):
+    """All of them would be the same training: what is searched over weighs nothing until then."""
+    long = (*WORDS, "method.burn_in=90")
+    with pytest.raises(ConfigError, match=r"method\.burn_in: a trial of 90 steps .*more --steps"):
+        plan_of(tmp_path, words=long)
+    with pytest.raises(ConfigError, match=r"method\.burn_in: a trial of 5 steps"):
+        plan_of(tmp_path, steps=5)
+    for over in ("method.burn_in=0,90", "method.burn_in=randint(0,200)"):
+        with pytest.raises(ConfigError, match=r"'method\.burn_in': (90|200)"):
+            plan_of(tmp_path, over)
+    plan_of(tmp_path, words=(*WORDS, "method.burn_in=89"))
+    plan_of(tmp_path, "method.burn_in=0,20", words=long, name="over")  # the words' own is no trial's
+    plan_of(tmp_path, "method.lambda_unlabeled=0,1.5", name="none")  # a baseline on purpose
+    plan_of(tmp_path, "method.ema=0.9,0.99", words=("quickstart", "supervised"), name="supervised")
+
+
+def test_no_rung_lies_within_the_burn_in(tmp_path):
+    assert plan_of(tmp_path).rungs == (10, 30)
+    assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), name="a").rungs == (30,)
+    assert plan_of(tmp_path, "method.burn_in=0,30", name="b").rungs == ()
+    assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), rungs="10,20", name="c").rungs == (10, 20)
+    with pytest.raises(ConfigError, match=r"--rungs 10,30: at 10 no unlabeled image"):
+        plan_of(tmp_path, words=(*WORDS, "method.burn_in=11"), rungs="10,30", name="d")
+
+
+@pytest.mark.parametrize("over", ["batch.unlabeled=1,2", "optim.reference.steps=choice(300,600)"])
+def test_trials_of_different_lengths_are_refused(tmp_path, over):
+    words = ("quickstart", "method.burn_in=5", "train.steps=null")
+    with pytest.raises(ConfigError, match=r"its trials would have \d+ steps, others \d+, .*give --steps"):
+        plan_of(tmp_path, over, words=words)
+    assert plan_of(tmp_path, over, words=words, steps=90).steps == 90
+
+
+def test_the_documented_searches_have_rungs(tmp_path):
+    """And so are worth their time: their trials get over the burn-in, and weak ones are stopped."""
+    told = [Path("docs/search.md").read_text(), next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
+    lines = "".join(told).replace("\\\n", " ").splitlines()
+    commands = [line.lstrip("# ") for line in lines if line.lstrip("# ").startswith("pais-ray tune ")]
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        given = tune.make_context("tune", shlex.split(command)[2:]).params
+        words = (*given.pop("words"), f"run.storage_path={tmp_path}/{number}")
+        given.pop("json_path")
+        assert make_plan(words, Options(**given)).rungs, command
 
 
 @given(
