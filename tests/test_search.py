@@ -10,11 +10,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.search import Searcher
 
 from pais_ray.cli.searching import tune
 from pais_ray.config import compose, flatten
 from pais_ray.overlays import ConfigError, config_dirs, resolve
-from pais_ray.search import propose, report
+from pais_ray.search import propose, report, run
 from pais_ray.search.capacity import concurrent_trials
 from pais_ray.search.control import METRIC, Control
 from pais_ray.search.ledger import Ledger
@@ -340,7 +341,7 @@ def test_a_search_does_not_take_the_folder_of_a_run(tmp_path):
 
 
 def test_a_grid_is_every_combination_with_every_seed(tmp_path):
-    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,2,4", seeds=2)
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,2,4", seeds=2, rungs="none")
     control, _ = control_of(plan)
     trials = [control.next() for _ in range(12)]
     assert control.next() is None
@@ -488,17 +489,86 @@ def test_the_table_is_best_first_by_the_mean_over_seeds(aps, chance):
     assert report.best_of(standings) == standings[0]
 
 
-def test_a_configuration_is_judged_where_all_its_seeds_were(tmp_path):
-    """One seed stopped early: the other's later, higher AP does not count."""
+def test_a_configuration_is_ranked_where_all_its_seeds_were(tmp_path):
+    """One seed is on its way: the other's later, higher AP does not count yet."""
     plan = plan_of(tmp_path, "method.tau_cls=0.35", seeds=2)
     control, _ = control_of(plan)
-    a, b = control.next().id, control.next().id
+    a = control.next().id
     heard(control, a, s10=0.2, s30=0.4, s90=0.9)
     control.heard(a, {"finished": True})
-    heard(control, b, s10=0.1)
+    heard(control, control.next().id, s10=0.1)
     (only,) = control.ledger.standings()
-    assert (only.state, only.step, only.ap) == ("stopped", 10, pytest.approx(0.15))
+    assert (only.state, only.step, only.ap) == ("running", 10, pytest.approx(0.15))
     assert report.best_of([only]) is None
+
+
+def test_the_first_seeds_verdict_is_its_configurations(tmp_path):
+    """Judged each on its own, seldom would all seeds of a configuration finish, and there would be no best."""
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5,0.65", seeds=3)
+    control, _ = control_of(plan)
+    a, b = control.next(), control.next()
+    assert (a.seed, b.seed, a.point, b.point) == (0, 0, 0, 1), "other first seeds fill the places"
+    heard(control, a.id, s10=0.5, s30=0.5, s90=0.5)
+    control.heard(a.id, {"finished": True})
+    again = control_of(plan)[0]  # killed here: what ran comes first, then what the ledger says may start
+    assert [(t.point, t.seed) for t in (again.next(), again.next(), again.next())] == [(1, 0), (0, 1), (0, 2)]
+    assert heard(again, b.id, s10=0.4)
+    again.heard(b.id, {"finished": False})
+    for trial in ("000s1", "000s2"):
+        assert not heard(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end, unjudged"
+        again.heard(trial, {"finished": True})
+    c = again.next()
+    assert (c.point, c.seed) == (2, 0), "no further seed of what was stopped"
+    assert again.next() is None
+    assert again.waits(), "its other seeds may come"
+    assert heard(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
+    assert again.ledger.rung(10) == {"000s0": 0.5, "001s0": 0.4, "002s0": 0.2}
+    assert again.next() is None
+    assert not again.waits()
+    best = report.best_of(again.ledger.standings())
+    assert (best.point, len(best.trials), best.ap) == (0, 3, pytest.approx(0.7 / 3))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from(["grid", "random", "optuna"]), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_every_search_ends_with_a_best(tmp_path_factory, places, seeds, kind, chance):
+    """However many run at once and however they do: no place stays empty for ever, and one configuration is whole."""
+    over = "method.tau_cls=0.2,0.3,0.4,0.5,0.6"
+    plan = plan_of(tmp_path_factory.mktemp("s"), over, seeds=seeds, kind=kind, samples=None if kind == "grid" else 5)
+    control, _ = control_of(plan)
+    running = {}
+    while True:
+        while len(running) < places and (trial := control.next()) is not None:
+            running[trial.id] = iter((10, 30, 90))
+        if not running:
+            break
+        name = chance.choice(sorted(running))
+        step = next(running[name], None)
+        if step is None or heard(control, name, **{f"s{step}": chance.random()}):
+            control.heard(name, {"finished": step is None})
+            del running[name]
+    assert not control.waits()
+    best = report.best_of(control.ledger.standings())
+    assert [t.seed for t in best.trials] == list(range(seeds))
+    assert {len(s.trials) for s in control.ledger.standings() if s.state == "stopped"} <= {1}
+    assert {s.state for s in control.ledger.standings()} <= {"finished", "stopped"}
+
+
+def test_tune_asks_again_where_seeds_wait(tmp_path):
+    """To Tune, FINISHED is for ever."""
+    control, _ = control_of(plan_of(tmp_path, "method.tau_cls=0.35", seeds=2))
+    suggest = run.Suggest(control)
+    assert suggest.suggest("x") == {"trial": "000s0"}
+    assert suggest.suggest("x") is None
+    control.heard("000s0", {"finished": True})
+    assert suggest.suggest("x") == {"trial": "000s1"}
+    assert suggest.suggest("x") == Searcher.FINISHED
+
+
+def test_no_best_to_retrain_is_one_line(tmp_path):
+    plan = plan_of(tmp_path)
+    with pytest.raises(ConfigError, match="--retrain-best: no configuration finished"):
+        run.retrain(plan, plan.words, Ledger(plan.root / "trials.json"))
 
 
 def test_the_files_of_a_search(tmp_path):

@@ -55,22 +55,40 @@ class Plan:
     def trial_root(self, trial: str) -> Path:
         return self.root / "trials" / trial
 
-    def propose(self, ledger: Ledger) -> tuple[Params, list[int]] | None:
-        """The next configuration and its seeds not yet in the ledger, or None where there is none to come."""
+    def propose(self, ledger: Ledger) -> tuple[Params, int] | None:
+        """The next trial, a configuration and its seed, or None where none may start now. Further seeds of what is
+        known come before what is new: means teach Optuna, and are there when the time is up."""
         if self.kind != "optuna":
-            found = ((p, self.missing(ledger, p)) for p in self.known_points())
-            return next((pair for pair in found if pair[1]), None)
-        if len({t.point for t in ledger.trials if t.folder is None}) >= self.samples:
+            found = ((p, self.next_seed(ledger, p)) for p in self.known_points())
+            return next(((p, seed) for p, seed in found if seed is not None), None)
+        own = {t.point: t.params for t in ledger.trials if t.folder is None}
+        for params in own.values():
+            if (seed := self.next_seed(ledger, params)) is not None:
+                return params, seed
+        if len(own) >= self.samples:
             return None
         standings = sorted(ledger.standings(), key=lambda s: s.point)
         for attempt in range(ATTEMPTS):
             params = propose.tpe_point(self.space, self.base.train.seed + 1000 * attempt, standings)
-            if missing := self.missing(ledger, params):
-                return params, missing
+            if (seed := self.next_seed(ledger, params)) is not None:
+                return params, seed
         return None
 
+    def next_seed(self, ledger: Ledger, params: Params) -> int | None:
+        """The seed of a configuration's next trial, where it may start now: rungs judge the first one alone, so the
+        others wait until that one finished."""
+        missing = self.missing(ledger, params)
+        first = next((t for t in ledger.trials if t.params == params), None)
+        waits = self.rungs and first is not None and first.state != "finished"
+        return None if waits or not missing else missing[0]
+
     def missing(self, ledger: Ledger, params: Params) -> list[int]:
+        """The seeds of a configuration that have no trial yet."""
         return [seed for seed in self.seeds if not ledger.has(params, seed)]
+
+    def has_to_come(self, ledger: Ledger) -> bool:
+        """Whether further seeds wait for a first one that runs."""
+        return any(t.state == "running" and self.missing(ledger, t.params) for t in ledger.trials)
 
     def known_points(self) -> Iterator[Params]:
         """The configurations that do not depend on results: all, unless Optuna proposes them."""

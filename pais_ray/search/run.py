@@ -183,7 +183,9 @@ class Suggest(Unsaved, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.control.next()
-        return Searcher.FINISHED if trial is None else {"trial": trial.id}
+        if trial is None:  # None: ask again later
+            return None if self.control.waits() else Searcher.FINISHED
+        return {"trial": trial.id}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
     def save(self, checkpoint_path: str) -> None: ...
@@ -268,7 +270,7 @@ def retrain(plan: Plan, words: tuple[str, ...], ledger: Ledger) -> dict[str, Any
     """Trains WORDS, at their own length, with the best settings, as the run NAME-best; or resumes it."""
     best = report.best_of(ledger.standings())
     if best is None:
-        raise RuntimeError("--retrain-best: no configuration finished")
+        raise ConfigError(f"--retrain-best: no configuration finished, see {plan.root / 'table.txt'}; run it again")
     name = f"{plan.root.name}-best"
     config = compose_with(words, {**best.params, "run.name": name})
     say(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
