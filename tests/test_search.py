@@ -1,19 +1,23 @@
 """Laws of a search without Ray: what may be searched, who goes on at a rung, what is proposed, what survives."""
 
+import inspect
 import json
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from pais_ray.cli.searching import tune
-from pais_ray.config import compose, flatten
+from pais_ray.config import compose, dump, flatten, load
 from pais_ray.overlays import ConfigError, config_dirs, resolve
 from pais_ray.search import propose, report, run
 from pais_ray.search.capacity import concurrent_trials
@@ -22,6 +26,7 @@ from pais_ray.search.ledger import Ledger
 from pais_ray.search.plan import Options, make_plan, warm_start
 from pais_ray.search.rungs import ETA, default_rungs, goes_on, parse_rungs
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
+from pais_ray.train.prepare import prepare
 
 WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=10")
 
@@ -301,6 +306,37 @@ def test_failed_trials_are_tried_again_and_wrong_input_ends_the_search(tmp_path)
     assert control.wrong_input == f"trial {other}: a.jpg: truncated"
 
 
+def test_what_a_process_dies_of_later_undoes_no_verdict(tmp_path):
+    control, closed = control_of(plan_of(tmp_path))
+    a, b = control.next().id, control.next().id
+    heard(control, a, s10=0.3, s90=0.3)
+    control.heard(a, {"finished": True})
+    assert heard(control, b, s10=0.1)
+    for trial in (a, b):
+        control.heard(trial, {"failed": "its process died"})
+    assert [t.state for t in control.ledger.trials] == ["finished", "stopped"]
+    assert closed == [(b, "KILLED")], "nobody else ends its run"
+
+
+@pytest.mark.parametrize(("status", "state"), [(Trial.ERROR, "running"), (Trial.RUNNING, "failed")])
+def test_a_failure_that_tune_recovers_from_is_none(tmp_path, status, state):
+    """Tune tells its scheduler of both: with the state ERROR what it puts back into its queue."""
+    control, _ = control_of(plan_of(tmp_path))
+    trial = control.next()
+    died = SimpleNamespace(config={"trial": trial.id}, status=status, get_error=lambda: "its node died")
+    run.Judge(control).on_trial_error(None, died)
+    assert (trial.state, trial.why) == (state, "its node died" if state == "failed" else "")
+
+
+def test_tune_gives_up_before_it_changes_a_trials_state():
+    """What the law above rests on, of Ray 2.60."""
+    source = inspect.getsource(TuneController._process_trial_failure)
+    given_up = source[source.index("elif trial.status in {Trial.RUNNING, Trial.PENDING}") :]
+    assert given_up.index("_scheduler_alg.on_trial_error") < given_up.index("_schedule_trial_stop")
+    recovered = inspect.getsource(TuneController._try_recover)
+    assert recovered.index("_schedule_trial_stop(trial, exception=exc)") < recovered.index("_requeue_trial(trial)")
+
+
 def test_the_time_budget_ends_the_search_and_what_ran_waits(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
     said: list[str] = []
@@ -434,6 +470,21 @@ def test_a_warm_start_from_something_else_is_refused(tmp_path):
         warm_start(plan, control.ledger, plan.base, tmp_path)
 
 
+def test_a_warm_start_knows_the_split_of_a_manifest(tmp_path, tiny_coco):
+    """The config.yaml of a trial says what the manifest says, which the words do not."""
+    words = (*WORDS, *(f"data.{n}={tiny_coco}/{n}.json" for n in ("train", "val")), f"data.images={tiny_coco}/images")
+    _, data = prepare(compose((*words, "data.labeled=0.5", "data.fold=3")))
+    (tmp_path / "split.json").write_text(data.manifest.to_json())
+    words = (*words, f"data.split={tmp_path}/split.json")
+    first = finished_search(tmp_path, "first", ("method.tau_cls=0.35",), (0.1,), words=words)
+    for trial in Ledger(first.root / "trials.json").trials:
+        path = first.trial_root(trial.id) / "config.yaml"
+        path.write_text(dump(prepare(load(path))[0]))
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", words=words, name="wider")
+    base = run.as_written(plan, prepare(plan.base)[0])
+    assert warm_start(plan, Ledger(plan.root / "trials.json"), base, first.root) == 1
+
+
 # How many at once
 
 
@@ -563,6 +614,24 @@ def test_tune_asks_again_where_seeds_wait(tmp_path):
     control.heard("000s0", {"finished": True})
     assert suggest.suggest("x") == {"trial": "000s1"}
     assert suggest.suggest("x") == Searcher.FINISHED
+
+
+def test_another_best_has_a_name_of_its_own(tmp_path):
+    """NAME-best is of the first: with other settings it could not be resumed, however often one asks."""
+    words = (*WORDS, f"run.storage_path={tmp_path}")
+    plan = finished_search(tmp_path, "s", ("method.tau_cls=0.35,0.5",), (0.1, 0.2), rungs="none")
+    low, high = sorted(Ledger(plan.root / "trials.json").standings(), key=lambda s: s.point)
+    config = run.named_best("s-best", low, words)
+    assert (config.run.name, config.method.tau_cls) == ("s-best", 0.35)
+    assert run.named_best("s-best", high, words).run.name == "s-best", "nothing was made of it yet"
+    root = tmp_path / "s-best"
+    checkpoint = root / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (root / "config.yaml").write_text(dump(config))
+    assert run.named_best("s-best", low, words).run.name == "s-best"
+    other = run.named_best("s-best", high, words)
+    assert (other.run.name, other.method.tau_cls) == ("s-best-001", 0.5)
 
 
 def test_no_best_to_retrain_is_one_line(tmp_path):

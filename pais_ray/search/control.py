@@ -85,7 +85,9 @@ class Control:
             trial = self.ledger.trial(name)
             if "wrong_input" in result:
                 self.halt, self.wrong_input = "wrong input", f"trial {name}: {result['wrong_input']}"
-            elif "failed" in result:
+            elif "failed" in result and trial.state == "stopped":  # its process died over its last checkpoint
+                self.close(trial, "KILLED")
+            elif "failed" in result and trial.state != "finished":
                 trial.state, trial.why = "failed", result["failed"]
                 self.say(f"{name} failed: {trial.why}")
                 self.close(trial, "FAILED")
