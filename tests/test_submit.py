@@ -43,6 +43,40 @@ def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
     assert added == {"mine/method.py", "note.yaml"}
 
 
+def test_what_lies_elsewhere_stands_beside_the_code(here, monkeypatch):
+    for name in ("work/notes.yaml", "pkg/method.py"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("x")
+    monkeypatch.chdir(here / "work")
+    added = {n: p for n, p in submit.contents([Path("../pkg")]).items() if n not in submit.contents()}
+    assert added == {"pkg/method.py": here / "pkg" / "method.py"}
+    assert "notes.yaml" in submit.contents([Path("../work/notes.yaml")])
+
+
+@pytest.mark.parametrize("name", [".mine.yaml", ".mine/a.py", "empty/", "pkg/__pycache__/a.pyc"])
+def test_what_adds_no_file_is_refused(here, name):
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
+    (here / name).mkdir() if name.endswith("/") else (here / name).write_text("x")
+    for given in (Path(name), here / name):
+        with pytest.raises(ValueError, match=f"{name.rstrip('/')}: no file of it would be sent"):
+            submit.contents([given])
+
+
+def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
+    (here / "work").mkdir()
+    monkeypatch.chdir(here / "work")
+    for path in ("../mine.yaml", "own.yaml"):
+        Path(path).write_text("train: {steps: 3}")
+    assert submit.local_files(["quickstart", "own.yaml", "none.yaml", f"{here}/mine.yaml"]) == [Path("own.yaml")]
+    storage = f"run.storage_path={here}"
+    done = CliRunner().invoke(main, ["submit", "train", "quickstart", "../mine.yaml", storage])
+    assert done.exit_code == 2
+    assert (
+        f"../mine.yaml: lies above the current folder, and a job has no folder above its own; submit from {here}"
+        in (done.stderr)
+    )
+
+
 def test_too_much_is_refused_by_name(here, monkeypatch):
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 

@@ -39,8 +39,7 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
     if pipeline not in jobs.pipelines():
         raise click.UsageError(f"no pipeline {pipeline!r}; there are {', '.join(jobs.pipelines())}")
     jobs.check_address(address)
-    named = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and not Path(word).is_absolute()]
-    files = jobs.contents([*include, *(path for path in named if path.is_file())])
+    files = jobs.contents([*include, *jobs.local_files(words)])
     archive = jobs.pack(files)
     click.echo(f"working_dir: {len(files)} files, {jobs.mib(len(archive))} of {jobs.mib(jobs.UPLOAD_LIMIT)}")
     client = jobs.connect(address)
