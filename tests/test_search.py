@@ -664,6 +664,16 @@ def test_the_files_of_a_search(tmp_path):
     assert json.loads((plan.root / "results.json").read_text())["best"]["teacher/segm_AP"] == 0.4
 
 
+def test_values_stand_under_their_names_whatever_order_they_came_in(tmp_path):
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,4")
+    ledger = Ledger(plan.root / "trials.json")
+    ledger.add({"method.alpha": 4, "method.tau_cls": 0.5}, 0)
+    report.write(plan, ledger, {})
+    head, row = (plan.root / "results.csv").read_text().splitlines()
+    assert head.split(",")[-2:] == ["method.tau_cls", "method.alpha"]
+    assert row.split(",")[-2:] == ["0.5", "4"]
+
+
 def test_random_points_are_a_prefix_of_more():
     space = read_space({}, ["method.tau_cls=uniform(0,1)", "method.alpha=1,2"])
     few, many = (list(propose.random_points(space, 7, count)) for count in (3, 9))

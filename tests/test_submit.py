@@ -1,6 +1,7 @@
 """What goes to a cluster: the code and nothing else, the same bytes each time, within Ray's limit."""
 
 import io
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -97,6 +98,8 @@ def test_too_much_is_refused_by_name(here, monkeypatch):
         (["train", "quickstart", "train.stepz=3"], "train.stepz: no such setting"),
         (["train", "quickstart", "--forse"], "--forse"),
         (["search", "quickstart", "search_pais"], "--model NAME is missing"),
+        (["search", "quickstart", "search_pais", "--model"], "--model NAME is missing"),
+        (["search", "quickstart", "search_pais", "--model=m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m", "--sampels", "3"], "--sampels"),
         (["search", "quickstart", "--over", "method.tau_clz=1,2", "--model", "m"], "method.tau_clz"),
@@ -106,6 +109,25 @@ def test_wrong_words_never_reach_the_cluster(words, line):
     done = CliRunner().invoke(main, ["submit", *words, "--address", "http://127.0.0.1:9"])
     assert done.exit_code == 2
     assert line in done.stderr
+
+
+def test_the_searching_program_writes_the_json_that_it_is_told_to(here, monkeypatch):
+    """And reads there what to register."""
+    calls = []
+
+    def main(words):
+        calls.append(words)
+        if words[0] == "tune":
+            Path(words[words.index("--json") + 1]).write_text('{"retrained": {"stopped": false, "run_dir": "best"}}')
+
+    monkeypatch.setattr("pais_ray.cli.main", main)
+    monkeypatch.setattr(sys, "argv", ["search.py", "quickstart", "--json", "out.json", "--model=m"])
+    runpy.run_path(str(submit.pipelines()["search"]), run_name="__main__")
+    assert calls == [
+        ["tune", "quickstart", "--retrain-best", "--json", "out.json"],
+        ["register", "best", "--name", "m"],
+    ]
+    assert Path("out.json").exists()
 
 
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
