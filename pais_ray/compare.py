@@ -1,6 +1,7 @@
 """Runs side by side: which settings differ, what came out, and whether the figures may be compared. No Ray.
 
 Runs that differ by nothing but the seed and the draw of labeled images are repetitions: one column, mean and spread.
+Those of other batch, length or rate are none, though their settings agree: these follow from the number of workers.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pais_ray.config import Config, changed_identity, flatten, load
+from pais_ray.train import describe
 from pais_ray.train.checkpoints import metric_rows
 from pais_ray.train.state import ROLES
 
@@ -29,12 +31,21 @@ class Run:
     split: str  # SHA-256 of which images are labeled
     validation: str  # SHA-256 of the annotations it is scored on
     step: int  # of the last line of metrics.jsonl
-    steps: int  # planned
+    schedule: dict[str, Any]  # dotted name -> value, of describe.schedule
     figures: dict[str, float]  # of the last evaluation, and the best teacher's
 
     @property
     def name(self) -> str:
         return self.root.name
+
+    @property
+    def steps(self) -> int:
+        """Planned."""
+        return int(self.schedule["schedule.steps"])
+
+    def repeats(self, other: "Run") -> bool:
+        changed = set(changed_identity(other.config, self.config))
+        return changed <= set(REPEATS) and self.schedule == other.schedule
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,12 @@ def compare(roots: Sequence[Path]) -> Comparison:
     columns: list[list[Run]] = []
     for run in map(read, roots):
         for column in columns:
-            if set(changed_identity(column[0].config, run.config)) <= set(REPEATS):
+            if run.repeats(column[0]):
                 column.append(run)
                 break
         else:
             columns.append([run])
-    flat = [flatten(column[0].config) for column in columns]
+    flat = [{**flatten(column[0].config), **column[0].schedule} for column in columns]
     names = [
         n for n in dict.fromkeys(k for f in flat for k in f) if not n.startswith(NOT_SETTINGS) and n not in REPEATS
     ]
@@ -130,7 +141,7 @@ def read(root: Path) -> Run:
         split=json.loads((root / "split.json").read_text())["sha256"],
         validation=json.loads((root / "data.json").read_text())["validation"]["sha256"],
         step=max((row["step"] for row in rows), default=0),
-        steps=json.loads((root / "schedule.json").read_text())["steps"],
+        schedule=describe.schedule(root),
         figures=figures,
     )
 

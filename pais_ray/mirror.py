@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ MAX_TAG = 5000  # characters
 MAX_METRICS, MAX_OTHERS = 1000, 100  # of one request, MLflow's limits
 DIGEST = 32  # characters of a SHA-256 that name a data set; MLflow's column has room for 36
 
+StoreError = MlflowException  # what a store raises that is away, or does not take something
 log = logging.getLogger(__name__)
 
 
@@ -180,6 +182,9 @@ def connect(uri: str) -> MlflowClient:
     lets two in, and they trip over each other's tables."""
     for name in ("mlflow", "alembic"):  # they announce each migration of a new database
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A client that gives up soon: waiting and trying again is the tracker's business, and of whoever types a command.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     if not uri.startswith("sqlite:///"):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     path = Path(uri.removeprefix("sqlite:///"))

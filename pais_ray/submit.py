@@ -35,19 +35,43 @@ def pipelines() -> dict[str, Path]:
 
 
 def contents(include: Sequence[Path] = ()) -> dict[str, Path]:
-    """Name in the working_dir -> file: package, pipelines, configs and what the user adds; nothing hidden."""
+    """Name in the working_dir -> file: package, pipelines, configs and what the user adds; nothing hidden. What lies
+    in the current folder keeps its place there, other things stand beside it. Raises ValueError where something named
+    adds no file."""
     found = {f"pipelines/{path.name}": path for path in pipelines().values()}
     code = [PACKAGE, *(folder for folder in [PACKAGE.parent / "configs"] if folder.is_dir())]
     for folder in code:
         for pattern in ("*.py", "*.yaml"):
             found |= {path.relative_to(folder.parent).as_posix(): path for path in folder.rglob(pattern)}
     for given in include:
-        base = Path.cwd() if given.absolute().is_relative_to(Path.cwd()) else given.absolute().parent
-        for path in [given.absolute()] if given.is_file() else sorted(given.absolute().rglob("*")):
-            name = path.relative_to(base)
-            if path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in name.parts):
-                found[name.as_posix()] = path
+        place = Path(os.path.normpath(given.absolute()))  # ../x has no name below any folder
+        base = Path.cwd() if place.is_relative_to(Path.cwd()) else place.parent
+        files = {p.relative_to(base): p for p in ([place] if place.is_file() else sorted(place.rglob("*")))}
+        seen = {n.as_posix(): p for n, p in files.items() if p.is_file() and not any(map(is_hidden, n.parts))}
+        if not seen:
+            raise ValueError(
+                f"{given}: no file of it would be sent, as names that begin with a dot and __pycache__ stay here; "
+                "rename it, or leave it out"
+            )
+        found |= seen
     return found
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def local_files(words: Sequence[str]) -> list[Path]:
+    """The YAML files of this machine that ``words`` name by relative paths. Raises ValueError for one that the job
+    would not find by that name."""
+    paths = [Path(w) for w in words if w.endswith((".yaml", ".yml")) and not os.path.isabs(w) and os.path.isfile(w)]
+    for path in paths:
+        if os.path.normpath(path).startswith(os.pardir + os.sep):
+            raise ValueError(
+                f"{path}: lies above the current folder, and a job has no folder above its own; "
+                f"submit from {path.parent.resolve()}, or copy it here"
+            )
+    return paths
 
 
 def pack(files: Mapping[str, Path]) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pais_ray.config import Scalar, identity, load
+from pais_ray.train import describe
 from pais_ray.train.checkpoints import metric_rows
 
 REPEATS = ("data.fold", "data.split", "train.seed")  # what runs of one cell may differ in
@@ -66,11 +67,12 @@ def is_run(path: Path) -> bool:
 
 def read_result(run: Path, role: str, metric: str) -> Result | None:
     """The run's score at its last step; None where it has not come so far."""
-    steps = json.loads((run / "schedule.json").read_text())["steps"]
-    scores = [r[f"{role}/{metric}"] for r in metric_rows(run) if r["step"] == steps and f"{role}/{metric}" in r]
+    schedule = describe.schedule(run)
+    last = schedule["schedule.steps"]
+    scores = [r[f"{role}/{metric}"] for r in metric_rows(run) if r["step"] == last and f"{role}/{metric}" in r]
     if not scores or scores[-1] is None:
         return None
-    settings = identity(load(run / "config.yaml"))
+    settings = {**identity(load(run / "config.yaml")), **schedule}
     labeled = settings.pop("data.labeled")
     assert isinstance(labeled, float | int)
     kept = {name: value for name, value in settings.items() if name not in REPEATS}

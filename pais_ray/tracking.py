@@ -214,9 +214,6 @@ def without_secrets(text: str) -> str:
 
 def _mirror(config: TrackingConfig, root: Path) -> Any:
     """The run directory's image in MLflow, opened. Raises what MLflow raises."""
-    # A client that gives up soon: waiting and trying again is our business.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -27,9 +27,10 @@ def verb(*words: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="name of the registered model")
+    parser.add_argument("--json", type=Path, help="what the search came to, as `pais-ray tune` writes it")
     own, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "search.json"
+        found = own.json or Path(folder) / "search.json"
         verb("tune", *words, "--retrain-best", "--json", str(found))
         best = json.loads(found.read_text()).get("retrained")
     if best is None or best["stopped"]:

@@ -12,7 +12,9 @@ from pais_ray.config import compose, dump
 from tests.mlflow_runs import write_row
 
 
-def run(folder: Path, name: str, *aps: float, words: tuple[str, ...] = (), split: str = "s", val: str = "v") -> Path:
+def run(
+    folder: Path, name: str, *aps: float, words: tuple[str, ...] = (), split: str = "s", val: str = "v", batch=8
+) -> Path:
     """The directory of a run of two steps with these teacher's APs."""
     root = folder / name
     root.mkdir()
@@ -20,7 +22,7 @@ def run(folder: Path, name: str, *aps: float, words: tuple[str, ...] = (), split
     (root / "config.yaml").write_text(dump(config))
     (root / "split.json").write_text(json.dumps({"sha256": split}))
     (root / "data.json").write_text(json.dumps({"validation": {"sha256": val}}))
-    (root / "schedule.json").write_text(json.dumps({"steps": 2}))
+    (root / "schedule.json").write_text(json.dumps({"steps": 2, "images_per_step": batch, "lr": batch / 800}))
     for step, ap in enumerate(aps, 1):
         write_row(root, step, **{"teacher/segm_AP": ap, "teacher/bbox_AP": None})
     return root
@@ -61,6 +63,17 @@ def test_repetitions_are_one_column_with_spread_and_pair_up(tmp_path):
     unpaired = compare(roots[:5])
     assert unpaired.figures["teacher/segm_AP"][1].delta == pytest.approx((-0.03,))
     assert any("other labeled images" in text for text in unpaired.warnings)
+
+
+def test_runs_of_another_batch_are_no_repetitions(tmp_path):
+    """The number of workers is free to change, and the batch follows from it where a run begins."""
+    words = ("scaling.num_workers=4", "train.seed=1")
+    found = compare([run(tmp_path, "a", 0.1, 0.2), run(tmp_path, "b", 0.1, 0.3, words=words, batch=32)])
+    assert found.titles == ["a", "b"]
+    assert found.settings["schedule.images_per_step"] == [8, 32]
+    assert found.settings["schedule.lr"] == [0.01, 0.04]
+    same = compare([tmp_path / "a", run(tmp_path, "c", 0.1, 0.3, words=words)])
+    assert same.titles == ["a (2 runs)"], "the same batch over more workers"
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):

@@ -18,9 +18,10 @@ from PIL import Image
 
 from pais_ray import registry
 from pais_ray.cli import main
+from pais_ray.config import compose, dump
 from pais_ray.inference import Predictor
 from pais_ray.tracking import TrackingConfig, tracking_uri
-from tests.mlflow_runs import client, tiny_run
+from tests.mlflow_runs import client, opened, tiny_run
 from tests.servers import model_server
 
 NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -193,3 +194,27 @@ def test_side_by_side_shows_truth_and_each_run(tiny_coco, storage, first, tmp_pa
     assert truth.shape == a.shape
     assert (truth != a).any()
     assert (a[: b.shape[0], : b.shape[1]] != b).any()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("verb", ["sync", "register", "promote"])
+def test_a_server_that_is_away_is_one_line_soon(tmp_path, monkeypatch, verb):
+    """MLflow's own client tries for minutes."""
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # put back at the end, whatever the verb sets
+        monkeypatch.delenv(name)
+    away = "http://me:secret@127.0.0.1:1"
+    words = ["promote", "shapes", "--tracking", away]
+    if verb != "promote":
+        config = compose(["synthetic", "mask_rcnn", "supervised", f"tracking.uri={away}"])
+        root = opened(tmp_path, "run", config.tracking)
+        (root / "config.yaml").write_text(dump(config))
+        words = [verb, str(root), *(["--name", "shapes"] if verb == "register" else [])]
+    monkeypatch.setattr(registry, "choose_checkpoint", lambda root, *_: root)
+    monkeypatch.setattr(registry, "verify", lambda _: None)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: MLflow: ")
+    assert "secret" not in line
+    assert line.endswith("if its server is away, start it and give this command again")

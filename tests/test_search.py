@@ -1,26 +1,34 @@
 """Laws of a search without Ray: what may be searched, who goes on at a rung, what is proposed, what survives."""
 
+import inspect
 import json
 import math
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
 
-from pais_ray.config import compose, flatten
+from pais_ray.cli.searching import tune
+from pais_ray.config import compose, dump, flatten, load
 from pais_ray.overlays import ConfigError, config_dirs, resolve
-from pais_ray.search import propose, report
+from pais_ray.search import propose, report, run
 from pais_ray.search.capacity import concurrent_trials
 from pais_ray.search.control import METRIC, Control
 from pais_ray.search.ledger import Ledger
 from pais_ray.search.plan import Options, make_plan, warm_start
 from pais_ray.search.rungs import ETA, default_rungs, goes_on, parse_rungs
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
+from pais_ray.train.prepare import prepare
 
-WORDS = ("quickstart", "train.steps=90", "train.eval_every=10")
+WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=10")
 
 
 def plan_of(tmp_path, *over, words=WORDS, **options):
@@ -108,8 +116,55 @@ def test_a_search_over_nothing_is_refused(tmp_path):
 
 def test_combinations_that_do_not_fit_are_found_before_anything_starts(tmp_path):
     """Each value fits on its own."""
+    words = ("synthetic", "mask_rcnn", "pais", "train.steps=90")
     with pytest.raises(ConfigError, match=r"batch\.unlabeled"):
-        plan_of(tmp_path, "method.name=pais,supervised", "batch.unlabeled=2,3")
+        plan_of(tmp_path, "method.name=pais,supervised", "batch.unlabeled=2,3", words=words)
+
+
+def test_trials_that_end_within_the_burn_in_are_refused(tmp_path):
+    """All of them would be the same training: what is searched over weighs nothing until then."""
+    long = (*WORDS, "method.burn_in=90")
+    with pytest.raises(ConfigError, match=r"method\.burn_in: a trial of 90 steps .*more --steps"):
+        plan_of(tmp_path, words=long)
+    with pytest.raises(ConfigError, match=r"method\.burn_in: a trial of 5 steps"):
+        plan_of(tmp_path, steps=5)
+    for over in ("method.burn_in=0,90", "method.burn_in=randint(0,200)"):
+        with pytest.raises(ConfigError, match=r"'method\.burn_in': (90|200)"):
+            plan_of(tmp_path, over)
+    plan_of(tmp_path, words=(*WORDS, "method.burn_in=89"))
+    plan_of(tmp_path, "method.burn_in=0,20", words=long, name="over")  # the words' own is no trial's
+    plan_of(tmp_path, "method.lambda_unlabeled=0,1.5", name="none")  # a baseline on purpose
+    plan_of(tmp_path, "method.ema=0.9,0.99", words=("quickstart", "supervised"), name="supervised")
+
+
+def test_no_rung_lies_within_the_burn_in(tmp_path):
+    assert plan_of(tmp_path).rungs == (10, 30)
+    assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), name="a").rungs == (30,)
+    assert plan_of(tmp_path, "method.burn_in=0,30", name="b").rungs == ()
+    assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), rungs="10,20", name="c").rungs == (10, 20)
+    with pytest.raises(ConfigError, match=r"--rungs 10,30: at 10 no unlabeled image"):
+        plan_of(tmp_path, words=(*WORDS, "method.burn_in=11"), rungs="10,30", name="d")
+
+
+@pytest.mark.parametrize("over", ["batch.unlabeled=1,2", "optim.reference.steps=choice(300,600)"])
+def test_trials_of_different_lengths_are_refused(tmp_path, over):
+    words = ("quickstart", "method.burn_in=5", "train.steps=null")
+    with pytest.raises(ConfigError, match=r"its trials would have \d+ steps, others \d+, .*give --steps"):
+        plan_of(tmp_path, over, words=words)
+    assert plan_of(tmp_path, over, words=words, steps=90).steps == 90
+
+
+def test_the_documented_searches_have_rungs(tmp_path):
+    """And so are worth their time: their trials get over the burn-in, and weak ones are stopped."""
+    told = [Path("docs/search.md").read_text(), next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
+    lines = "".join(told).replace("\\\n", " ").splitlines()
+    commands = [line.lstrip("# ") for line in lines if line.lstrip("# ").startswith("pais-ray tune ")]
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        given = tune.make_context("tune", shlex.split(command)[2:]).params
+        words = (*given.pop("words"), f"run.storage_path={tmp_path}/{number}")
+        given.pop("json_path")
+        assert make_plan(words, Options(**given)).rungs, command
 
 
 @given(
@@ -251,6 +306,37 @@ def test_failed_trials_are_tried_again_and_wrong_input_ends_the_search(tmp_path)
     assert control.wrong_input == f"trial {other}: a.jpg: truncated"
 
 
+def test_what_a_process_dies_of_later_undoes_no_verdict(tmp_path):
+    control, closed = control_of(plan_of(tmp_path))
+    a, b = control.next().id, control.next().id
+    heard(control, a, s10=0.3, s90=0.3)
+    control.heard(a, {"finished": True})
+    assert heard(control, b, s10=0.1)
+    for trial in (a, b):
+        control.heard(trial, {"failed": "its process died"})
+    assert [t.state for t in control.ledger.trials] == ["finished", "stopped"]
+    assert closed == [(b, "KILLED")], "nobody else ends its run"
+
+
+@pytest.mark.parametrize(("status", "state"), [(Trial.ERROR, "running"), (Trial.RUNNING, "failed")])
+def test_a_failure_that_tune_recovers_from_is_none(tmp_path, status, state):
+    """Tune tells its scheduler of both: with the state ERROR what it puts back into its queue."""
+    control, _ = control_of(plan_of(tmp_path))
+    trial = control.next()
+    died = SimpleNamespace(config={"trial": trial.id}, status=status, get_error=lambda: "its node died")
+    run.Judge(control).on_trial_error(None, died)
+    assert (trial.state, trial.why) == (state, "its node died" if state == "failed" else "")
+
+
+def test_tune_gives_up_before_it_changes_a_trials_state():
+    """What the law above rests on, of Ray 2.60."""
+    source = inspect.getsource(TuneController._process_trial_failure)
+    given_up = source[source.index("elif trial.status in {Trial.RUNNING, Trial.PENDING}") :]
+    assert given_up.index("_scheduler_alg.on_trial_error") < given_up.index("_schedule_trial_stop")
+    recovered = inspect.getsource(TuneController._try_recover)
+    assert recovered.index("_schedule_trial_stop(trial, exception=exc)") < recovered.index("_requeue_trial(trial)")
+
+
 def test_the_time_budget_ends_the_search_and_what_ran_waits(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
     said: list[str] = []
@@ -291,7 +377,7 @@ def test_a_search_does_not_take_the_folder_of_a_run(tmp_path):
 
 
 def test_a_grid_is_every_combination_with_every_seed(tmp_path):
-    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,2,4", seeds=2)
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,2,4", seeds=2, rungs="none")
     control, _ = control_of(plan)
     trials = [control.next() for _ in range(12)]
     assert control.next() is None
@@ -384,6 +470,21 @@ def test_a_warm_start_from_something_else_is_refused(tmp_path):
         warm_start(plan, control.ledger, plan.base, tmp_path)
 
 
+def test_a_warm_start_knows_the_split_of_a_manifest(tmp_path, tiny_coco):
+    """The config.yaml of a trial says what the manifest says, which the words do not."""
+    words = (*WORDS, *(f"data.{n}={tiny_coco}/{n}.json" for n in ("train", "val")), f"data.images={tiny_coco}/images")
+    _, data = prepare(compose((*words, "data.labeled=0.5", "data.fold=3")))
+    (tmp_path / "split.json").write_text(data.manifest.to_json())
+    words = (*words, f"data.split={tmp_path}/split.json")
+    first = finished_search(tmp_path, "first", ("method.tau_cls=0.35",), (0.1,), words=words)
+    for trial in Ledger(first.root / "trials.json").trials:
+        path = first.trial_root(trial.id) / "config.yaml"
+        path.write_text(dump(prepare(load(path))[0]))
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", words=words, name="wider")
+    base = run.as_written(plan, prepare(plan.base)[0])
+    assert warm_start(plan, Ledger(plan.root / "trials.json"), base, first.root) == 1
+
+
 # How many at once
 
 
@@ -439,17 +540,104 @@ def test_the_table_is_best_first_by_the_mean_over_seeds(aps, chance):
     assert report.best_of(standings) == standings[0]
 
 
-def test_a_configuration_is_judged_where_all_its_seeds_were(tmp_path):
-    """One seed stopped early: the other's later, higher AP does not count."""
+def test_a_configuration_is_ranked_where_all_its_seeds_were(tmp_path):
+    """One seed is on its way: the other's later, higher AP does not count yet."""
     plan = plan_of(tmp_path, "method.tau_cls=0.35", seeds=2)
     control, _ = control_of(plan)
-    a, b = control.next().id, control.next().id
+    a = control.next().id
     heard(control, a, s10=0.2, s30=0.4, s90=0.9)
     control.heard(a, {"finished": True})
-    heard(control, b, s10=0.1)
+    heard(control, control.next().id, s10=0.1)
     (only,) = control.ledger.standings()
-    assert (only.state, only.step, only.ap) == ("stopped", 10, pytest.approx(0.15))
+    assert (only.state, only.step, only.ap) == ("running", 10, pytest.approx(0.15))
     assert report.best_of([only]) is None
+
+
+def test_the_first_seeds_verdict_is_its_configurations(tmp_path):
+    """Judged each on its own, seldom would all seeds of a configuration finish, and there would be no best."""
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5,0.65", seeds=3)
+    control, _ = control_of(plan)
+    a, b = control.next(), control.next()
+    assert (a.seed, b.seed, a.point, b.point) == (0, 0, 0, 1), "other first seeds fill the places"
+    heard(control, a.id, s10=0.5, s30=0.5, s90=0.5)
+    control.heard(a.id, {"finished": True})
+    again = control_of(plan)[0]  # killed here: what ran comes first, then what the ledger says may start
+    assert [(t.point, t.seed) for t in (again.next(), again.next(), again.next())] == [(1, 0), (0, 1), (0, 2)]
+    assert heard(again, b.id, s10=0.4)
+    again.heard(b.id, {"finished": False})
+    for trial in ("000s1", "000s2"):
+        assert not heard(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end, unjudged"
+        again.heard(trial, {"finished": True})
+    c = again.next()
+    assert (c.point, c.seed) == (2, 0), "no further seed of what was stopped"
+    assert again.next() is None
+    assert again.waits(), "its other seeds may come"
+    assert heard(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
+    assert again.ledger.rung(10) == {"000s0": 0.5, "001s0": 0.4, "002s0": 0.2}
+    assert again.next() is None
+    assert not again.waits()
+    best = report.best_of(again.ledger.standings())
+    assert (best.point, len(best.trials), best.ap) == (0, 3, pytest.approx(0.7 / 3))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from(["grid", "random", "optuna"]), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_every_search_ends_with_a_best(tmp_path_factory, places, seeds, kind, chance):
+    """However many run at once and however they do: no place stays empty for ever, and one configuration is whole."""
+    over = "method.tau_cls=0.2,0.3,0.4,0.5,0.6"
+    plan = plan_of(tmp_path_factory.mktemp("s"), over, seeds=seeds, kind=kind, samples=None if kind == "grid" else 5)
+    control, _ = control_of(plan)
+    running = {}
+    while True:
+        while len(running) < places and (trial := control.next()) is not None:
+            running[trial.id] = iter((10, 30, 90))
+        if not running:
+            break
+        name = chance.choice(sorted(running))
+        step = next(running[name], None)
+        if step is None or heard(control, name, **{f"s{step}": chance.random()}):
+            control.heard(name, {"finished": step is None})
+            del running[name]
+    assert not control.waits()
+    best = report.best_of(control.ledger.standings())
+    assert [t.seed for t in best.trials] == list(range(seeds))
+    assert {len(s.trials) for s in control.ledger.standings() if s.state == "stopped"} <= {1}
+    assert {s.state for s in control.ledger.standings()} <= {"finished", "stopped"}
+
+
+def test_tune_asks_again_where_seeds_wait(tmp_path):
+    """To Tune, FINISHED is for ever."""
+    control, _ = control_of(plan_of(tmp_path, "method.tau_cls=0.35", seeds=2))
+    suggest = run.Suggest(control)
+    assert suggest.suggest("x") == {"trial": "000s0"}
+    assert suggest.suggest("x") is None
+    control.heard("000s0", {"finished": True})
+    assert suggest.suggest("x") == {"trial": "000s1"}
+    assert suggest.suggest("x") == Searcher.FINISHED
+
+
+def test_another_best_has_a_name_of_its_own(tmp_path):
+    """NAME-best is of the first: with other settings it could not be resumed, however often one asks."""
+    words = (*WORDS, f"run.storage_path={tmp_path}")
+    plan = finished_search(tmp_path, "s", ("method.tau_cls=0.35,0.5",), (0.1, 0.2), rungs="none")
+    low, high = sorted(Ledger(plan.root / "trials.json").standings(), key=lambda s: s.point)
+    config = run.named_best("s-best", low, words)
+    assert (config.run.name, config.method.tau_cls) == ("s-best", 0.35)
+    assert run.named_best("s-best", high, words).run.name == "s-best", "nothing was made of it yet"
+    root = tmp_path / "s-best"
+    checkpoint = root / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (root / "config.yaml").write_text(dump(config))
+    assert run.named_best("s-best", low, words).run.name == "s-best"
+    other = run.named_best("s-best", high, words)
+    assert (other.run.name, other.method.tau_cls) == ("s-best-001", 0.5)
+
+
+def test_no_best_to_retrain_is_one_line(tmp_path):
+    plan = plan_of(tmp_path)
+    with pytest.raises(ConfigError, match="--retrain-best: no configuration finished"):
+        run.retrain(plan, plan.words, Ledger(plan.root / "trials.json"))
 
 
 def test_the_files_of_a_search(tmp_path):
@@ -474,6 +662,16 @@ def test_the_files_of_a_search(tmp_path):
     assert lines[0].split() == ["segm", "AP", "step", "state", "tau_cls", "alpha", "milestones"]
     assert [line.split()[0] for line in lines[1:]] == ["001", "002", "003", "000"]
     assert json.loads((plan.root / "results.json").read_text())["best"]["teacher/segm_AP"] == 0.4
+
+
+def test_values_stand_under_their_names_whatever_order_they_came_in(tmp_path):
+    plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,4")
+    ledger = Ledger(plan.root / "trials.json")
+    ledger.add({"method.alpha": 4, "method.tau_cls": 0.5}, 0)
+    report.write(plan, ledger, {})
+    head, row = (plan.root / "results.csv").read_text().splitlines()
+    assert head.split(",")[-2:] == ["method.tau_cls", "method.alpha"]
+    assert row.split(",")[-2:] == ["0.5", "4"]
 
 
 def test_random_points_are_a_prefix_of_more():

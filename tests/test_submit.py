@@ -1,6 +1,7 @@
 """What goes to a cluster: the code and nothing else, the same bytes each time, within Ray's limit."""
 
 import io
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -43,6 +44,40 @@ def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
     assert added == {"mine/method.py", "note.yaml"}
 
 
+def test_what_lies_elsewhere_stands_beside_the_code(here, monkeypatch):
+    for name in ("work/notes.yaml", "pkg/method.py"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("x")
+    monkeypatch.chdir(here / "work")
+    added = {n: p for n, p in submit.contents([Path("../pkg")]).items() if n not in submit.contents()}
+    assert added == {"pkg/method.py": here / "pkg" / "method.py"}
+    assert "notes.yaml" in submit.contents([Path("../work/notes.yaml")])
+
+
+@pytest.mark.parametrize("name", [".mine.yaml", ".mine/a.py", "empty/", "pkg/__pycache__/a.pyc"])
+def test_what_adds_no_file_is_refused(here, name):
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
+    (here / name).mkdir() if name.endswith("/") else (here / name).write_text("x")
+    for given in (Path(name), here / name):
+        with pytest.raises(ValueError, match=f"{name.rstrip('/')}: no file of it would be sent"):
+            submit.contents([given])
+
+
+def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
+    (here / "work").mkdir()
+    monkeypatch.chdir(here / "work")
+    for path in ("../mine.yaml", "own.yaml"):
+        Path(path).write_text("train: {steps: 3}")
+    assert submit.local_files(["quickstart", "own.yaml", "none.yaml", f"{here}/mine.yaml"]) == [Path("own.yaml")]
+    storage = f"run.storage_path={here}"
+    done = CliRunner().invoke(main, ["submit", "train", "quickstart", "../mine.yaml", storage])
+    assert done.exit_code == 2
+    assert (
+        f"../mine.yaml: lies above the current folder, and a job has no folder above its own; submit from {here}"
+        in (done.stderr)
+    )
+
+
 def test_too_much_is_refused_by_name(here, monkeypatch):
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 
@@ -63,6 +98,8 @@ def test_too_much_is_refused_by_name(here, monkeypatch):
         (["train", "quickstart", "train.stepz=3"], "train.stepz: no such setting"),
         (["train", "quickstart", "--forse"], "--forse"),
         (["search", "quickstart", "search_pais"], "--model NAME is missing"),
+        (["search", "quickstart", "search_pais", "--model"], "--model NAME is missing"),
+        (["search", "quickstart", "search_pais", "--model=m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m", "--sampels", "3"], "--sampels"),
         (["search", "quickstart", "--over", "method.tau_clz=1,2", "--model", "m"], "method.tau_clz"),
@@ -72,6 +109,25 @@ def test_wrong_words_never_reach_the_cluster(words, line):
     done = CliRunner().invoke(main, ["submit", *words, "--address", "http://127.0.0.1:9"])
     assert done.exit_code == 2
     assert line in done.stderr
+
+
+def test_the_searching_program_writes_the_json_that_it_is_told_to(here, monkeypatch):
+    """And reads there what to register."""
+    calls = []
+
+    def main(words):
+        calls.append(words)
+        if words[0] == "tune":
+            Path(words[words.index("--json") + 1]).write_text('{"retrained": {"stopped": false, "run_dir": "best"}}')
+
+    monkeypatch.setattr("pais_ray.cli.main", main)
+    monkeypatch.setattr(sys, "argv", ["search.py", "quickstart", "--json", "out.json", "--model=m"])
+    runpy.run_path(str(submit.pipelines()["search"]), run_name="__main__")
+    assert calls == [
+        ["tune", "quickstart", "--retrain-best", "--json", "out.json"],
+        ["register", "best", "--name", "m"],
+    ]
+    assert Path("out.json").exists()
 
 
 def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):

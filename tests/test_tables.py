@@ -8,13 +8,14 @@ from click.testing import CliRunner
 
 from pais_ray.cli import main
 from pais_ray.config import compose, dump
+from pais_ray.tables import cells, read_result
 
 
-def run(root, name: str, ap: float | None, *words: str, method: str = "pais") -> None:
+def run(root, name: str, ap: float | None, *words: str, method: str = "pais", batch=16) -> None:
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(compose(["coco", "mask_rcnn", method, f"run.name={name}", *words])))
-    (folder / "schedule.json").write_text(json.dumps({"steps": 10}))
+    (folder / "schedule.json").write_text(json.dumps({"steps": 10, "images_per_step": batch, "lr": batch / 1600}))
     rows = [{"step": 5, "teacher/segm_AP": 0.9}, {"step": 10, "loss": 1.0}]
     if ap is not None:
         rows.append({"step": 10, "teacher/segm_AP": ap})
@@ -43,6 +44,16 @@ def test_the_table_of_a_folder_of_runs(tmp_path):
     assert [(r["labeled"], r["runs"], r["names"]) for r in rows][1] == ("0.01", "2", "a1 a2")
     assert float(rows[1]["spread"]) == pytest.approx(0.0141421356)
     assert len(json.loads(out["json"].read_text())["cells"]) == 3
+
+
+def test_runs_of_another_batch_are_no_repeats(tmp_path):
+    for seed, batch in ((1, 16), (2, 16), (3, 64)):
+        run(tmp_path, f"r{seed}", 0.2, "data.labeled=0.01", f"train.seed={seed}", batch=batch)
+    made = cells([read_result(tmp_path / f"r{seed}", "teacher", "segm_AP") for seed in (1, 2, 3)])
+    assert [(cell.method.split(" ", 2)[2], cell.runs) for cell in made] == [
+        ("schedule.images_per_step=16 schedule.lr=0.01", ("r1", "r2")),
+        ("schedule.images_per_step=64 schedule.lr=0.04", ("r3",)),
+    ]
 
 
 def test_no_runs_is_wrong_input(tmp_path):

@@ -1,5 +1,6 @@
 """Verbs on a cluster: submit, batch-predict."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
     if pipeline not in jobs.pipelines():
         raise click.UsageError(f"no pipeline {pipeline!r}; there are {', '.join(jobs.pipelines())}")
     jobs.check_address(address)
-    named = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and not Path(word).is_absolute()]
-    files = jobs.contents([*include, *(path for path in named if path.is_file())])
+    files = jobs.contents([*include, *jobs.local_files(words)])
     archive = jobs.pack(files)
     click.echo(f"working_dir: {len(files)} files, {jobs.mib(len(archive))} of {jobs.mib(jobs.UPLOAD_LIMIT)}")
     client = jobs.connect(address)
@@ -64,11 +64,12 @@ def check_words(pipeline: str, words: tuple[str, ...]) -> None:
     elif pipeline == "search":
         from pais_ray.search.plan import Options, make_plan
 
-        told = list(words)
-        if "--model" not in told[:-1]:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # as the program reads it
+        parser.add_argument("--model", nargs="?")
+        own, told = parser.parse_known_args(words)
+        if not own.model:
             raise click.UsageError("search: --model NAME is missing, the name of the registered model")
-        at = told.index("--model")
-        given = tune.make_context("tune", told[:at] + told[at + 2 :]).params
+        given = tune.make_context("tune", told).params
         searched = given.pop("words")
         given.pop("json_path")
         check_outlives_job(make_plan(searched, Options(**given)).base)

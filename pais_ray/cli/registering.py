@@ -1,11 +1,32 @@
 """Verbs between a run and MLflow: sync, register, promote."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from pais_ray.cli.common import json_option, verb, write_json
+from pais_ray.cli.common import FAILED, json_option, verb, write_json
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """What MLflow raises as one line: a server that is away is no fault of this program."""
+    try:
+        yield
+    except ValueError:  # wrong input
+        raise
+    except Exception as error:
+        from pais_ray.mirror import StoreError
+        from pais_ray.tracking import without_secrets
+
+        if not isinstance(error, StoreError):
+            raise
+        text = " ".join(without_secrets(str(error)).split())
+        click.echo(f"error: MLflow: {text:.300}; if its server is away, start it and give this command again", err=True)
+        sys.exit(FAILED)
 
 
 @click.command()
@@ -18,7 +39,8 @@ def sync(run: str, json_path: str | None) -> None:
     from pais_ray.config import load
 
     config = load(Path(run) / "config.yaml").tracking
-    sent = tracking.sync(config, Path(run).absolute())
+    with store_errors():
+        sent = tracking.sync(config, Path(run).absolute())
     if any(sent.values()):
         values, figures, checkpoints = sent["metrics"], sent["artifacts"], sent["checkpoints"]
         click.echo(f"sent {values} metric values, {figures} figures and papers, {checkpoints} checkpoints")
@@ -38,7 +60,8 @@ def register(run: str, name: str, role: str, checkpoint: str, json_path: str | N
     """Make a checkpoint of RUN a version of the model NAME in MLflow's registry, as its `candidate`."""
     from pais_ray import registry
 
-    made = registry.register(Path(run).absolute(), name, role=role, checkpoint=checkpoint)
+    with store_errors():
+        made = registry.register(Path(run).absolute(), name, role=role, checkpoint=checkpoint)
     click.echo(f"{made}: alias {registry.CANDIDATE}; make it the champion with `pais-ray promote {name}`")
     write_json(json_path, asdict(made))
 
@@ -62,7 +85,8 @@ def promote(name: str, version: str | None, uri: str, json_path: str | None) -> 
     from pais_ray import registry
     from pais_ray.tracking import TrackingConfig
 
-    promoted, before = registry.promote(TrackingConfig(uri=uri).uri or uri, name, version)
+    with store_errors():
+        promoted, before = registry.promote(TrackingConfig(uri=uri).uri or uri, name, version)
     was = "there was none" if before is None else f"before: {before}"
     click.echo(f"{promoted}: alias {registry.CHAMPION}; {was}")
     write_json(json_path, {"champion": asdict(promoted), "before": before and asdict(before)})

@@ -40,6 +40,7 @@ class Control:
         self.todo = [t for t in ledger.trials if t.state not in ("finished", "stopped")]
         for trial in self.todo:
             trial.state = "waiting"
+        self.idle = False  # nothing may start until a trial reports
         self.made_before = sum(made(plan, t) for t in self.own())
         self.lock = threading.Lock()
 
@@ -48,14 +49,15 @@ class Control:
         return [t for t in self.ledger.trials if t.folder is None]
 
     def next(self) -> Trial | None:
-        """The next trial to start, its config written down: first those that an earlier start left."""
+        """The next trial to start, its config written down: first those that an earlier start left. None where there
+        is none now; ``waits`` says whether one may come."""
         with self.lock:
-            if not self.todo:
+            if not self.todo and not self.idle:
                 proposed = self.plan.propose(self.ledger)
-                if proposed is None:
-                    return None
-                params, seeds = proposed
-                self.todo = [self.ledger.add(params, seed) for seed in seeds]
+                self.todo = [self.ledger.add(*proposed)] if proposed else []
+                self.idle = proposed is None
+            if not self.todo:
+                return None
             trial = self.todo.pop(0)
             root = self.plan.trial_root(trial.id)
             root.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,11 @@ class Control:
             self.say(f"{trial.id} {f'goes on after {step}' if step else 'starts'}: {report.describe(trial.params)}")
             return trial
 
+    def waits(self) -> bool:
+        """Whether trials may come that cannot start yet."""
+        with self.lock:
+            return self.halt is None and self.plan.has_to_come(self.ledger)
+
     def config(self, trial: Trial) -> Config:
         own = {"run.name": trial.id, "train.seed": trial.seed, **trial.params}
         return compose_with(self.plan.words, {**self.settings, **own})
@@ -74,10 +81,13 @@ class Control:
         """Takes a trial's report; whether it must stop. What was recorded once at a step stands, and is not judged
         again: a resumed trial reports early steps once more."""
         with self.lock:
+            self.idle = False
             trial = self.ledger.trial(name)
             if "wrong_input" in result:
                 self.halt, self.wrong_input = "wrong input", f"trial {name}: {result['wrong_input']}"
-            elif "failed" in result:
+            elif "failed" in result and trial.state == "stopped":  # its process died over its last checkpoint
+                self.close(trial, "KILLED")
+            elif "failed" in result and trial.state != "finished":
                 trial.state, trial.why = "failed", result["failed"]
                 self.say(f"{name} failed: {trial.why}")
                 self.close(trial, "FAILED")
@@ -87,15 +97,19 @@ class Control:
                 elif result["finished"]:
                     trial.state = "finished"
                     self.say(f"{name} finished")
+                else:  # somebody stopped it, a machine that is shut down perhaps
+                    trial.state = "waiting"
             elif METRIC in result and result["step"] not in trial.scores:
                 self.judge(trial, result["step"], result[METRIC])
             self.ledger.save()
             return trial.state in ("stopped", "failed")
 
     def judge(self, trial: Trial, step: int, ap: float) -> None:
+        """Records an AP. At a rung a configuration's first trial is held against those of the others; its further
+        seeds only start once it has finished, and run to the end."""
         trial.scores[step] = ap
         verdict = ""
-        if step in self.plan.rungs:
+        if step in self.plan.rungs and trial in self.ledger.firsts():
             at_rung = self.ledger.rung(step)
             stays = goes_on(ap, at_rung.values())
             verdict = f"; {'goes on' if stays else 'stopped'} at this rung ({len(at_rung)} trials so far)"
@@ -126,7 +140,9 @@ class Control:
             counts = [f"{states.count(s)} {s}" for s in ("finished", "stopped", "failed") if s in states]
             steps = {t.id: made(self.plan, t) for t in own}
             running = [f"{t.id} {steps[t.id]}/{self.plan.steps}" for t in own if t.state == "running"]
-            to_come = self.plan.samples * len(self.plan.seeds) - len(states) + states.count("running")
+            stopped = [t for t in self.ledger.firsts() if t.folder is None and t.state == "stopped"]
+            never = sum(len(self.plan.missing(self.ledger, t.params)) for t in stopped)
+            to_come = self.plan.samples * len(self.plan.seeds) - len(states) - never + states.count("running")
             ahead = to_come * self.plan.steps - sum(steps[t.id] for t in own if t.state == "running")
             just_made = sum(steps.values()) - self.made_before
             line = ", ".join([*counts, f"running {', '.join(running) or 'none'}"])

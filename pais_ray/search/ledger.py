@@ -78,9 +78,16 @@ class Ledger:
     def has(self, params: Params, seed: int) -> bool:
         return any(t.params == params and t.seed == seed for t in self.trials)
 
+    def firsts(self) -> list[Trial]:
+        """The first trial of each configuration, whose verdict at a rung is the configuration's."""
+        found: dict[int, Trial] = {}
+        for trial in self.trials:
+            found.setdefault(trial.point, trial)
+        return list(found.values())
+
     def rung(self, step: int) -> dict[str, float]:
-        """Trial -> AP at that step, of those that reached it."""
-        return {t.id: t.scores[step] for t in self.trials if step in t.scores}
+        """Trial -> AP at that step, of the first ones of their configurations that reached it."""
+        return {t.id: t.scores[step] for t in self.firsts() if step in t.scores}
 
     def standings(self) -> list[Standing]:
         """Configurations, best first: by how far they came, as finished ones did furthest, and then by AP."""

@@ -2,9 +2,10 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,40 @@ class Plan:
     def trial_root(self, trial: str) -> Path:
         return self.root / "trials" / trial
 
-    def propose(self, ledger: Ledger) -> tuple[Params, list[int]] | None:
-        """The next configuration and its seeds not yet in the ledger, or None where there is none to come."""
+    def propose(self, ledger: Ledger) -> tuple[Params, int] | None:
+        """The next trial, a configuration and its seed, or None where none may start now. Further seeds of what is
+        known come before what is new: means teach Optuna, and are there when the time is up."""
         if self.kind != "optuna":
-            found = ((p, self.missing(ledger, p)) for p in self.known_points())
-            return next((pair for pair in found if pair[1]), None)
-        if len({t.point for t in ledger.trials if t.folder is None}) >= self.samples:
+            found = ((p, self.next_seed(ledger, p)) for p in self.known_points())
+            return next(((p, seed) for p, seed in found if seed is not None), None)
+        own = {t.point: t.params for t in ledger.trials if t.folder is None}
+        for params in own.values():
+            if (seed := self.next_seed(ledger, params)) is not None:
+                return params, seed
+        if len(own) >= self.samples:
             return None
         standings = sorted(ledger.standings(), key=lambda s: s.point)
         for attempt in range(ATTEMPTS):
             params = propose.tpe_point(self.space, self.base.train.seed + 1000 * attempt, standings)
-            if missing := self.missing(ledger, params):
-                return params, missing
+            if (seed := self.next_seed(ledger, params)) is not None:
+                return params, seed
         return None
 
+    def next_seed(self, ledger: Ledger, params: Params) -> int | None:
+        """The seed of a configuration's next trial, where it may start now: rungs judge the first one alone, so the
+        others wait until that one finished."""
+        missing = self.missing(ledger, params)
+        first = next((t for t in ledger.trials if t.params == params), None)
+        waits = self.rungs and first is not None and first.state != "finished"
+        return None if waits or not missing else missing[0]
+
     def missing(self, ledger: Ledger, params: Params) -> list[int]:
+        """The seeds of a configuration that have no trial yet."""
         return [seed for seed in self.seeds if not ledger.has(params, seed)]
+
+    def has_to_come(self, ledger: Ledger) -> bool:
+        """Whether further seeds wait for a first one that runs."""
+        return any(t.state == "running" and self.missing(ledger, t.params) for t in ledger.trials)
 
     def known_points(self) -> Iterator[Params]:
         """The configurations that do not depend on results: all, unless Optuna proposes them."""
@@ -77,6 +96,17 @@ class Plan:
             yield from propose.grid(self.space)
         elif self.kind == "random":
             yield from propose.random_points(self.space, self.base.train.seed, self.samples)
+
+    def configs(self) -> Iterator[tuple[Params, Config]]:
+        """What can be composed of the space before the start: all configurations, or each end where Optuna proposes
+        them. Raises ConfigError."""
+        first = {path: domain.corners()[0] for path, domain in self.space.items()}
+        ends = ({**first, path: value} for path, domain in self.space.items() for value in domain.corners())
+        for params in ends if self.kind == "optuna" else self.known_points():
+            try:
+                yield params, compose_with(self.words, params)
+            except ConfigError as error:
+                raise ConfigError(f"--over {params}: {error}") from error
 
     def check_same(self) -> None:
         """Refuses to go on with a search of that name that was told otherwise; else writes down this one."""
@@ -119,8 +149,6 @@ def make_plan(words: Sequence[str], options: Options) -> Plan:
     if kind == "grid" and options.samples is not None:
         raise ConfigError("--samples: a grid has all its combinations; leave it out, or use --search random")
     steps, every = run_schedule(base).steps, base.train.eval_every
-    told = options.rungs
-    marks = rungs.default_rungs(steps, every) if told is None else rungs.parse_rungs(told, steps, every)
     name = options.name or base.run.name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
     storage = compose_with(trial_words, {"run.name": name}).run.storage_path
     plan = Plan(
@@ -130,16 +158,46 @@ def make_plan(words: Sequence[str], options: Options) -> Plan:
         kind=kind,
         samples=sum(1 for _ in propose.grid(space)) if kind == "grid" else options.samples or SAMPLES,
         seeds=tuple(base.train.seed + k for k in range(options.seeds)),
-        rungs=marks,
+        rungs=(),
         steps=steps,
         root=Path(storage).absolute() / name,
     )
-    for params in plan.known_points():
-        try:
-            compose_with(trial_words, params)
-        except ConfigError as error:
-            raise ConfigError(f"--over {params}: {error}") from error
-    return plan
+    configs = []
+    for params, config in plan.configs():
+        check_trial(plan, params, config)
+        configs.append(config)
+    if options.rungs is None:
+        marks = rungs.default_rungs(steps, every)
+        return replace(plan, rungs=tuple(r for r in marks if not any(burns_in(c, r - 1) for c in configs)))
+    marks = rungs.parse_rungs(options.rungs, steps, every)
+    early = [r for r in marks if any(burns_in(c, r) for c in configs)]
+    if early:
+        raise ConfigError(
+            f"--rungs {options.rungs}: at {early[-1]} no unlabeled image was learned from yet, and trials cannot be "
+            "told apart; lower method.burn_in, or judge later"
+        )
+    return replace(plan, rungs=marks)
+
+
+def check_trial(plan: Plan, params: Params, config: Config) -> None:
+    """Raises ConfigError unless a trial of ``config`` is as long as the others and learns what it is judged by."""
+    own = run_schedule(config).steps
+    if own != plan.steps:
+        raise ConfigError(
+            f"--over {params}: its trials would have {own} steps, others {plan.steps}, and the longer would win; "
+            "give --steps"
+        )
+    if burns_in(config, plan.steps - 1):
+        raise ConfigError(
+            f"method.burn_in: a trial of {plan.steps} steps ends within it ({params}), so no unlabeled image would be "
+            "learned from and trials could not be told apart; lower method.burn_in, or give more --steps"
+        )
+
+
+def burns_in(config: Config, step: int) -> bool:
+    """Whether the method leaves unlabeled images out at ``step``, counted from 0, and would not for ever."""
+    weight = config.method.unlabeled_weight
+    return weight(step) == 0 and weight(sys.maxsize) > 0
 
 
 def warm_start(plan: Plan, ledger: Ledger, base: Config, folder: Path) -> int:

@@ -131,7 +131,7 @@ def _csv(plan: Plan, ledger: Ledger) -> str:
     writer.writerow(["trial", "configuration", "seed", "state", "step", "teacher/segm_AP", *plan.space])
     for t in ledger.trials:
         step = max(t.scores, default=0)
-        values = [json.dumps(v) if isinstance(v, list | dict) else v for v in t.params.values()]
+        values = [json.dumps(v) if isinstance(v, list | dict) else v for v in (t.params[path] for path in plan.space)]
         writer.writerow([t.id, t.point, t.seed, t.state, step, t.scores.get(step, ""), *values])
     return text.getvalue()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -22,12 +23,12 @@ from pais_ray.overlays import ConfigError
 from pais_ray.search import report
 from pais_ray.search.capacity import concurrent_trials
 from pais_ray.search.control import METRIC, Control
-from pais_ray.search.ledger import LEDGER, Ledger
-from pais_ray.search.plan import Options, Plan, make_plan, warm_start
+from pais_ray.search.ledger import LEDGER, Ledger, Standing
+from pais_ray.search.plan import Options, Plan, make_plan, value_at, warm_start
 from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracked import Tracked
 from pais_ray.train import describe, launch
-from pais_ray.train.checkpoints import CheckpointError, metric_rows
+from pais_ray.train.checkpoints import CheckpointError, checkpoints, metric_rows
 from pais_ray.train.launch import say
 from pais_ray.train.prepare import prepare
 
@@ -47,7 +48,7 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
     paths = data_paths(prepared)
     ledger = Ledger(plan.root / LEDGER)
     if options.warm_start:
-        taken = warm_start(plan, ledger, compose_with(plan.words, paths), Path(options.warm_start))
+        taken = warm_start(plan, ledger, as_written(plan, prepared), Path(options.warm_start))
         say(f"{taken} trials taken up from {options.warm_start}")
     say(f"search {plan.root.name}: {plan.kind}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
     for path, domain in plan.space.items():
@@ -183,7 +184,9 @@ class Suggest(Unsaved, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.control.next()
-        return Searcher.FINISHED if trial is None else {"trial": trial.id}
+        if trial is None:  # None: ask again later
+            return None if self.control.waits() else Searcher.FINISHED
+        return {"trial": trial.id}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
     def save(self, checkpoint_path: str) -> None: ...
@@ -202,6 +205,8 @@ class Judge(Unsaved, FIFOScheduler):
         return str(self.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        if trial.status == Trial.ERROR:  # Tune tries it again; what it gives up is still RUNNING or PENDING here (2.60)
+            return
         lines = str(trial.get_error()).strip().splitlines()
         self.control.heard(trial.config["trial"], {"failed": lines[-1] if lines else "its process died"})
 
@@ -255,6 +260,13 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
         tune.report({"finished": result.step >= result.steps})
 
 
+def as_written(plan: Plan, prepared: Config) -> Config:
+    """What WORDS spell, as the config.yaml of a trial says it: with paths for every node and what the split is."""
+    base = compose_with(plan.words, data_paths(prepared))
+    split = {name: getattr(prepared.data, name) for name in ("labeled", "fold", "holdout")}
+    return base.model_copy(update={"data": base.data.model_copy(update=split)})
+
+
 def data_paths(config: Config) -> Params:
     """The config's paths of data and weights, as every node can find them."""
     paths = {f"data.{name}": value for name, value in config.data if isinstance(value, str)}
@@ -268,10 +280,24 @@ def retrain(plan: Plan, words: tuple[str, ...], ledger: Ledger) -> dict[str, Any
     """Trains WORDS, at their own length, with the best settings, as the run NAME-best; or resumes it."""
     best = report.best_of(ledger.standings())
     if best is None:
-        raise RuntimeError("--retrain-best: no configuration finished")
-    name = f"{plan.root.name}-best"
-    config = compose_with(words, {**best.params, "run.name": name})
+        raise ConfigError(f"--retrain-best: no configuration finished, see {plan.root / 'table.txt'}; run it again")
+    config = named_best(f"{plan.root.name}-best", best, words)
+    name = config.run.name
     say(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
     result = launch.train(config, tags={"search": plan.root.name})
     say(launch.summary(result, config))
     return result.to_json()
+
+
+def named_best(name: str, best: Standing, words: tuple[str, ...]) -> Config:
+    """WORDS with the best settings, as the run ``name``, or as NAME-011 where that name is of an earlier best."""
+    config = compose_with(words, {**best.params, "run.name": name})
+    root = Path(config.run.storage_path).absolute() / name
+    if not checkpoints(root):
+        return config
+    before = load(root / "config.yaml")
+    if all(value_at(before, path) == value_at(config, path) for path in best.params):
+        return config
+    own = f"{name}-{best.point:03d}"
+    say(f"{root} has the settings of an earlier best; this one is {own}")
+    return compose_with(words, {**best.params, "run.name": own})

@@ -1,5 +1,6 @@
-"""What a run is, in the words by which runs are found and compared: its data, its tags, its code. No Ray."""
+"""What a run is, in the words by which runs are found and compared: its data, tags, schedule, code. No Ray."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from pais_ray.data.splits import Split
 
 GIT_TIMEOUT = 10.0  # s; a checkout on slow storage
 
+SCHEDULE = ("images_per_step", "steps", "lr")  # follow from scaling.num_workers too, which is no part of what a run is
 Facts = dict[str, dict[str, Any]]  # use of the data -> name, source, sha256 of the annotations, counts
 
 
@@ -52,6 +54,12 @@ def tags(config: Config, split: Split, data: Facts) -> dict[str, str]:
         "mlflow.source.git.commit": commit and commit.removesuffix("-dirty"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def schedule(root: Path) -> dict[str, Any]:
+    """What the run at ``root`` makes of its settings, by dotted name: where it differs, runs are no repetitions."""
+    told = json.loads((root / "schedule.json").read_text())
+    return {f"schedule.{name}": told[name] for name in SCHEDULE}
 
 
 def git_commit() -> str | None:
