@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pais_ray.data import entries, validate
+from pais_ray.data import entries, storage, validate
 from pais_ray.data.sources import measure, to_rles
 from pais_ray.data.validate import LIMITS, DataError, Limits, short
 
@@ -243,10 +243,8 @@ class _Copy:
 
 def _write(tree: Json, out: str) -> None:
     """One entry a line, aside and renamed."""
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    part = f"{out}.part"
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with storage.create_text(out) as file:
             for i, (key, value) in enumerate(tree.items()):
                 file.write(("{" if i == 0 else ",\n") + json.dumps(key) + ": ")
                 if isinstance(value, list):
@@ -256,7 +254,5 @@ def _write(tree: Json, out: str) -> None:
                 else:
                     file.write(json.dumps(value))
             file.write("}\n")
-        os.replace(part, out)
     except RecursionError as error:
-        os.unlink(part)
         raise DataError("file-json", out, "an entry is nested too deeply to be written") from error
