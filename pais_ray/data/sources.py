@@ -142,7 +142,12 @@ def list_folder(folder: str) -> list[str]:
     if not names:
         raise DataError("image-missing", folder, f"expected images ({' '.join(SUFFIXES)}), got none")
     names.sort(key=lambda name: name.split(os.sep))
-    return [os.path.join(folder, name) for name in names]
+    paths = [os.path.join(folder, name) for name in names]
+    for path in paths:
+        if not os.path.isfile(path):  # opening a pipe may wait for ever
+            message = "expected an image file, got a pipe, a device or a link that leads nowhere"
+            raise DataError("image-missing", path, message, "remove it, or put the image there")
+    return paths
 
 
 def list_prefix(url: str) -> tuple[Record, ...]:
