@@ -111,6 +111,8 @@ def test_a_changed_manifest_is_refused(tiny_coco):
         SplitManifest.from_json(json.dumps(tree))
     with pytest.raises(ValueError, match="expected a split manifest"):
         SplitManifest.from_json("{}")
+    with pytest.raises(ValueError, match="expected a split manifest"):
+        SplitManifest.from_json("[" * 100_000)
 
 
 def test_no_annotation_is_reachable_from_an_unlabeled_record(tiny_coco):
