@@ -83,6 +83,7 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     from pais_ray.data.entries import check_folder
     from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
+    from pais_ray.data.splits import read_manifest
     from pais_ray.data.storage import is_url
     from pais_ray.data.validate import DataError
     from pais_ray.overlays import spell_out
@@ -95,6 +96,8 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
         raise ValueError("data.train: null is the generated data set, which needs no check; set it to a COCO JSON")
     train, images = data.part("train")
     draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
+    if data.split is not None:
+        draw["split"] = read_manifest(data.split).split
     parts = [Part(name="train", annotations=train, images=images_of(train, images), **draw)]
     if data.val is not None:
         val, images = data.part("val")

@@ -33,6 +33,7 @@ class Part:
     labeled: float = 1.0  # the share of images that keep their labels, and which draw of it
     fold: int = 1
     holdout: float | None = None  # the share of images that is held out first
+    split: splits.Split | None = None  # or what a manifest says instead of all three
 
 
 class Look(NamedTuple):
@@ -109,7 +110,7 @@ def _looks(part: Part, jobs: list[Job], files: dict[str, Content], report: Repor
     content = files[part.name]
     held_out: frozenset[int] = frozenset()
     if part.name != "val" and content.images and content.names:
-        split = splits.split(list(content.images), part.labeled, part.fold, None, part.holdout)
+        split = part.split or splits.split(list(content.images), part.labeled, part.fold, None, part.holdout)
         absent_categories(content, split.labeled_ids, report)
         held_out = frozenset(split.held_out_ids)
     return [Look(job, part.name == "val" or job.image_id in held_out) for job in jobs]
