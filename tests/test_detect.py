@@ -1,6 +1,7 @@
 """What data=FOLDER stands for: real layouts and generated ones, what is told of them, and what is ambiguous."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -220,6 +221,16 @@ def test_a_missing_image_is_for_the_report_to_tell(photos):
     done = call("validate", f"data={photos}")
     assert done.exit_code == 1, done.output
     assert "image-missing" in done.output
+
+
+def test_a_folder_that_may_not_be_read(photos, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    done = call("validate", f"data={photos}")
+    assert done.exit_code == 2
+    assert f"error: {photos}: the folder cannot be read (Permission denied)" in done.stderr
 
 
 def test_two_files_to_learn_from(photos):

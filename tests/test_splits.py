@@ -297,6 +297,15 @@ def test_one_command_makes_the_same_manifests_of_a_shuffled_file(tiny_coco, tmp_
     assert counts[0] == counts[2]
 
 
+@pytest.mark.parametrize(("option", "name"), [("--out", "train.json/p"), ("--json", "train.json/x.json")])
+def test_what_cannot_be_written_is_wrong_usage(tiny_coco, tmp_path, option, name):
+    words = ["--annotations", str(tiny_coco / "train.json"), "--labeled", "0.5", "--out", str(tmp_path)]
+    done = call("split", *words, option, str(tiny_coco / name))
+    assert done.exit_code == 2
+    assert f"Error: {option} {tiny_coco / 'train.json'}" in done.stderr
+    assert "Traceback" not in done.output
+
+
 def test_split_and_diff_from_the_command_line(tiny_coco, tmp_path):
     base = ["--annotations", str(tiny_coco / "train.json"), "--out", str(tmp_path)]
     assert call("split", *base, "--labeled", "0.25", "--fold", "1", "--fold", "2").exit_code == 0

@@ -58,6 +58,15 @@ def test_wrong_usage_is_exit_code_2(folder):
 
 
 @pytest.mark.parametrize("option", ["--json", "--fix"])
+@pytest.mark.parametrize("name", ["x" * 300, "set.json/x.json"])
+def test_what_cannot_be_written_is_wrong_usage(folder, option, name):
+    path = written(folder, tree()).rename(folder / "set.json")
+    done = call("--annotations", path, option, folder / name)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("option", ["--json", "--fix"])
 def test_no_name_makes_the_source_a_file_aside(folder, option):
     """OUT.part is a file like any other: where it is the source, writing OUT leaves it as it was."""
     path, out = written(folder, tree()).rename(folder / "out.json.part"), folder / "out.json"

@@ -69,12 +69,17 @@ def validate(
 
 
 def check_targets(source: str | None, *targets: str | None) -> None:
-    """What is written must be neither the source nor each other."""
+    """What is written must be neither the source nor each other, and its name one that the disk takes."""
     paths = [Path(path) for path in (source, *targets) if path is not None]
-    for i, path in enumerate(paths):
-        for other in paths[:i]:
-            if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
-                raise click.UsageError(f"expected different files, got {other} and {path}; the source is never changed")
+    try:
+        there = [path.exists() for path in paths]
+        for i, path in enumerate(paths):
+            for j, other in enumerate(paths[:i]):
+                if path.absolute() == other.absolute() or (there[i] and there[j] and path.samefile(other)):
+                    message = f"expected different files, got {other} and {path}; the source is never changed"
+                    raise click.UsageError(message)
+    except OSError as error:  # too long a name, or a folder that may not be looked into
+        raise click.UsageError(str(error)) from error
 
 
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:

@@ -190,7 +190,10 @@ def _json_files(root: str, known: Sequence[Any]) -> list[str]:
 
 
 def _listed(folder: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name[0] != ".") if os.path.isdir(folder) else []
+    try:
+        return sorted(name for name in os.listdir(folder) if name[0] != ".") if os.path.isdir(folder) else []
+    except OSError as error:
+        raise DataError("file-read", folder, f"the folder cannot be read ({error.strerror})", "allow it") from error
 
 
 def _words(path: str) -> list[str]:
