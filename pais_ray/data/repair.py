@@ -206,6 +206,7 @@ class _Copy:
                     pass
             if not sound:
                 raise
+            validate.check_segmentation(sound, *size, where)  # each is sound, and together they may be too long
             self.note(where, error.rule, f"{len(segmentation) - len(sound)} of {len(segmentation)} polygons removed")
             return entry | {"segmentation": sound}
 
