@@ -113,6 +113,7 @@ CORPUS = {  # what the file holds, as a tree or as bytes -> the rule it ends in;
     "no images": ({k: v for k, v in tree().items() if k != "images"}, "key-missing"),
     "no categories": ({k: v for k, v in tree().items() if k != "categories"}, "key-missing"),
     "no annotations": ({k: v for k, v in tree().items() if k != "annotations"}, "key-missing"),
+    "an empty list of images": (tree() | {"images": [], "annotations": []}, "key-type"),
     "images as an object": (tree() | {"images": {"0": {}}}, "key-type"),
     "annotations as null": (tree() | {"annotations": None}, "key-type"),
     "an empty list of categories": (tree() | {"categories": [], "annotations": []}, "key-type"),

@@ -37,7 +37,7 @@ def repair(
     """Writes the repaired copy of the COCO file ``path`` to ``out`` and returns what it changed.
 
     Images whose file is not to be found in ``folder`` are dropped, and those in ``broken`` (image id -> rule).
-    Raises DataError where there is nothing to repair: no COCO file, no category.
+    Raises DataError where there is nothing to repair: no COCO file, no category, or no image that may stay.
     """
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"--fix: expected another file than the source, got {out}; the source is never changed")
@@ -54,6 +54,7 @@ def _repair(path: str, out: str, folder: str | None, limits: Limits, broken: Map
     images = copy.images(listed["images"])
     annotations = copy.annotations(listed["annotations"])
     images = [entry for entry in images if entry["id"] in copy.sizes]  # without those of too many instances
+    entries.check_some_images(images, path)
     _write(tree | {"categories": categories, "images": images, "annotations": annotations}, out)
     return copy.changes
 

@@ -298,6 +298,7 @@ def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
 
 def _image_records(listed: list[Any], path: str, images: str | None, limits: Limits) -> tuple[Record, ...]:
     folder = None if images is None else entries.check_folder(images, path)
+    entries.check_some_images(listed, path)
     seen: set[int] = set()
     records = []
     for entry in listed:
