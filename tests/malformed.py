@@ -62,6 +62,14 @@ def rle(counts, size=(H, W), **values) -> dict:
     return annotation(segmentation={"size": list(size), "counts": counts}, **values)
 
 
+def vast(segmentation: list) -> dict:
+    """Polygons in an image of 24 million pixels."""
+    changed = annotation(segmentation=segmentation)
+    changed["images"][0] |= {"height": 4000, "width": 6000}
+    changed["annotations"][1]["image_id"] = 1
+    return changed
+
+
 def many(count: int) -> dict:
     changed = tree()
     changed["annotations"] = [changed["annotations"][0] | {"id": i} for i in range(count)]
@@ -105,6 +113,7 @@ CORPUS = {  # what the file holds, as a tree or as bytes -> the rule it ends in;
     "no images": ({k: v for k, v in tree().items() if k != "images"}, "key-missing"),
     "no categories": ({k: v for k, v in tree().items() if k != "categories"}, "key-missing"),
     "no annotations": ({k: v for k, v in tree().items() if k != "annotations"}, "key-missing"),
+    "an empty list of images": (tree() | {"images": [], "annotations": []}, "key-type"),
     "images as an object": (tree() | {"images": {"0": {}}}, "key-type"),
     "annotations as null": (tree() | {"annotations": None}, "key-type"),
     "an empty list of categories": (tree() | {"categories": [], "annotations": []}, "key-type"),
@@ -198,6 +207,7 @@ CORPUS = {  # what the file holds, as a tree or as bytes -> the rule it ends in;
     "polygon far out": (annotation(segmentation=[[1e9, 10, *SQUARE]]), "polygon-range"),
     "polygon of 400 digits": (annotation(segmentation=[[10**400, 10, *SQUARE]]), "polygon-range"),
     "polygon that zigzags": (annotation(segmentation=[[-500, -500, 500, 500] * 1000]), "polygon-outline"),
+    "polygons that zigzag together": (vast([[-5000, -5000, 15000, 15000] * 20] * 3), "polygon-outline"),
     "polygons without end": (annotation(segmentation=[SQUARE] * 5000), "polygon-count"),
     "RLE too short": (rle([100, 50]), "rle-sum"),
     "RLE too long": (rle([0, 1_000_000]), "rle-sum"),

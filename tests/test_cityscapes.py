@@ -12,7 +12,7 @@ from pais_ray.data import cityscapes
 from pais_ray.data.formats import read_annotations, read_labeled, read_truth
 from pais_ray.data.images import decode_values
 from pais_ray.data.sources import decode_rle, read_coco
-from pais_ray.data.validate import RULES, DataError
+from pais_ray.data.validate import RULES, DataError, Limits
 from tests.cityscapes_files import polygons, scene, write_polygons, write_scene
 
 
@@ -250,6 +250,12 @@ def test_a_fault_is_named(root, change, rule, said):
     assert caught.value.rule == rule
     assert rule in RULES
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("cap", "rule"), [("max_pixels", "image-pixels"), ("max_instances", "image-instances")])
+def test_caps_hold_as_they_do_for_coco(root, cap, rule):
+    with pytest.raises(DataError, match=rule):
+        read_labeled(str(root / "gtFine" / "train"), None, Limits(**{cap: 1}))
 
 
 def test_broken_json_is_named(root):

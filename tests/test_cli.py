@@ -1,6 +1,7 @@
 """The command line as scripts use it: exit codes, JSON, one clear line for each mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,15 @@ def test_help_does_not_import_what_costs_seconds():
     assert done.returncode == 0, done.stderr
     for verb in ("train", "evaluate", "predict", "export", "show"):
         assert verb in done.stdout
+
+
+def test_a_pipe_that_nobody_reads_leaves_work_and_exit_code_as_they_are():
+    code = "import sys; from pais_ray.cli.common import echo; [echo('x' * 99999) for _ in range(3)]; sys.exit(7)"
+    unread, pipe = os.pipe()
+    os.close(unread)
+    done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_show_gives_config_schedule_and_arithmetic(tmp_path):

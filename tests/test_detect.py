@@ -1,6 +1,7 @@
 """What data=FOLDER stands for: real layouts and generated ones, what is told of them, and what is ambiguous."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -182,9 +183,37 @@ def test_images_alone_say_what_is_missing_and_how_to_go_on(photos):
     done = call("train", f"data={photos}")
     assert done.exit_code == 2
     assert "[data-layout]" in done.stderr
-    coco(photos / "cut.json", ["1.png"])
-    (photos / "cut.json").write_text((photos / "cut.json").read_text()[:60])
-    assert f"10 images and no COCO JSON to learn from; {photos}/cut.json is none; label" in refused(photos)
+    (photos / "other.json").write_text('{"note": "images"}')
+    assert f"10 images and no COCO JSON to learn from; {photos}/other.json is none; label" in refused(photos)
+
+
+@pytest.mark.parametrize("length", [0, 1, 60, 400, -1])
+@pytest.mark.parametrize("name", ["instances_val.json", "instances_train.json", "valid/_annotations.coco.json"])
+def test_a_file_that_is_cut_is_refused_and_not_passed_over(tmp_path, name, length):
+    """Else a run would hold out images of train, and tell a figure on those."""
+    for i in range(6):
+        picture(tmp_path / "images" / f"{i}.png", 20 * i)
+    other = "instances_val.json" if "train" in name else "instances_train.json"
+    coco(tmp_path / other, [f"{i}.png" for i in range(4)])
+    path = tmp_path / name
+    coco(path, ["4.png", "5.png"])
+    path.write_bytes(path.read_bytes()[:length] if length else b"")
+    part = "train" if "train" in name else "val"
+    assert found(tmp_path)[part] == str(path)
+    assert "the file is cut short" in "\n".join(detect(str(tmp_path), {}).lines)
+    done = call("validate", f"data={tmp_path}")
+    assert done.exit_code == 1, done.output
+    assert "file-json" in done.output
+    done = call("train", f"data={tmp_path}", "supervised", f"run.storage_path={tmp_path}/runs")
+    assert done.exit_code == 2
+    assert "[file-json]" in done.stderr
+
+
+def test_other_files_that_are_cut_stay_out(photos):
+    (photos / "log_train.json").write_text('[{"loss": 1}, {"lo')
+    (photos / "settings.json").write_text("")
+    (photos / "captions.json").write_text('{"images": [], "annotations": [{"caption": "a"}]}')
+    assert found(photos)["train"] == f"{photos}/labels.json"
 
 
 def test_a_missing_image_is_for_the_report_to_tell(photos):
@@ -192,6 +221,16 @@ def test_a_missing_image_is_for_the_report_to_tell(photos):
     done = call("validate", f"data={photos}")
     assert done.exit_code == 1, done.output
     assert "image-missing" in done.output
+
+
+def test_a_folder_that_may_not_be_read(photos, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    done = call("validate", f"data={photos}")
+    assert done.exit_code == 2
+    assert f"error: {photos}: the folder cannot be read (Permission denied)" in done.stderr
 
 
 def test_two_files_to_learn_from(photos):

@@ -102,6 +102,24 @@ def test_shards_hold_the_records_and_bytes_of_the_source(kind, request, tmp_path
         assert tuple(row["rles"]) == expected.rles
 
 
+def test_scored_masks_for_the_images_of_shards_are_validated(tiny, tmp_path):
+    made = read_data(written([*tiny, "data.labeled=0.5"], tmp_path / "out"))
+    image, path = made.unlabeled[0], tmp_path / "masks.json"
+    size = [image.height, image.width]
+    mask = {"size": size, "counts": [0, size[0] * size[1]]}
+    entry = {"image_id": image.image_id, "category_id": made.train.categories[0].id, "segmentation": mask}
+    for changes, rule in (
+        ({}, ""),
+        ({"score": 2}, "score-range"),
+        ({"category_id": -1}, "id-unknown"),
+        ({"image_id": made.labeled[0].image_id}, "id-unknown"),
+    ):
+        path.write_text(json.dumps([entry | {"score": 0.5} | changes]))
+        done = call("validate", f"data={tmp_path / 'out'}", f"data.pseudo_labels={path}")
+        assert done.exit_code == bool(rule), done.output
+        assert rule in done.output
+
+
 @pytest.mark.parametrize("kind", ["coco", "cityscapes"])
 def test_evaluation_on_shards_equals_that_on_the_source_crowds_included(kind, request, tmp_path):
     words = request.getfixturevalue(kind)

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pais_ray.data import validate
-from pais_ray.data.sources import decode_rle, encode_masks, read_coco, read_folder, read_unlabeled
+from pais_ray.data.sources import decode_rle, encode_masks, list_folder, read_coco, read_folder, read_unlabeled
 from pais_ray.data.validate import RULES, DataError, Limits
 
 H, W = 10, 12
@@ -373,6 +373,18 @@ def test_a_plain_folder(tmp_path):
     assert [record.image_id for record in records] == [0, 1, 2, 3]
     assert [(record.width, record.height) for record in records] == [sizes[name] for name in names]
     assert [vars(r) for r in read_unlabeled(str(tmp_path), None)] == [vars(r) for r in records]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "nothing"])
+def test_a_folder_with_what_is_no_file_names_it_and_opens_nothing(tmp_path, kind):
+    """Reading from a pipe that nobody writes to waits for ever."""
+    path = tmp_path / "x.jpg"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else tmp_path / "none.jpg")
+    with pytest.raises(DataError, match=r"x\.jpg: expected an image file, got a pipe.*\[image-missing\]"):
+        list_folder(str(tmp_path))
 
 
 def test_a_folder_with_a_broken_image_names_it(shared_data, tmp_path):

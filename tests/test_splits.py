@@ -111,6 +111,8 @@ def test_a_changed_manifest_is_refused(tiny_coco):
         SplitManifest.from_json(json.dumps(tree))
     with pytest.raises(ValueError, match="expected a split manifest"):
         SplitManifest.from_json("{}")
+    with pytest.raises(ValueError, match="expected a split manifest"):
+        SplitManifest.from_json("[" * 100_000)
 
 
 def test_no_annotation_is_reachable_from_an_unlabeled_record(tiny_coco):
@@ -293,6 +295,15 @@ def test_one_command_makes_the_same_manifests_of_a_shuffled_file(tiny_coco, tmp_
     assert "coco_1pct_fold5.json" in hashes[0]
     counts = [{name: json.loads(text)["classes"] for name, text in one.items()} for one in found]
     assert counts[0] == counts[2]
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "train.json/p"), ("--json", "train.json/x.json")])
+def test_what_cannot_be_written_is_wrong_usage(tiny_coco, tmp_path, option, name):
+    words = ["--annotations", str(tiny_coco / "train.json"), "--labeled", "0.5", "--out", str(tmp_path)]
+    done = call("split", *words, option, str(tiny_coco / name))
+    assert done.exit_code == 2
+    assert f"Error: {option} {tiny_coco / 'train.json'}" in done.stderr
+    assert "Traceback" not in done.output
 
 
 def test_split_and_diff_from_the_command_line(tiny_coco, tmp_path):

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pais_ray.cli import main
+from pais_ray.data import splits
+from pais_ray.data.sources import read_coco
 from tests.malformed import (
     CORPUS,
     NO_RULE,
@@ -190,6 +192,24 @@ def test_classes_absent_from_the_labeled_part(tmp_path):
         assert call(*words, "data.labeled=0.5", f"data.fold={fold}", "--json", out).exit_code == 0
         absent.add(tuple(rules(out)))
     assert absent == {(), ("category-absent",)}, "it depends on which of the two images is labeled"
+
+
+def test_a_manifest_says_what_is_labeled_and_held_out(tmp_path):
+    words, out = data_set(tmp_path, same=False), tmp_path / "out.json"
+    assert call(*words, f"data.split={tmp_path}/none.json").exit_code == 2
+    changed = tree()
+    changed["annotations"][1]["image_id"] = 1  # the dog
+    (tmp_path / "train.json").write_text(json.dumps(changed))
+    dataset = read_coco(str(tmp_path / "train.json"), str(tmp_path / "train"))
+    manifest, path = splits.manifest(splits.assemble([0], [1], 0.5, 7), dataset), tmp_path / "split.json"
+    assert manifest.absent == ("dog",)
+    path.write_text(manifest.to_json())
+    assert call(*words, f"data.split={path}", "--json", out).exit_code == 0
+    assert rules(out) == ["category-absent"]
+    path.write_text(splits.manifest(splits.assemble([0], [], 1.0, 7, None, 0.5, [1]), dataset).to_json())
+    (tmp_path / "train" / "1.png").write_bytes((tmp_path / "train" / "0.png").read_bytes())
+    assert call(words[0], words[2], f"data.split={path}", "--json", out).exit_code == 1
+    assert "image-leak" in rules(out)
 
 
 def test_the_other_verbs_refuse_with_the_same_rule(tmp_path):

@@ -57,6 +57,36 @@ def test_wrong_usage_is_exit_code_2(folder):
     assert json.loads(path.read_text()) == tree()
 
 
+@pytest.mark.parametrize("option", ["--json", "--fix"])
+@pytest.mark.parametrize("name", ["x" * 300, "set.json/x.json"])
+def test_what_cannot_be_written_is_wrong_usage(folder, option, name):
+    path = written(folder, tree()).rename(folder / "set.json")
+    done = call("--annotations", path, option, folder / name)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("option", ["--json", "--fix"])
+def test_no_name_makes_the_source_a_file_aside(folder, option):
+    """OUT.part is a file like any other: where it is the source, writing OUT leaves it as it was."""
+    path, out = written(folder, tree()).rename(folder / "out.json.part"), folder / "out.json"
+    before = path.read_bytes()
+    out.write_text("older")
+    (folder / "link.json").symlink_to(out)
+    assert call("--annotations", path, option, folder / "link.json").exit_code == 0
+    assert path.read_bytes() == before
+    assert (folder / "link.json").is_symlink()
+    assert out.read_text() != "older"
+    assert out.stat().st_mode == path.stat().st_mode, "as the umask has it"
+    assert not [file.name for file in folder.iterdir() if file.name.endswith(".partial")]
+
+
+def test_what_is_no_plain_file_is_written_to(folder):
+    (folder / "null.json").symlink_to("/dev/null")
+    assert call("--annotations", written(folder, tree()), "--json", folder / "null.json").exit_code == 0
+    assert (folder / "null.json").is_char_device()
+
+
 @pytest.mark.parametrize(
     ("flag", "setting", "value", "rule"),
     [

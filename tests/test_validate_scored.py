@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
+from pais_ray.config import compose_data
 from pais_ray.data import scored
 from pais_ray.data.report import Part, Report, examine
 from pais_ray.data.sources import Category, Record, read_coco, read_folder
 from pais_ray.data.validate import LIMITS, DataError, severity
+from pais_ray.train.prepare import read_data
 from tests.malformed import AREA, INF, NAN, RLE, SQUARE, H, W, call, rules, tree
 from tests.test_validate_fuzz import mutate
 
@@ -154,6 +156,23 @@ def test_masks_for_what_labels_leave_of_train(folder):
     _, words = data(folder, [GOOD | {"image_id": 2}])
     words = [word for word in words if "unlabeled" not in word]
     assert call(*words, "data.labeled=0.5").exit_code == 1
+
+
+def test_masks_for_images_of_a_prefix_whose_sizes_nobody_knows(folder):
+    """Report and reading look at the headers, and agree."""
+    path, words = data(folder, [GOOD])
+    words = [word.replace("unlabeled=", "unlabeled=file://") for word in words]
+    assert call(*words).exit_code == 0
+    assert [len(image.scores) for image in read_data(compose_data(words)).scored.images] == [1, 0]
+    out = folder / "out.json"
+    path.write_text(json.dumps([GOOD | {"segmentation": {"size": [W, H], "counts": [H * W]}}]))
+    assert call(*words, "--json", out).exit_code == 1
+    assert errors(out) == ["rle-size"]
+    (folder / "more" / "1.png").write_text("no picture")
+    assert call(*words, "--json", out).exit_code == 1
+    assert sorted(errors(out)) == ["image-format", "rle-size"]
+    with pytest.raises(DataError, match="image-format"):
+        read_data(compose_data(words))
 
 
 def test_train_ends_with_the_same_rule_and_exit_code_2(folder):

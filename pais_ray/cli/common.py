@@ -52,9 +52,13 @@ def progress(items: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 def echo(text: str) -> None:
-    """Text with names from outside, whatever the terminal's encoding lacks."""
+    """Text with names from outside, whatever the terminal's encoding lacks. Where the reader of a pipe has gone, the
+    work goes on without it, and its exit code counts."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding))
+    try:
+        click.echo(text.encode(encoding, "replace").decode(encoding))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def same_command(known_by: str, *addition: str) -> str:
@@ -66,5 +70,8 @@ def same_command(known_by: str, *addition: str) -> str:
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise click.UsageError(f"--json {path}: {error}") from error

@@ -136,31 +136,34 @@ def split_diff(a: str, b: str, json_path: str | None) -> None:
 
     tree = difference(read_manifest(a), read_manifest(b))
     write_json(json_path, tree)
-    click.echo(f"A {a}\nB {b}")
-    click.echo("annotations: " + ("the same" if tree["same_source"] else "others: ids may mean other images"))
+    echo(f"A {a}\nB {b}")
+    echo("annotations: " + ("the same" if tree["same_source"] else "others: ids may mean other images"))
     for part in ("labeled_ids", "unlabeled_ids", "held_out_ids"):
         found = tree[part]
         numbers = f"{found['both']} in both, {len(found['only_a'])} in A only, {len(found['only_b'])} in B only"
-        click.echo(f"{part.removesuffix('_ids')}: {numbers}")
+        echo(f"{part.removesuffix('_ids')}: {numbers}")
     changed = {name: counts for name, counts in tree["classes"].items() if counts[0] != counts[1]}
     for name, (in_a, in_b) in changed.items():
-        click.echo(f"  {name}: {in_a} -> {in_b} labeled instances")
-    click.echo("the same split" if tree["same"] else "not the same split")
+        echo(f"  {name}: {in_a} -> {in_b} labeled instances")
+    echo("the same split" if tree["same"] else "not the same split")
     if not tree["same"]:
         sys.exit(FAILED)
 
 
 def write_manifests(made: Sequence["SplitManifest"], out: Path, name: str, json_path: str | None) -> None:
     """One file each, named by share and fold, and a line on what it holds."""
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for manifest in made:
         split = manifest.split
         path = out / f"{name}_{100 * split.labeled:g}pct_fold{split.fold}.json"
-        path.write_text(manifest.to_json(), encoding="utf-8")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(manifest.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise click.UsageError(f"--out {out}: {error}") from error
         counts = f"{len(split.labeled_ids)} labeled + {len(split.unlabeled_ids)} unlabeled"
         counts += f" + {len(split.held_out_ids)} held out" if split.held_out_ids else ""
         absent = f", no instance of {', '.join(manifest.absent)}" if manifest.absent else ""
-        click.echo(f"{path}: {counts}, sha256 {split.sha256[:12]}{absent}")
+        echo(f"{path}: {counts}, sha256 {split.sha256[:12]}{absent}")
         rows.append({"path": str(path), "labeled": split.labeled, "fold": split.fold, "sha256": split.sha256})
     write_json(json_path, {"manifests": rows})

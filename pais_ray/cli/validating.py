@@ -69,12 +69,17 @@ def validate(
 
 
 def check_targets(source: str | None, *targets: str | None) -> None:
-    """What is written must be neither the source nor each other."""
+    """What is written must be neither the source nor each other, and its name one that the disk takes."""
     paths = [Path(path) for path in (source, *targets) if path is not None]
-    for i, path in enumerate(paths):
-        for other in paths[:i]:
-            if path.absolute() == other.absolute() or (path.exists() and other.exists() and path.samefile(other)):
-                raise click.UsageError(f"expected different files, got {other} and {path}; the source is never changed")
+    try:
+        there = [path.exists() for path in paths]
+        for i, path in enumerate(paths):
+            for j, other in enumerate(paths[:i]):
+                if path.absolute() == other.absolute() or (there[i] and there[j] and path.samefile(other)):
+                    message = f"expected different files, got {other} and {path}; the source is never changed"
+                    raise click.UsageError(message)
+    except OSError as error:  # too long a name, or a folder that may not be looked into
+        raise click.UsageError(str(error)) from error
 
 
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
@@ -83,6 +88,7 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     from pais_ray.data.entries import check_folder
     from pais_ray.data.formats import images_of
     from pais_ray.data.report import Part
+    from pais_ray.data.splits import read_manifest
     from pais_ray.data.storage import is_url
     from pais_ray.data.validate import DataError
     from pais_ray.overlays import spell_out
@@ -95,6 +101,8 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
         raise ValueError("data.train: null is the generated data set, which needs no check; set it to a COCO JSON")
     train, images = data.part("train")
     draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
+    if data.split is not None:
+        draw["split"] = read_manifest(data.split).split
     parts = [Part(name="train", annotations=train, images=images_of(train, images), **draw)]
     if data.val is not None:
         val, images = data.part("val")

@@ -1,12 +1,12 @@
 """Findings of a data set, as table and as JSON."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from pais_ray.data import storage
 from pais_ray.data.validate import RULES, DataError, severity
 
 EXAMPLES = 3  # findings of each rule that the table shows
@@ -94,8 +94,7 @@ class Report:
             "counts": self.counts(),
             **more,
         }
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
+        with storage.create_text(path) as file:
             file.write("{\n")
             for key, value in head.items():
                 file.write(f"{json.dumps(key)}: {json.dumps(value)},\n")
@@ -103,7 +102,6 @@ class Report:
             for i, finding in enumerate(self.findings):
                 file.write(("," if i else "") + "\n" + json.dumps(finding.to_json()))
             file.write("\n]\n}\n")
-        os.replace(f"{path}.part", path)
 
 
 def _plural(count: int, name: str) -> str:

@@ -70,6 +70,8 @@ def absent_categories(content: Content, image_ids: Collection[int], report: Repo
 
 def _images(tree: Json, folder: str | None, content: Content, limits: Limits, report: Report) -> bool:
     listed = report.check(entries.check_list, tree, "images", content.path)
+    if listed is not None:
+        report.check(entries.check_some_images, listed, content.path)
     for entry in listed or ():
         report.images += 1
         image_id = report.check(entries.check_id, entry, "image", content.path, content.images)

@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from pais_ray.data import validate
 from pais_ray.data.images import decode_values, upright_size
 from pais_ray.data.sources import CocoDataset, build_dataset, encode_masks
-from pais_ray.data.validate import DataError
+from pais_ray.data.validate import LIMITS, DataError, Limits
 
 # The label definitions of the Cityscapes data set. What is painted over an instance hides it, so all count.
 LABELS: dict[str, int] = {
@@ -86,7 +86,7 @@ class _Scene:
     void: Json  # compressed RLE
 
 
-def read_cityscapes(annotations: str, images: str) -> CocoDataset:
+def read_cityscapes(annotations: str, images: str, limits: Limits = LIMITS) -> CocoDataset:
     """The data set of ROOT/gtFine/PART with the images of ROOT/leftImg8bit/PART.
 
     Images without instances are kept (N = 0). Image ids are positions in the order of CITY/NAME, category ids
@@ -100,11 +100,11 @@ def read_cityscapes(annotations: str, images: str) -> CocoDataset:
         more = f" (and {len(missing) - 1} more of {len(paths)})" if len(missing) > 1 else ""
         raise DataError("cityscapes-layout", missing[0], f"annotated in {annotations}, and there is no such file{more}")
     for path, image in zip(paths, tree["images"], strict=True):
-        size = upright_size(path)
+        size = upright_size(path, max_pixels=limits.max_pixels)
         if size != (image["height"], image["width"]):
             message = f"the image has {size[0]} x {size[1]} px, its annotation {image['height']} x {image['width']}"
             raise DataError("image-size", path, message, "fetch image and annotation of the same release")
-    return build_dataset(tree, annotations, images, sha256, truth=tree)
+    return build_dataset(tree, annotations, images, sha256, truth=tree, limits=limits)
 
 
 def to_coco(annotations: str) -> tuple[Json, str]:

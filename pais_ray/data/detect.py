@@ -46,6 +46,7 @@ class JsonFile:
     kind: Literal["labels", "images", "results", "other"]
     part: str | None  # of PARTS, by its name or its folder's
     names: tuple[str, ...] = ()  # of its images, relative to their folder
+    cut: bool = False  # empty, unreadable, or it ends too early: reading will refuse it
 
     @property
     def instances(self) -> bool:
@@ -90,7 +91,7 @@ def _coco(root: str, given: Mapping[str, Any], source: str | None = None) -> Fou
     labels = [file for file in files if file.kind == "labels"]
     train = _train(root, files, source)
     settings: dict[str, Any] = {"train": train.path}
-    notes = {"train": f"{len(train.names)} images"}
+    notes = {"train": _count(train)}
     val = None
     if "val" in given:
         val = next((file for file in files if file.path == given["val"]), None)
@@ -103,7 +104,7 @@ def _coco(root: str, given: Mapping[str, Any], source: str | None = None) -> Fou
     folders = {"train_images": _images(train, root, given, "train_images")}
     if val is not None:
         folders["val_images"] = _images(val, root, given, "val_images")
-        notes["val"] = f"{len(val.names)} images"
+        notes["val"] = _count(val)
     if "unlabeled" not in given:
         settings |= _unlabeled(root, files, train, val, folders, given, notes)
     settings |= {key: folder for key, folder in folders.items() if key not in given and "images" not in given}
@@ -127,21 +128,29 @@ def _found(what: str, settings: dict[str, Any], notes: Mapping[str, str], more: 
 
 
 def sniff(path: str, root: str) -> JsonFile:
-    """What kind of JSON a file is, by the keys that occur in its bytes."""
+    """What kind of JSON a file is, by the keys that occur in its bytes.
+
+    A file that is cut is for labels as far as it can tell: COCO writes the categories last, and if it were passed over,
+    a run would go on without it."""
     part = _part(os.path.splitext(os.path.basename(path))[0])
     folder = os.path.dirname(path)
     if part is None and os.path.abspath(folder) != os.path.abspath(root):
         part = _part(os.path.basename(folder))
+    named = part in ("train", "val", "unlabeled") or os.path.basename(path) == ROBOFLOW
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             keys = {key for key in KEYS if data.find(b'"%s"' % key.encode()) >= 0}
-            kind = _kind(data[:64].lstrip()[:1], keys)
+            first, last = data[:64].lstrip()[:1], data[-4096:].rstrip(BLANK)[-1:]
+            cut = last != (b"]" if first == b"[" else b"}")
+            kind = _kind(first, keys | ({"annotations", "categories"} if cut else set()))
+            kind = "labels" if cut and named and not keys and first != b"[" else kind
             found = FILE_NAME.finditer(data) if kind in ("labels", "images") else ()
-            return JsonFile(path=path, kind=kind, part=part, names=tuple(_names(match[1] for match in found)))
-    except (OSError, ValueError):  # empty, or it may not be read: whoever needs it will say so
-        return JsonFile(path=path, kind="other", part=part)
+            return JsonFile(path=path, kind=kind, part=part, names=tuple(_names(match[1] for match in found)), cut=cut)
+    except (OSError, ValueError):  # empty, or it may not be read: reading will say so
+        return JsonFile(path=path, kind="labels" if named else "other", part=part, cut=True)
 
 
+BLANK = b" \t\r\n\0"  # zeros: what a download that broke off leaves, and half a character of UTF-16
 KEYS = ("images", "annotations", "categories", "keypoints", "segments_info", "score", "segmentation")
 
 
@@ -152,7 +161,13 @@ def _kind(first: bytes, keys: set[str]) -> Literal["labels", "images", "results"
         return "other"
     if {"annotations", "categories"} <= keys:
         return "labels"
-    return "other" if "annotations" in keys else "images"  # captions have no categories
+    if "annotations" in keys:  # captions have no masks; a file without categories may end where an object does
+        return "labels" if "segmentation" in keys else "other"
+    return "images"
+
+
+def _count(file: JsonFile) -> str:
+    return f"{len(file.names)} images" + ", and the file is cut short" * file.cut
 
 
 def _names(found: Iterable[bytes]) -> Iterable[str]:
@@ -175,7 +190,10 @@ def _json_files(root: str, known: Sequence[Any]) -> list[str]:
 
 
 def _listed(folder: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name[0] != ".") if os.path.isdir(folder) else []
+    try:
+        return sorted(name for name in os.listdir(folder) if name[0] != ".") if os.path.isdir(folder) else []
+    except OSError as error:
+        raise DataError("file-read", folder, f"the folder cannot be read ({error.strerror})", "allow it") from error
 
 
 def _words(path: str) -> list[str]:
@@ -231,6 +249,8 @@ def _images(file: JsonFile, root: str, given: Mapping[str, Any], setting: str) -
             raise _ambiguous(file.path, f"its images lie in several folders: {', '.join(holding)}", setting)
         if holding:
             return holding[0]
+    if file.cut:  # reading says what is wrong
+        return root
     names = f"images such as {file.names[0]!r}" if file.names else "no image"
     raise DataError(
         "data-layout", file.path, f"it names {names}, and no folder of {root} holds them", f"set data.{setting}"
@@ -256,10 +276,12 @@ def _unlabeled(
 ) -> dict[str, Any]:
     """Settings of the layout's own unlabeled images: a JSON or folder named so, or what no JSON lists."""
     listing = _one(
-        [file for file in files if file.part == "unlabeled" and file.names], "unlabeled", "take as unlabeled"
+        [file for file in files if file.part == "unlabeled" and (file.names or file.cut)],
+        "unlabeled",
+        "take as unlabeled",
     )
     if listing is not None:
-        notes["unlabeled"] = f"{len(listing.names)} images"
+        notes["unlabeled"] = _count(listing)
         images = _images(listing, root, given, "unlabeled_images")
         return {"unlabeled": listing.path, "unlabeled_images": images, "labeled": 1.0}
     named = [os.path.join(root, name) for name in _listed(root) if _part(name) == "unlabeled"]
@@ -269,6 +291,8 @@ def _unlabeled(
     if named:
         notes["unlabeled"] = f"{len(list_folder(named[0]))} images"
         return {"unlabeled": named[0], "labeled": 1.0}
+    if train.cut or (val is not None and val.cut):  # who knows what else they would list
+        return {}
     folder = folders["train_images"]
     listed = {os.path.abspath(os.path.join(folder, name)) for name in train.names}
     if val is not None:

@@ -100,6 +100,12 @@ def check_reference(entry: Mapping[str, Any], kind: str, known: Collection[int],
     return value
 
 
+def check_some_images(listed: Collection[object], path: str) -> None:
+    """There is something to learn from, or to evaluate on."""
+    if not listed:
+        raise DataError("key-type", path, "expected at least one image, got none")
+
+
 def check_some_categories(names: Collection[object], path: str) -> None:
     """There is something to tell apart."""
     if not names:

@@ -32,7 +32,7 @@ def read_labeled(
     images = images or cityscapes.images_beside(annotations)
     if images is None:
         raise DataError("cityscapes-layout", annotations, "expected a COCO file or a folder gtFine/PART, got a folder")
-    return cityscapes.read_cityscapes(annotations, images)
+    return cityscapes.read_cityscapes(annotations, images, limits)
 
 
 def read_annotations(annotations: str) -> CocoDataset:

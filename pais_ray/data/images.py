@@ -9,6 +9,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from pais_ray.data.storage import StorageError
 from pais_ray.data.validate import MAX_PIXELS, DataError, Limits, check_size
 
 __all__ = ["MAX_PIXELS", "decode", "decode_values", "upright_size"]
@@ -69,11 +70,12 @@ def decode_values(data: bytes, where: str) -> np.ndarray:
 
 
 def upright_size(
-    source: bytes | str | os.PathLike[str], where: str | None = None, max_pixels: int = MAX_PIXELS
+    source: bytes | IO[bytes] | str | os.PathLike[str], where: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """(height, width) of the upright picture, from the header only; ``source`` is bytes or a path."""
-    if isinstance(source, bytes):
-        with _opened(io.BytesIO(source), where or "image", max_pixels) as image:
+    """(height, width) of the upright picture, from the header only; ``source`` is bytes, an open file or a path."""
+    if not isinstance(source, str | os.PathLike):
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        with _opened(opened, where or "image", max_pixels) as image:
             return _size(image)
     name = where or os.fspath(source)
     try:
@@ -112,7 +114,7 @@ def _opened(file: IO[bytes], where: str, max_pixels: int) -> Iterator[Image.Imag
         with Image.open(file, formats=FORMATS) as image:
             check_size(image.height, image.width, where, Limits(max_pixels=max_pixels))
             yield image
-    except DataError:
+    except (DataError, StorageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError("image-pixels", where, str(error)) from error

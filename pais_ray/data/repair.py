@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pais_ray.data import entries, validate
+from pais_ray.data import entries, storage, validate
 from pais_ray.data.sources import measure, to_rles
 from pais_ray.data.validate import LIMITS, DataError, Limits, short
 
@@ -37,7 +37,7 @@ def repair(
     """Writes the repaired copy of the COCO file ``path`` to ``out`` and returns what it changed.
 
     Images whose file is not to be found in ``folder`` are dropped, and those in ``broken`` (image id -> rule).
-    Raises DataError where there is nothing to repair: no COCO file, no category.
+    Raises DataError where there is nothing to repair: no COCO file, no category, or no image that may stay.
     """
     if os.path.exists(out) and os.path.samefile(path, out):
         raise ValueError(f"--fix: expected another file than the source, got {out}; the source is never changed")
@@ -54,6 +54,7 @@ def _repair(path: str, out: str, folder: str | None, limits: Limits, broken: Map
     images = copy.images(listed["images"])
     annotations = copy.annotations(listed["annotations"])
     images = [entry for entry in images if entry["id"] in copy.sizes]  # without those of too many instances
+    entries.check_some_images(images, path)
     _write(tree | {"categories": categories, "images": images, "annotations": annotations}, out)
     return copy.changes
 
@@ -206,6 +207,7 @@ class _Copy:
                     pass
             if not sound:
                 raise
+            validate.check_segmentation(sound, *size, where)  # each is sound, and together they may be too long
             self.note(where, error.rule, f"{len(segmentation) - len(sound)} of {len(segmentation)} polygons removed")
             return entry | {"segmentation": sound}
 
@@ -243,10 +245,8 @@ class _Copy:
 
 def _write(tree: Json, out: str) -> None:
     """One entry a line, aside and renamed."""
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    part = f"{out}.part"
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with storage.create_text(out) as file:
             for i, (key, value) in enumerate(tree.items()):
                 file.write(("{" if i == 0 else ",\n") + json.dumps(key) + ": ")
                 if isinstance(value, list):
@@ -256,7 +256,5 @@ def _write(tree: Json, out: str) -> None:
                 else:
                     file.write(json.dumps(value))
             file.write("}\n")
-        os.replace(part, out)
     except RecursionError as error:
-        os.unlink(part)
         raise DataError("file-json", out, "an entry is nested too deeply to be written") from error

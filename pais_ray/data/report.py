@@ -1,7 +1,7 @@
 """What is wrong with a data set: every finding over annotations and images of all its parts. Torch-free."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,10 +9,11 @@ from pais_ray.data import shards, splits, storage
 from pais_ray.data._findings import Finding, Report
 from pais_ray.data._inspect import Content, absent_categories, inspect_coco
 from pais_ray.data._pictures import Job, look_at_all
+from pais_ray.data.encoded import name_of
 from pais_ray.data.entries import check_same_categories
 from pais_ray.data.images import upright_size
 from pais_ray.data.scored import Known, inspect_scored
-from pais_ray.data.sources import list_folder, list_prefix
+from pais_ray.data.sources import Record, list_folder, list_prefix, look_up
 from pais_ray.data.validate import LIMITS, DataError, Limits
 
 __all__ = ["Finding", "Part", "Report", "examine"]
@@ -32,6 +33,7 @@ class Part:
     labeled: float = 1.0  # the share of images that keep their labels, and which draw of it
     fold: int = 1
     holdout: float | None = None  # the share of images that is held out first
+    split: splits.Split | None = None  # or what a manifest says instead of all three
 
 
 class Look(NamedTuple):
@@ -53,12 +55,21 @@ def examine(
     looks: list[Look] = []
     files: dict[str, Content] = {}
     known: dict[int, Known] = {}  # images that scored masks may be of
+    classes: Collection[int] | None = None  # and their categories
     for part in parts:
         if shards.is_shards(part.annotations):
             _shards(part, report, progress)
+            if scored is not None and part.name != "val":
+                held = report.check(shards.read_shards, part.annotations, "train", limits)
+                if held is not None:
+                    known = _known(held.records if held.unlabeled is None else held.unlabeled, limits, report)
+                    classes = {category.id for category in held.categories}
             continue
         if part.annotations is None and storage.is_url(part.images or ""):
-            report.images += len(report.check(list_prefix, part.images) or ())
+            listed = report.check(list_prefix, part.images) or ()
+            report.images += len(listed)
+            if scored is not None:
+                known = _known(listed, limits, report)
             continue
         if part.annotations is None:
             paths = report.check(list_folder, part.images) or []
@@ -82,9 +93,11 @@ def examine(
     if "train" in files and "val" in files:
         train, val = files["train"], files["val"]
         report.check(check_same_categories, val.names, val.path, train.names, train.path)
-    if scored is not None and "train" in files:
+    if "train" in files:
+        classes = files["train"].names
+    if scored is not None and classes is not None:
         # ids of labeled images are known too: reading leaves their masks out
-        inspect_scored(scored, known, files["train"].names, limits, report)
+        inspect_scored(scored, known, classes, limits, report)
     _pictures(looks, limits, report, progress)
     return report
 
@@ -97,10 +110,20 @@ def _looks(part: Part, jobs: list[Job], files: dict[str, Content], report: Repor
     content = files[part.name]
     held_out: frozenset[int] = frozenset()
     if part.name != "val" and content.images and content.names:
-        split = splits.split(list(content.images), part.labeled, part.fold, None, part.holdout)
+        split = part.split or splits.split(list(content.images), part.labeled, part.fold, None, part.holdout)
         absent_categories(content, split.labeled_ids, report)
         held_out = frozenset(split.held_out_ids)
     return [Look(job, part.name == "val" or job.image_id in held_out) for job in jobs]
+
+
+def _known(records: Sequence[Record], limits: Limits, report: Report) -> dict[int, Known]:
+    """What scored masks of these images are checked against. Adds what is wrong with their headers."""
+    known = {}
+    for record, size in zip(records, look_up(records, limits), strict=True):
+        if isinstance(size, DataError):
+            report.add(size)
+        known[record.image_id] = Known(None if isinstance(size, DataError) else size, name_of(record.path))
+    return known
 
 
 def _shards(part: Part, report: Report, progress: Progress) -> None:

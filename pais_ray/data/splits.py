@@ -114,7 +114,7 @@ class SplitManifest:
             classes = tuple(ClassCount(**c) for c in tree["classes"])
             source, sampling, sha256 = tree["source_sha256"], tree.get("sampling", "random"), tree["sha256"]
             scored = tree.get("scored_sha256")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{where}: expected a split manifest, got {got}; give a file of `pais-ray split` or a run's split.json"

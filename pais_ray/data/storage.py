@@ -8,13 +8,14 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -115,6 +116,26 @@ def create(path: str) -> Iterator["Hashing"]:
     try:
         with open(aside, "wb") as sink:
             yield Hashing(sink)
+        os.replace(aside, place)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
+
+
+@contextmanager
+def create_text(path: str) -> Iterator[TextIO]:
+    """A local text file, which takes the place of ``path`` when it is whole. It is written under a name that nothing
+    has; a link is followed, and what is there and no plain file, such as /dev/stdout, is written to directly."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+        return
+    place = os.path.realpath(path)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    aside = os.path.join(os.path.dirname(place), f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        with open(aside, "x", encoding="utf-8") as file:
+            yield file
         os.replace(aside, place)
     finally:
         if os.path.exists(aside):

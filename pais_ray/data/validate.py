@@ -23,6 +23,8 @@ MAX_OVERHANG = 10
 MAX_OUTLINE = 100
 # ... and no longer than this, however long and thin an image claims to be.
 MAX_OUTLINE_PX = 1_000_000
+# Those of one instance together.
+MAX_OUTLINES_PX = 2 * MAX_OUTLINE_PX
 # Parts of one instance; the most in COCO and in our real sets are a few dozen.
 MAX_POLYGONS = 2000
 # px over the border that a box may reach: rounding, and tools that count from one.
@@ -178,9 +180,9 @@ def check_box(box: object, where: str) -> tuple[float, float, float, float]:
     return float(x), float(y), float(width), float(height)
 
 
-def check_polygon(polygon: object, height: int, width: int, where: str) -> None:
+def check_polygon(polygon: object, height: int, width: int, where: str) -> float:
     """One polygon [x1, y1, x2, y2, ...]: at least 3 points, finite, at most ``MAX_OVERHANG`` images
-    away, with an outline that can be drawn."""
+    away, with an outline that can be drawn. Returns what the outline is no longer than, px."""
     if type(polygon) is not list or not _are_numbers(polygon):
         raise DataError("polygon-type", where, f"expected a flat list of numbers, got {short(polygon)}")
     if len(polygon) < 6 or len(polygon) % 2:
@@ -197,11 +199,17 @@ def check_polygon(polygon: object, height: int, width: int, where: str) -> None:
         message = f"a coordinate of {short(far)} is further than {MAX_OVERHANG} images ({limit} px) away"
         raise DataError("polygon-range", where, message)
     longest = min(MAX_OUTLINE * (height + width), MAX_OUTLINE_PX)
-    if len(polygon) // 2 * (high - low) > longest:  # a bound that is quick to see
-        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-        outline = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
-        if outline > longest:
-            raise DataError("polygon-outline", where, f"an outline of {outline:.0f} px is longer than {longest} px")
+    bound = len(polygon) // 2 * (high - low)  # quick to see
+    if bound > longest:
+        bound = _outline(polygon)
+        if bound > longest:
+            raise DataError("polygon-outline", where, f"an outline of {bound:.0f} px is longer than {longest} px")
+    return bound
+
+
+def _outline(polygon: list[float]) -> float:
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def check_rle(rle: Mapping[str, Any], height: int, width: int, where: str) -> None:
@@ -259,8 +267,10 @@ def check_segmentation(segmentation: object, height: int, width: int, where: str
         if len(segmentation) > MAX_POLYGONS:
             message = f"{len(segmentation)} polygons of one instance are more than {MAX_POLYGONS}"
             raise DataError("polygon-count", where, message)
-        for polygon in segmentation:
-            check_polygon(polygon, height, width, where)
+        bound = sum(check_polygon(polygon, height, width, where) for polygon in segmentation)
+        if bound > MAX_OUTLINES_PX and (outlines := sum(map(_outline, segmentation))) > MAX_OUTLINES_PX:
+            message = f"outlines of {outlines:.0f} px together are longer than {MAX_OUTLINES_PX} px"
+            raise DataError("polygon-outline", where, message)
     elif isinstance(segmentation, Mapping):
         check_rle(segmentation, height, width, where)
     else:
