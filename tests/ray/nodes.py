@@ -44,10 +44,14 @@ class Nodes:
 
     def join(self, cpus: int) -> None:
         """One more node."""
-        ports = zip(("dashboard-agent-listen", "metrics-export"), free_ports(2), strict=True)
-        own = [f"--{name}-port={port}" for name, port in ports]
-        self.add(f"--address={self.gcs}", f"--num-cpus={cpus}", MEMORY, *own)
-        self.wait()
+        for _ in range(3):  # on a busy machine Ray's own deadlines may pass
+            ports = zip(("dashboard-agent-listen", "metrics-export"), free_ports(2), strict=True)
+            own = [f"--{name}-port={port}" for name, port in ports]
+            self.add(f"--address={self.gcs}", f"--num-cpus={cpus}", MEMORY, *own)
+            self.wait()
+            if self.running[-1].poll() is None:
+                return
+        raise AssertionError((self.folder / f"node{len(self.running) - 1}.log").read_text())
 
     def kill(self, index: int) -> None:
         """The whole node at once, as when a machine loses power."""
@@ -61,9 +65,8 @@ class Nodes:
         self.running[index].wait()
 
     def wait(self) -> None:
-        """Until the cluster counts every node."""
+        """Until the cluster counts every node that has not ended."""
         while self.alive() < sum(node.poll() is None for node in self.running):
-            assert self.running[-1].poll() is None, (self.folder / f"node{len(self.running) - 1}.log").read_text()
             time.sleep(0.2)
 
     def node_id(self, index: int) -> str:
