@@ -113,6 +113,7 @@ def nodes(folder: Path, cpus: list[int], **more: str) -> Iterator[Nodes]:
     )
     try:
         cluster.wait()
+        assert cluster.running[0].poll() is None, (folder / "node0.log").read_text()
         for count in cpus[1:]:  # one after the other: nodes that start together may take the same socket
             cluster.join(count)
         yield cluster
