@@ -91,7 +91,7 @@ def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_fac
 
 def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
     """2 -> 1 -> 2 workers: steps see the same rows, and the loss is the fixed run's but for the order of sums."""
-    steps = 240
+    steps = 160
     elastic = ("scaling.num_workers=[1,2]", "scaling.cpus_per_worker=0.7", "scaling.resize_check_s=5")
     with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
         fixed = words(tiny_coco, tmp_path, "fixed", steps, "scaling.cpus_per_worker=0.7")
