@@ -291,7 +291,7 @@ def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_pa
         if os.environ.get("PAIS_RAY_CI"):
             pytest.fail(f"no file system of our own: {done.stderr!r}")
         pytest.skip(f"no file system of our own: {done.stderr!r}")
-    steps, root = 200, room / "full"
+    steps, root = 40, room / "full"
     try:
         arguments = words(tiny_coco, room, "full", steps, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
         driver = Driver(arguments, cluster["address"], tmp_path / "full.log")
