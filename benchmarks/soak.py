@@ -23,7 +23,7 @@ import psutil
 import ray
 
 from pais_ray.data import synthetic
-from pais_ray.train import launch
+from pais_ray.train import cluster
 
 EVERY_S = 15.0
 WARM_UP = 0.5  # share of a process's life that is not fitted: caches fill, allocators settle
@@ -129,7 +129,7 @@ def main() -> None:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     arguments, chance = words(out), random.Random(args.seed)
-    launch.connect()  # as `pais-ray train` would start it
+    cluster.connect()  # as `pais-ray train` would start it
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pais_ray.cli", "train", *arguments]

@@ -23,7 +23,8 @@ from pais_ray.data.images import decode
 from pais_ray.data.validate import DataError
 from pais_ray.data.views import Sample
 from pais_ray.inference import Predictor, ahead, choose_checkpoint, predict_sample
-from pais_ray.train.launch import connect, say
+from pais_ray.train.cluster import connect
+from pais_ray.train.progress import say
 
 SAY_EVERY_S = 10.0  # between two lines of progress
 

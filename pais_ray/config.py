@@ -313,6 +313,11 @@ def run_schedule(config: Config) -> Schedule:
     return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
 
 
+def rows_a_step(schedule: Schedule, config: Config) -> int:
+    """Global rows of an optimizer step: the run's, whatever number of ranks shares them."""
+    return schedule.images_per_step // (config.batch.labeled + config.batch.unlabeled)
+
+
 def flatten(config: Config) -> dict[str, Scalar]:
     """Dotted name -> value; lists as JSON text."""
     return dict(_leaves(_plain(config)))

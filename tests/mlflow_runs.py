@@ -56,7 +56,7 @@ def tiny_run(data: Path, storage: Path, name: str, ap: float, *words: str) -> Pa
     """The directory of a finished run: a real checkpoint of an untrained nano Mask R-CNN, and the AP it is said to
     have at step 2."""
     from pais_ray.config import compose, flatten, run_schedule
-    from pais_ray.train import describe, launch
+    from pais_ray.train import describe, run_directory
     from pais_ray.train.checkpoints import checkpoint_folder
     from pais_ray.train.prepare import prepare
     from pais_ray.train.state import build_state
@@ -65,7 +65,7 @@ def tiny_run(data: Path, storage: Path, name: str, ap: float, *words: str) -> Pa
     run = (f"run.storage_path={storage}", f"run.name={name}", "data.image_size=64", "train.steps=2")
     config, facts = prepare(compose(["synthetic", "mask_rcnn", "supervised", *paths, *run, *words]))
     root, schedule = storage / name, run_schedule(config)
-    launch.write_run_directory(root, config, facts, schedule)
+    run_directory.write_run_directory(root, config, facts, schedule)
     state = build_state(config, schedule, num_classes=len(facts.train.categories), device="cpu")
     state.step = 2
     state.note_score("teacher", 2, ap)

@@ -16,6 +16,8 @@ HOMES = {  # third-party package -> the files (relative to pais_ray/) that may i
         "data/pipeline.py",
         "train/worker.py",
         "train/launch.py",
+        "train/cluster.py",
+        "train/watch.py",
         "train/monitor.py",
         "train/watchdog.py",
         "batch_predict.py",

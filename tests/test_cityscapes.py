@@ -280,19 +280,19 @@ def test_a_run_takes_the_folders_and_scores_against_its_own_file(root, tmp_path)
     """Through prepare and the run directory: what a worker scores against is all of Cityscapes."""
     from pais_ray.config import compose, run_schedule
     from pais_ray.evaluate import score
-    from pais_ray.train import launch, prepare
+    from pais_ray.train import prepare, run_directory
 
     write_scene(root, "val", "bonn", 3, scene((26000, 10, 10, 30, 40), (26, 50, 60, 60, 80)))
     words = ["synthetic", "mask_rcnn", "pais", "data.labeled=0.4", f"run.storage_path={tmp_path}/runs"]
     config = compose([*words, f"data.train={root}/gtFine/train", f"data.val={root}/gtFine/val"])
     config, data = prepare.prepare(config)
     assert (len(data.labeled), len(data.unlabeled), len(data.val)) == (1, 2, 1)
-    launch.write_run_directory(tmp_path / "run", config, data, run_schedule(config))
-    truth = json.loads((tmp_path / "run" / launch.GROUND_TRUTH).read_text())
+    run_directory.write_run_directory(tmp_path / "run", config, data, run_schedule(config))
+    truth = json.loads((tmp_path / "run" / run_directory.GROUND_TRUTH).read_text())
     results = [
         {**{k: a[k] for k in ("image_id", "category_id", "segmentation")}, "score": 0.5} for a in truth["annotations"]
     ]
-    scores = score(tmp_path / "run" / launch.GROUND_TRUTH, results)
+    scores = score(tmp_path / "run" / run_directory.GROUND_TRUTH, results)
     assert [scores[kind]["AP"] for kind in ("segm", "cityscapes")] == [pytest.approx(1), pytest.approx(1)]
 
 

@@ -22,8 +22,8 @@ from pais_ray.data.views import AugmentConfig, Sample, make_batch, make_views
 from pais_ray.inference import Predictor, predict_sample
 from pais_ray.structures import Masks
 from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, verify
-from pais_ray.train.launch import write_run_directory
 from pais_ray.train.prepare import prepare
+from pais_ray.train.run_directory import write_run_directory
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
 

@@ -7,7 +7,7 @@ import pytest
 import ray.train
 
 from pais_ray.guards import GuardConfig, Guards
-from pais_ray.train import launch
+from pais_ray.train import launch, progress
 from pais_ray.train.monitor import Monitor
 from pais_ray.train.watchdog import describe, stuck
 from pais_ray.train.worker import Worker
@@ -162,4 +162,4 @@ def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
 
 def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():
     row = {"step": 7, "last": 16, "eta": 9.0, "lr": 0.1, "time/img_per_s": 1.0, "time/data_wait_share": 0.0}
-    assert "7/16 | no loss, skipped" in launch.progress_line(row)
+    assert "7/16 | no loss, skipped" in progress.progress_line(row)

@@ -436,7 +436,7 @@ def test_only_shards_may_leave_out_validation(tiny, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_shards(tiny, tmp_path):
     from pais_ray.config import compose, run_schedule
-    from pais_ray.train import launch
+    from pais_ray.train import run_directory
     from pais_ray.train.prepare import prepare
 
     def prepared(out: Path):
@@ -444,14 +444,14 @@ def test_a_run_is_not_resumed_with_other_shards(tiny, tmp_path):
 
     written(tiny, tmp_path / "out")
     config, data = prepared(tmp_path / "out")
-    launch.write_run_directory(tmp_path / "run", config, data, run_schedule(config))
+    run_directory.write_run_directory(tmp_path / "run", config, data, run_schedule(config))
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir()
-    launch.check_data(tmp_path / "run", data, force=False)
+    run_directory.check_data(tmp_path / "run", data, force=False)
     written(tiny, tmp_path / "other", rows_per_group=3)
     other = prepared(tmp_path / "other")[1]
     assert other.manifest == data.manifest, "the images are the same, their order is not"
     with pytest.raises(ConfigError, match="changed since the run began"):
-        launch.check_data(tmp_path / "run", other, force=False)
+        run_directory.check_data(tmp_path / "run", other, force=False)
 
 
 def test_held_out_images_are_the_shards_validation(coco, folder, tmp_path):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pais_ray.config import compose, run_schedule
 from pais_ray.train.checkpoints import checkpoint_folder
-from pais_ray.train.launch import write_run_directory
 from pais_ray.train.prepare import prepare
+from pais_ray.train.run_directory import write_run_directory
 from pais_ray.train.state import build_state
 
 

@@ -27,10 +27,10 @@ from pais_ray.search.ledger import LEDGER, Ledger, Standing
 from pais_ray.search.plan import Options, Plan, make_plan, value_at, warm_start
 from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracked import Tracked
-from pais_ray.train import describe, launch
+from pais_ray.train import cluster, describe, launch
 from pais_ray.train.checkpoints import CheckpointError, checkpoints, metric_rows
-from pais_ray.train.launch import say
 from pais_ray.train.prepare import prepare
+from pais_ray.train.progress import say
 
 UNDEFINED = -1.0  # COCO's AP where there is nothing to find
 WAITING = {"memory": 1}  # of a trial's own process: Tune wants it to take something, and the CPUs are for its workers
@@ -54,7 +54,7 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
     for path, domain in plan.space.items():
         say(f"  {path}: {domain}")
     say(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
-    started_here = launch.connect()
+    started_here = cluster.connect()
     try:
         concurrent, shares = share(plan.base, options.max_concurrent)
         cpus, threads = shares.values()
@@ -79,7 +79,7 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
 
 def share(config: Config, wanted: int | None) -> tuple[int, Params]:
     """How many trials run at once, and the part of the cluster that each of their workers gets."""
-    cpus, _ = launch.worker_resources(config)
+    cpus, _ = cluster.worker_resources(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = config.scaling.most
     fits = concurrent_trials(nodes, workers=workers, cpus=cpus, use_gpu=config.scaling.use_gpu)

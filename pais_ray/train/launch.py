@@ -1,43 +1,39 @@
 """train(): from a resolved Config to a finished run. The only place that builds a TorchTrainer."""
 
 import json
-import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray._private import ray_constants
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pais_ray import access, gallery, plots, tracking
-from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, run_schedule
-from pais_ray.data import pipeline, splits
+from pais_ray import gallery, plots, tracking
+from pais_ray.config import Config, ConfigError, flatten, rows_a_step, run_schedule
+from pais_ray.data import pipeline
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
-from pais_ray.train import describe, start, watchdog, worker
-from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified, usable_checkpoint
-from pais_ray.train.log import Lines
+from pais_ray.train import cluster, describe, run_directory, start, worker
+from pais_ray.train.checkpoints import checkpoint_folder, metric_rows, newest_verified
 from pais_ray.train.monitor import Monitor
 from pais_ray.train.prepare import Data, check_outlives_job, prepare
+from pais_ray.train.progress import say, tell
 from pais_ray.train.state import ROLES
+from pais_ray.train.watch import Watch
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
 PANEL_IMAGES = 4  # validation images in the picture of a run's end
-NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
-SILENCE_S = 120.0  # without one, though there is room, before it says so
 POLL_S = 0.5  # between two looks at the monitor
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
-GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
 
 
@@ -67,38 +63,6 @@ class TrainingStopped(RuntimeError):
     """Training ended itself, with the reason as its message."""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def tell(row: dict[str, Any]) -> None:
-    """Prints what a worker said."""
-    say(progress_line(row))
-
-
-def progress_line(row: dict[str, Any]) -> str:
-    """One line a person can follow: where we are, how it learns, how fast, how long still."""
-    if "text" in row:
-        return str(row["text"])
-    if "role" in row:
-        role = row["role"]
-        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
-        return f"  evaluation at {row['step']}: {role} {ap}"
-    labeled, unlabeled = (
-        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
-    )
-    kept = row.get("pseudo/kept_per_image")
-    minutes, seconds = divmod(int(row["eta"]), 60)
-    loss = f"loss {row['loss']:.3f}" if "loss" in row else "no loss, skipped"
-    return (
-        f"{row['step']:>6}/{row['last']} | {loss} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
-        + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
-        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
-        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
-        + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    )
-
-
 def train(
     config: Config,
     *,
@@ -124,13 +88,13 @@ def train(
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     root = Path(config.run.storage_path).absolute() / name
     config, data = prepare(config)
-    config = recorded_threads(root, config)
-    check_resume(root, config, force)
-    check_data(root, data, force)
-    schedule = kept_schedule(root, run_schedule(config), force)
-    check_workers(config, schedule)
+    config = run_directory.recorded_threads(root, config)
+    run_directory.check_resume(root, config, force)
+    run_directory.check_data(root, data, force)
+    schedule = run_directory.kept_schedule(root, run_schedule(config), force)
+    run_directory.check_workers(config, schedule)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
-    done = steps_made(root)
+    done = run_directory.steps_made(root)
     say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
     if data.scored is not None:
         say(data.scored.summary())
@@ -143,11 +107,11 @@ def train(
         if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
             close_tracking(root, config, "FINISHED")
         return result_of(root, schedule, stopped=False)
-    started_here = connect()
+    started_here = cluster.connect()
     try:
-        cpus, threads = worker_resources(config)
-        config = with_threads(config, threads)
-        write_run_directory(root, config, data, schedule)
+        cpus, threads = cluster.worker_resources(config)
+        config = run_directory.with_threads(config, threads)
+        run_directory.write_run_directory(root, config, data, schedule)
         return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
     finally:
         if started_here:
@@ -180,7 +144,7 @@ def fit(
         unlabeled=config.batch.unlabeled,
         labeled_groups=data.labeled_groups,
         unlabeled_groups=data.unlabeled_groups,
-        lanes=worker.rows_a_step(schedule, config),
+        lanes=rows_a_step(schedule, config),
     )
     assert config.train.threads_per_worker is not None
     job = worker.Job(
@@ -196,7 +160,9 @@ def fit(
             config.data.max_pixels,
         ),
         val=ray.put(data.val),
-        ground_truth=os.path.abspath(data.truth) if isinstance(data.truth, str) else str(root / GROUND_TRUTH),
+        ground_truth=os.path.abspath(data.truth)
+        if isinstance(data.truth, str)
+        else str(root / run_directory.GROUND_TRUTH),
         monitor=monitor,
         threads=config.train.threads_per_worker,
     )
@@ -262,7 +228,7 @@ def died_at_start(error: Exception) -> bool:
     return met or isinstance(error, ray.exceptions.RayActorError)
 
 
-def follow(trainer: Callable[..., TorchTrainer], watch: "Watch", root: Path, last: int, stop: threading.Event) -> bool:
+def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last: int, stop: threading.Event) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
     passes on what the workers say and watches over them. Returns whether it was stopped, by the user or by ``stop``;
     raises what training raised."""
@@ -303,7 +269,7 @@ def follow(trainer: Callable[..., TorchTrainer], watch: "Watch", root: Path, las
         raise fatal
     if "error" in outcome:
         raise outcome["error"]
-    stopped = asked > 0 and steps_made(root) < last
+    stopped = asked > 0 and run_directory.steps_made(root) < last
     if stopped:
         watch.heard({"text": f"stopped with a checkpoint in {root / 'checkpoints'}"})
     return stopped
@@ -322,63 +288,6 @@ def terminating_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Watch:
-    """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
-
-    def __init__(
-        self, monitor: Any, root: Path, config: Config, cpus: float, heard: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self.monitor, self.root, self.config, self.cpus, self.heard = monitor, root, config, cpus, heard
-        self.leaving: set[str] = set()
-        self.alive = self.told = time.monotonic()  # when some rank last gave a sign of life; when its lack was told
-        self.events = Lines(root / "events.jsonl")
-
-    def look(self) -> None:
-        leaving = set(draining_nodes())
-        if leaving - self.leaving:
-            self.tell("a node is about to go: a checkpoint is written now", "node_leaving")
-            self.monitor.request.remote("save")
-        self.leaving = leaving
-        pulse = ray.get(self.monitor.pulse.remote())
-        now = time.monotonic()
-        if any(b["silent"] < NO_ROOM_S for b in pulse):
-            self.alive = self.told = now
-        elif now - self.told > NO_ROOM_S:
-            self.look_for_room(now)
-        late = watchdog.stuck(pulse, self.config.guards)
-        if late is not None:
-            self.tell(watchdog.describe(late, self.root), "stall")
-            watchdog.end(late, pulse)
-            ray.get(self.monitor.silence.remote(None))
-
-    def look_for_room(self, now: float) -> None:
-        """Why no rank gives a sign of life; said again as long as it lasts."""
-        lacking = lack_of_room(self.config, self.cpus)
-        if lacking is not None:
-            self.told = now
-            ray.get(self.monitor.silence.remote(None))  # they are gone, and hang in no stage
-            self.tell(f"waiting for room: {lacking}", "no_room")
-        elif now - self.told > SILENCE_S:
-            self.told = now
-            free = ray.available_resources()
-            self.tell(
-                f"no worker has given a sign of life for {now - self.alive:.0f} s, though the cluster is large enough: "
-                f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free now. Other jobs may "
-                "hold the rest, or workers hang as they start: `ray status` and Ray's log folder tell",
-                "silence",
-            )
-
-    def tell(self, text: str, event: str) -> None:
-        self.heard({"text": text})
-        self.events.append({"time": time.time(), "event": event, "text": text})
-
-
-def draining_nodes() -> dict[str, int]:
-    """Nodes with a notice of their end -> its deadline, as Ray Train's own watcher asks for them."""
-    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
-    return found
-
-
 def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None]) -> Exception | None:
     """Hands progress on; returns what a worker called fatal as the error it is."""
     fatal: Exception | None = None
@@ -388,177 +297,6 @@ def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None])
         else:
             heard(row)
     return fatal
-
-
-def worker_resources(config: Config) -> tuple[float, int]:
-    """(CPUs to reserve a worker, torch threads a worker). Reading tasks reserve none, but need some: workers take at
-    most what leaves one CPU, half a CPU each on two."""
-    workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
-    cpus = config.scaling.cpus_per_worker
-    if cpus is None:
-        cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
-        cpus = float(f"{cpus:.2f}")
-    lacking = lack_of_room(config, cpus)
-    if lacking is not None:
-        raise ConfigError(
-            f"scaling.num_workers: {lacking}; lower scaling.num_workers or scaling.cpus_per_worker, "
-            "or set scaling.use_gpu=false"
-        )
-    nodes = max(1, len([n for n in ray.nodes() if n["Alive"]]))
-    # Ray's count knows of a container's limits, the system's of this process's.
-    cores = min(int(total / nodes) or 1, len(os.sched_getaffinity(0)))
-    return cpus, config.train.threads_per_worker or max(1, cores // -(-workers // nodes))
-
-
-def lack_of_room(config: Config, cpus: float) -> str | None:
-    """What the cluster would need for the least number of workers and does not have."""
-    least, there = config.scaling.least, ray.cluster_resources()
-    need = {"CPU": least * cpus, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
-    missing = [f"{there.get(k, 0.0):g} of {v:g} {k}s" for k, v in need.items() if there.get(k, 0.0) < v]
-    if not missing:
-        return None
-    return (
-        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}; "
-        f"the cluster has {' and '.join(missing)}"
-    )
-
-
-def connect() -> bool:
-    """Joins the cluster of RAY_ADDRESS, or starts a local one. Returns whether it is ours to stop."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
-    # Ray's head keeps what it knows of past tasks, 100,000 of them: 20 to 100 MiB an hour of a run, for a day, that
-    # nobody looks up.
-    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
-    # Ray keeps as many idle processes as CPUs are free. Where workers have them all, each reading or scoring task would
-    # wait seconds for a process of its own.
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(max(4, os.cpu_count() or 1)))
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}  # what workers say comes through the Monitor
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return False
-    access.ensure_token()
-    # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    with listening_on_loopback():
-        ray.init(address="local", **quiet)
-    return True
-
-
-@contextmanager
-def listening_on_loopback() -> Iterator[None]:
-    """A cluster started within listens on loopback alone: Ray's own way where it does not run over several machines,
-    a switch that it reads as it is imported, and in the processes that it starts."""
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    given = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if given is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = given
-
-
-def check_resume(root: Path, config: Config, force: bool) -> None:
-    """Refuses to go on with a run whose identity the new config would change."""
-    path = root / "config.yaml"
-    if not checkpoints(root):  # nothing was made of it yet
-        return
-    changed = changed_identity(load(path), config)
-    if changed and not force:
-        raise ConfigError(
-            f"{path}: this run was started with other values of {', '.join(changed)}; "
-            "give them as they were, choose another run.name, delete the run, or insist with --force"
-        )
-    for key in changed:
-        say(f"forced: {key} differs from the run's start")
-    before, now = flatten(load(path)), flatten(config)
-    for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
-        say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
-
-
-def check_workers(config: Config, schedule: Schedule) -> None:
-    """Refuses more workers than a step of this run has rows."""
-    rows = worker.rows_a_step(schedule, config)
-    if config.scaling.most > rows:
-        raise ConfigError(
-            f"scaling.num_workers: a step of this run has {rows} rows to share, as it began with, and "
-            f"{config.scaling.most} workers are asked for; lower scaling.num_workers, or begin a new run"
-        )
-
-
-def recorded_threads(root: Path, config: Config) -> Config:
-    """``config`` with the threads the run began with, where it names none: sums depend on their number."""
-    if config.train.threads_per_worker is not None or not checkpoints(root):
-        return config
-    return with_threads(config, load(root / "config.yaml").train.threads_per_worker)
-
-
-def with_threads(config: Config, threads: int | None) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"threads_per_worker": threads})})
-
-
-def check_data(root: Path, data: Data, force: bool) -> None:
-    """Refuses to go on where annotations or scored masks changed under their path: labels could change sides."""
-    path = root / "split.json"
-    if force or not checkpoints(root) or not path.exists():
-        return
-    was = splits.SplitManifest.from_json(path.read_text(), str(path))
-    now = data.manifest
-    changed = None
-    facts = root / "data.json"
-    shards_sha256 = json.loads(facts.read_text())["training"].get("shards_sha256") if facts.exists() else None
-    before = (was.split.sha256, was.source_sha256, shards_sha256)  # other shards: the run's rows hold other images
-    if before != (now.split.sha256, now.source_sha256, data.facts["training"].get("shards_sha256")):
-        changed = data.train.path
-    elif was.scored_sha256 != now.scored_sha256:
-        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
-    if changed is not None:
-        raise ConfigError(
-            f"{changed}: changed since the run began; restore it, choose another run.name, or insist with --force"
-        )
-
-
-def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
-    """The schedule the run began with: another number of workers must not move lr and milestones under its steps."""
-    path = root / "schedule.json"
-    if force or not checkpoints(root) or not path.exists():
-        return schedule
-    given = json.loads(path.read_text())
-    began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
-    if began != schedule:
-        say(f"schedule as the run began ({schedule.images_per_step} images a step now):")
-    return began
-
-
-def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
-    (root / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (root / "figures").mkdir(exist_ok=True)
-    (root / "stacks").mkdir(exist_ok=True)
-    papers = {
-        "config.yaml": dump(config),
-        "split.json": data.manifest.to_json(),
-        "schedule.json": json.dumps(asdict(schedule)),
-        "data.json": json.dumps(data.facts, indent=1),
-    }
-    if not isinstance(data.truth, str):
-        papers[GROUND_TRUTH] = json.dumps(data.truth)
-    for name, text in papers.items():
-        aside = root / f".{name}.{os.getpid()}.partial"
-        aside.write_text(text)
-        os.replace(aside, root / name)
-
-
-def steps_made(root: Path) -> int:
-    """Steps of the newest good checkpoint; 0 without one."""
-    folder, _ = usable_checkpoint(root)
-    return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
 
 
 def result_of(root: Path, schedule: Schedule, *, stopped: bool) -> TrainResult:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pais_ray import evaluate, geometry, plots
-from pais_ray.config import Config, ConfigError
+from pais_ray.config import Config, ConfigError, rows_a_step
 from pais_ray.data import pipeline
 from pais_ray.data.plan import rows_here, rows_of
 from pais_ray.data.sources import Category, Record
@@ -59,7 +59,7 @@ class Job:
     feed: pipeline.Feed
     val: "ray.ObjectRef[tuple[Record, ...]]"
     ground_truth: str  # the validation JSON
-    monitor: Any  # handle of launch.Monitor
+    monitor: Any  # handle of monitor.Monitor
     threads: int
 
 
@@ -472,11 +472,6 @@ class Worker:
         self.sampler.close()
         if self.log is not None:
             self.log.close()  # after the writer, which tells events
-
-
-def rows_a_step(schedule: Schedule, config: Config) -> int:
-    """Global rows of an optimizer step: the run's, whatever number of ranks shares them."""
-    return schedule.images_per_step // (config.batch.labeled + config.batch.unlabeled)
 
 
 def kept_cap(root: Path, cap: int) -> int:

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import fs
 
 from pais_ray.train.checkpoints import metric_rows
-from pais_ray.train.launch import steps_made
+from pais_ray.train.run_directory import steps_made
 from tests.ray.nodes import RAY, Nodes, nodes, processes
 from tests.ray.test_main_job import assert_same_end, steps_logged, wait_for, words
 from tests.untrained import untrained_run

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from pais_ray.cli import main
 from pais_ray.config import compose
-from pais_ray.train import launch
+from pais_ray.train import launch, run_directory
 from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified
 from tests.mlflow_runs import history
 from tests.servers import mlflow_server
@@ -225,7 +225,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
     assert "resume with:" in output
-    stopped_at = launch.steps_made(root)
+    stopped_at = run_directory.steps_made(root)
     assert 2 <= stopped_at < STEPS, output
     launch.train(compose(words(tiny_coco, storage, "interrupted")))
     assert_same_end(root, undisturbed)

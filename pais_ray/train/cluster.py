@@ -1,0 +1,92 @@
+"""The cluster of a run: joined or started, what a worker gets of it, what it lacks."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray._private import ray_constants
+
+from pais_ray import access
+from pais_ray.config import Config, ConfigError
+
+
+def connect() -> bool:
+    """Joins the cluster of RAY_ADDRESS, or starts a local one. Returns whether it is ours to stop."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the user's relative paths
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is noticed sooner
+    # Ray's head keeps what it knows of past tasks, 100,000 of them: 20 to 100 MiB an hour of a run, for a day, that
+    # nobody looks up.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
+    # Ray keeps as many idle processes as CPUs are free. Where workers have them all, each reading or scoring task would
+    # wait seconds for a process of its own.
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(max(4, os.cpu_count() or 1)))
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}  # what workers say comes through the Monitor
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return False
+    access.ensure_token()
+    # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    with listening_on_loopback():
+        ray.init(address="local", **quiet)
+    return True
+
+
+@contextmanager
+def listening_on_loopback() -> Iterator[None]:
+    """A cluster started within listens on loopback alone: Ray's own way where it does not run over several machines,
+    a switch that it reads as it is imported, and in the processes that it starts."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    given = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if given is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = given
+
+
+def worker_resources(config: Config) -> tuple[float, int]:
+    """(CPUs to reserve a worker, torch threads a worker). Reading tasks reserve none, but need some: workers take at
+    most what leaves one CPU, half a CPU each on two."""
+    workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
+    cpus = config.scaling.cpus_per_worker
+    if cpus is None:
+        cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
+        cpus = float(f"{cpus:.2f}")
+    lacking = lack_of_room(config, cpus)
+    if lacking is not None:
+        raise ConfigError(
+            f"scaling.num_workers: {lacking}; lower scaling.num_workers or scaling.cpus_per_worker, "
+            "or set scaling.use_gpu=false"
+        )
+    nodes = max(1, len([n for n in ray.nodes() if n["Alive"]]))
+    # Ray's count knows of a container's limits, the system's of this process's.
+    cores = min(int(total / nodes) or 1, len(os.sched_getaffinity(0)))
+    return cpus, config.train.threads_per_worker or max(1, cores // -(-workers // nodes))
+
+
+def lack_of_room(config: Config, cpus: float) -> str | None:
+    """What the cluster would need for the least number of workers and does not have."""
+    least, there = config.scaling.least, ray.cluster_resources()
+    need = {"CPU": least * cpus, **({"GPU": float(least)} if config.scaling.use_gpu else {})}
+    missing = [f"{there.get(k, 0.0):g} of {v:g} {k}s" for k, v in need.items() if there.get(k, 0.0) < v]
+    if not missing:
+        return None
+    return (
+        f"{least} workers of {cpus:g} CPUs{' and a GPU' if config.scaling.use_gpu else ''}; "
+        f"the cluster has {' and '.join(missing)}"
+    )
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes with a notice of their end -> its deadline, as Ray Train's own watcher asks for them."""
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found

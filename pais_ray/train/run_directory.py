@@ -1,0 +1,112 @@
+"""The papers of a run directory: written at each start, and what a later start may not change."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, rows_a_step
+from pais_ray.data import splits
+from pais_ray.optim import Schedule
+from pais_ray.train.checkpoints import checkpoints, usable_checkpoint
+from pais_ray.train.prepare import Data
+from pais_ray.train.progress import say
+
+GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
+
+
+def check_resume(root: Path, config: Config, force: bool) -> None:
+    """Refuses to go on with a run whose identity the new config would change."""
+    path = root / "config.yaml"
+    if not checkpoints(root):  # nothing was made of it yet
+        return
+    changed = changed_identity(load(path), config)
+    if changed and not force:
+        raise ConfigError(
+            f"{path}: this run was started with other values of {', '.join(changed)}; "
+            "give them as they were, choose another run.name, delete the run, or insist with --force"
+        )
+    for key in changed:
+        say(f"forced: {key} differs from the run's start")
+    before, now = flatten(load(path)), flatten(config)
+    for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
+        say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
+
+
+def check_workers(config: Config, schedule: Schedule) -> None:
+    """Refuses more workers than a step of this run has rows."""
+    rows = rows_a_step(schedule, config)
+    if config.scaling.most > rows:
+        raise ConfigError(
+            f"scaling.num_workers: a step of this run has {rows} rows to share, as it began with, and "
+            f"{config.scaling.most} workers are asked for; lower scaling.num_workers, or begin a new run"
+        )
+
+
+def recorded_threads(root: Path, config: Config) -> Config:
+    """``config`` with the threads the run began with, where it names none: sums depend on their number."""
+    if config.train.threads_per_worker is not None or not checkpoints(root):
+        return config
+    return with_threads(config, load(root / "config.yaml").train.threads_per_worker)
+
+
+def with_threads(config: Config, threads: int | None) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"threads_per_worker": threads})})
+
+
+def check_data(root: Path, data: Data, force: bool) -> None:
+    """Refuses to go on where annotations or scored masks changed under their path: labels could change sides."""
+    path = root / "split.json"
+    if force or not checkpoints(root) or not path.exists():
+        return
+    was = splits.SplitManifest.from_json(path.read_text(), str(path))
+    now = data.manifest
+    changed = None
+    facts = root / "data.json"
+    shards_sha256 = json.loads(facts.read_text())["training"].get("shards_sha256") if facts.exists() else None
+    before = (was.split.sha256, was.source_sha256, shards_sha256)  # other shards: the run's rows hold other images
+    if before != (now.split.sha256, now.source_sha256, data.facts["training"].get("shards_sha256")):
+        changed = data.train.path
+    elif was.scored_sha256 != now.scored_sha256:
+        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
+    if changed is not None:
+        raise ConfigError(
+            f"{changed}: changed since the run began; restore it, choose another run.name, or insist with --force"
+        )
+
+
+def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
+    """The schedule the run began with: another number of workers must not move lr and milestones under its steps."""
+    path = root / "schedule.json"
+    if force or not checkpoints(root) or not path.exists():
+        return schedule
+    given = json.loads(path.read_text())
+    began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
+    if began != schedule:
+        say(f"schedule as the run began ({schedule.images_per_step} images a step now):")
+    return began
+
+
+def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
+    """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+    (root / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (root / "figures").mkdir(exist_ok=True)
+    (root / "stacks").mkdir(exist_ok=True)
+    papers = {
+        "config.yaml": dump(config),
+        "split.json": data.manifest.to_json(),
+        "schedule.json": json.dumps(asdict(schedule)),
+        "data.json": json.dumps(data.facts, indent=1),
+    }
+    if not isinstance(data.truth, str):
+        papers[GROUND_TRUTH] = json.dumps(data.truth)
+    for name, text in papers.items():
+        aside = root / f".{name}.{os.getpid()}.partial"
+        aside.write_text(text)
+        os.replace(aside, root / name)
+
+
+def steps_made(root: Path) -> int:
+    """Steps of the newest good checkpoint; 0 without one."""
+    folder, _ = usable_checkpoint(root)
+    return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
