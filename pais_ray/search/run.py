@@ -29,8 +29,9 @@ from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracked import Tracked
 from pais_ray.train import cluster, describe, launch
 from pais_ray.train.checkpoints import CheckpointError, checkpoints, metric_rows
-from pais_ray.train.prepare import prepare
+from pais_ray.train.prepare import Data, prepare
 from pais_ray.train.progress import say
+from pais_ray.train.run_directory import held
 
 UNDEFINED = -1.0  # COCO's AP where there is nothing to find
 WAITING = {"memory": 1}  # of a trial's own process: Tune wants it to take something, and the CPUs are for its workers
@@ -45,6 +46,12 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
     plan = make_plan(words, options)
     prepared, data = prepare(plan.base)  # here, once: trials find the generated data set in its place
     plan.check_same()
+    with held(plan.root):
+        return carry_out(plan, words, options, prepared, data)
+
+
+def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Config, data: Data) -> dict[str, Any]:
+    """The search from its ledger to its results."""
     paths = data_paths(prepared)
     ledger = Ledger(plan.root / LEDGER)
     if options.warm_start:

@@ -25,7 +25,7 @@ from pais_ray.optim import Schedule
 from pais_ray.train import cluster, describe, run_directory, start, worker
 from pais_ray.train.checkpoints import checkpoint_folder, metric_rows, newest_verified
 from pais_ray.train.monitor import Monitor
-from pais_ray.train.prepare import Data, check_outlives_job, prepare
+from pais_ray.train.prepare import Data, check_outlives_job, learned_from_too, prepare
 from pais_ray.train.progress import say, tell
 from pais_ray.train.state import ROLES
 from pais_ray.train.watch import Watch
@@ -101,21 +101,25 @@ def train(
     if data.labeled_groups is not None and len(data.labeled) < len(data.train.records):
         say(f"hint: in {data.train.path} labeled images lie among unlabeled ones, and reading one reads its row group;")
         say("      shards of this split (pais-ray shard ... data.labeled=... or data.split=...) read less")
+    if both := learned_from_too(data):
+        say(f"warning: {len(both)} of {len(data.val)} validation images are trained on as well, {both[0]} among them:")
+        say("         their AP says little about new images (`pais-ray validate` finds copies under other names, too)")
     say(schedule.explain())
     if done >= last:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
             close_tracking(root, config, "FINISHED")
         return result_of(root, schedule, stopped=False)
-    started_here = cluster.connect()
-    try:
-        cpus, threads = cluster.worker_resources(config)
-        config = run_directory.with_threads(config, threads)
-        run_directory.write_run_directory(root, config, data, schedule)
-        return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
-    finally:
-        if started_here:
-            ray.shutdown()
+    with run_directory.held(root):
+        started_here = cluster.connect()
+        try:
+            cpus, threads = cluster.worker_resources(config)
+            config = run_directory.with_threads(config, threads)
+            run_directory.write_run_directory(root, config, data, schedule)
+            return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
+        finally:
+            if started_here:
+                ray.shutdown()
 
 
 def fit(

@@ -130,6 +130,12 @@ def held_out(train: sources.CocoDataset, manifest: splits.SplitManifest) -> sour
     return replace(train, records=records, truth=evaluate.load_ground_truth(train.truth, ids), sha256=sha256)
 
 
+def learned_from_too(data: Data) -> list[str]:
+    """Files of validation images that training sees as well, labeled or not."""
+    learned = {splits.file_key(record.path) for record in (*data.labeled, *data.unlabeled)}
+    return [record.path for record in data.val if splits.file_key(record.path) in learned]
+
+
 def embedded(config: Config) -> Config:
     """``config`` with the generated data set as its data; the set is made where it is not there yet."""
     folder = Path(config.run.storage_path).absolute() / "synthetic"

@@ -1,7 +1,13 @@
-"""The papers of a run directory: written at each start, and what a later start may not change."""
+"""A run directory: whose it is, its papers, and what a later start may not change."""
 
+import errno
+import fcntl
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +18,8 @@ from pais_ray.train.checkpoints import checkpoints, usable_checkpoint
 from pais_ray.train.prepare import Data
 from pais_ray.train.progress import say
 
+LOCK_FILE = ".lock"
+LOCK_S = 5.0  # for a driver that was killed to be gone
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 
 
@@ -110,3 +118,30 @@ def steps_made(root: Path) -> int:
     """Steps of the newest good checkpoint; 0 without one."""
     folder, _ = usable_checkpoint(root)
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
+
+
+@contextmanager
+def held(root: Path) -> Iterator[None]:
+    """The directory for one driver: two would write over each other's checkpoints. The system lets go of it with the
+    process, however that ends. Raises ConfigError where another one has it; a file system without locks has none."""
+    root.mkdir(parents=True, exist_ok=True)
+    path, until = root / LOCK_FILE, time.monotonic() + LOCK_S
+    with path.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break
+            if time.monotonic() > until:
+                file.seek(0)
+                raise ConfigError(
+                    f"{root}: in the hands of another process ({file.read() or 'unknown'}); wait for its end or stop "
+                    "it, or choose another name"
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
