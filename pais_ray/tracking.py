@@ -97,6 +97,12 @@ def read_run_id(root: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
+def is_open(root: Path) -> bool:
+    """Whether the run at ``root`` was opened and nobody has noted its end."""
+    card = Card.read(root)
+    return card is not None and card.status == "RUNNING"
+
+
 def open_run(
     config: TrackingConfig,
     storage: Path,

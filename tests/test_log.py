@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import resource
+import signal
 import threading
 
 import pytest
@@ -43,6 +45,30 @@ def test_what_could_not_be_written_waits_and_is_flushed(lines, tmp_path):
     assert lines.flush() is None
     assert [row["step"] for row in metric_rows(tmp_path)] == [1, 2]
     assert lines.flush() is None
+
+
+def test_a_disk_with_room_for_some_of_what_waits_doubles_nothing(lines):
+    lines.append({"step": 0})
+    size = lines.path.stat().st_size
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        for step in (1, 2, 3):
+            lines.append({"step": step})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(3.5 * size), before[1]))
+        lines.append({"step": 4})
+        assert steps(lines.path) == [0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    lines.append({"step": 5})
+    assert steps(lines.path) == [0, 1, 2, 3, 4, 5]
+
+
+def test_half_a_line_of_a_killed_writer_spoils_no_other(lines, tmp_path):
+    lines.path.write_text('{"step": 1}\n{"step": 2, "lo')
+    lines.append({"step": 3})
+    assert [row["step"] for row in metric_rows(tmp_path)] == [1, 3]
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -1,14 +1,20 @@
-"""Laws of a run directory: one driver at a time, and it is free again with the driver's end, however it ends."""
+"""Laws of a run directory: one driver at a time, free again however the driver ends; what is kept over starts."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
+import ray
 
-from pais_ray.config import ConfigError
-from pais_ray.train import run_directory
+from pais_ray.config import ConfigError, compose, dump, run_schedule
+from pais_ray.train import cluster, run_directory, worker
+from pais_ray.train.checkpoints import checkpoint_folder, checkpoints
+from pais_ray.train.prepare import prepare
 from pais_ray.train.run_directory import held
 
 HOLDER = """
@@ -56,3 +62,91 @@ def test_a_file_system_without_locks_holds_nothing_up(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory.fcntl, "flock", no_locks)
     with held(tmp_path):
         assert (tmp_path / run_directory.LOCK_FILE).exists()
+
+
+WORDS = ["synthetic", "mask_rcnn", "pais", "train.steps=8", "train.eval_every=4", "scaling.num_workers=2"]
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run directory with one checkpoint."""
+    config = compose(WORDS)
+    checkpoint_folder(tmp_path, 4).mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "schedule.json").write_text(json.dumps(asdict(run_schedule(config))))
+    return config
+
+
+def test_the_schedule_moves_with_its_own_settings_and_not_with_the_workers(begun, tmp_path):
+    began = run_schedule(begun)
+    fewer = compose([*WORDS, "scaling.num_workers=1", "data.labeled=0.5"])  # other data, by --force
+    assert run_schedule(fewer) != began == run_directory.kept_schedule(tmp_path, fewer)
+    slower = compose([*WORDS, "scaling.num_workers=1", "optim.lr=0.002"])
+    assert run_directory.kept_schedule(tmp_path, slower) == run_schedule(slower) != began
+
+
+def test_scores_are_owed_where_an_evaluation_is_due_and_a_role_has_none(begun):
+    schedule = run_schedule(begun)
+    rows = [{"step": 4, "teacher/segm_AP": None}, {"step": 4, "student/segm_AP": 0.1}, {"step": 8}]
+    owed = [run_directory.scores_owed(step, rows, begun, schedule) for step in (3, 4, 8)]
+    assert owed == [False, False, True]
+    assert run_directory.scores_owed(4, rows[:1], begun, schedule)
+
+
+def test_a_cap_on_pseudo_labels_outlives_starts_and_not_a_new_run(begun, tiny_coco, tmp_path):
+    paths = (f"data.train={tiny_coco}/train.json", f"data.val={tiny_coco}/val.json", f"data.images={tiny_coco}/images")
+    config, data = prepare(compose([*WORDS, *paths, "data.labeled=0.5"]))
+    (tmp_path / run_directory.CAP_FILE).write_text('{"cap": 6}')
+    run_directory.write_run_directory(tmp_path, config, data, run_schedule(config))
+    assert run_directory.kept_cap(tmp_path, 100) == 6
+    checkpoint_folder(tmp_path, 4).rmdir()
+    run_directory.write_run_directory(tmp_path, config, data, run_schedule(config))
+    assert run_directory.kept_cap(tmp_path, 100) == 100
+
+
+def test_a_cluster_that_was_joined_may_grow(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})  # a head that takes no work, no nodes yet
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    config = compose([*WORDS, "scaling.use_gpu=true"])
+    assert cluster.worker_resources(config, ours=False) == (1.0, 1)
+    with pytest.raises(ConfigError, match="and 0 of 2 GPUs"):
+        cluster.worker_resources(config, ours=True)
+
+
+def rank_of(root, best=None):
+    """Rank 0 of a run at ``root``, without what trains."""
+    rank = worker.Worker.__new__(worker.Worker)
+    rank.job, rank.rank, rank.world, rank.device = SimpleNamespace(root=root), 0, 1, None
+    rank.scoring = []
+    state = SimpleNamespace(step=9, g_next=18, skipped=3, skipped_in_row=3, rollbacks=0, cap=100, best=best or {})
+    state.note_score = lambda role, step, ap: state.best.update({role: {"segm_AP": ap, "step": step}})
+    rank.state = state
+    return rank
+
+
+def test_scores_of_weights_that_were_not_written_are_no_best(tmp_path):
+    checkpoint_folder(tmp_path, 4).mkdir(parents=True)
+    rank = rank_of(tmp_path)
+    rank.note_scores([{"step": 4, "teacher/segm_AP": 0.2}, {"step": 8, "teacher/segm_AP": 0.9}])
+    assert rank.state.best["teacher"] == {"segm_AP": 0.2, "step": 4}
+
+
+def test_a_roll_back_leaves_no_newer_checkpoint_to_restart_from(tmp_path, monkeypatch):
+    for step in (4, 9):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    sound = checkpoint_folder(tmp_path, 4)
+    monkeypatch.setattr(worker, "sound_checkpoint", lambda root: sound)
+    rows = ({"step": step, "teacher/segm_AP": step / 10} for step in (4, 8))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rank = rank_of(tmp_path)
+    rank.config = SimpleNamespace(guards=SimpleNamespace(max_rollbacks=2))
+    rank.writer, rank.log = SimpleNamespace(flush=lambda: None), None
+
+    def load(folder):
+        rank.state.step = int(folder.name[5:])
+
+    rank.state.load = load
+    rank.roll_back("not finite")
+    assert checkpoints(tmp_path) == [sound]
+    assert rank.state.best["teacher"]["step"] == 4
+    assert (rank.state.step, rank.state.g_next, rank.state.skipped_in_row, rank.state.rollbacks) == (4, 18, 0, 1)

@@ -36,7 +36,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(WRONG_INPUT)
         except Exception as error:
             click.echo(f"error: {type(error).__name__}: {error}", err=True)
-            traceback.print_exc()
+            if not (isinstance(error, OSError) and error.filename):  # a file or folder that says it all
+                traceback.print_exc()
             sys.exit(FAILED)
 
     return wrapped

@@ -40,7 +40,11 @@ from pais_ray.cli.common import WORDS, echo, json_option, same_command, verb, wr
 @click.option(
     "--time-budget", "minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes; the same command goes on."
 )
-@click.option("--max-concurrent", type=click.IntRange(min=1), help="Trials at a time, if fewer than the cluster holds.")
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    help="Trials at a time, if fewer than the cluster holds, or than it will.",
+)
 @click.option("--warm-start", metavar="FOLDER", help="Of a search to learn from.")
 @click.option("--retrain-best", "retrain", is_flag=True, help="Then train WORDS with the best settings as NAME-best.")
 @json_option

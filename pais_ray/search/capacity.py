@@ -19,7 +19,8 @@ def concurrent_trials(nodes: Sequence[Mapping[str, float]], *, workers: int, cpu
         have = ", ".join(f"{n.get('CPU', 0.0):g} CPUs" + f" {n.get('GPU', 0.0):g} GPUs" * use_gpu for n in nodes)
         raise ConfigError(
             f"not one trial fits: its {workers} workers need {cpus:g} CPUs{' and a GPU' * use_gpu} each; the cluster's "
-            f"nodes have {have or 'none'}. Lower scaling.cpus_per_worker or scaling.num_workers"
+            f"nodes have {have or 'none'}. Lower scaling.cpus_per_worker or scaling.num_workers; where "
+            "the cluster grows by itself, say how many trials at once with --max-concurrent"
         )
     return found
 

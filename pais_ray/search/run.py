@@ -31,7 +31,7 @@ from pais_ray.train import cluster, describe, launch
 from pais_ray.train.checkpoints import CheckpointError, checkpoints, metric_rows
 from pais_ray.train.prepare import Data, prepare
 from pais_ray.train.progress import say
-from pais_ray.train.run_directory import held
+from pais_ray.train.run_directory import HeldError, held
 
 UNDEFINED = -1.0  # COCO's AP where there is nothing to find
 WAITING = {"memory": 1}  # of a trial's own process: Tune wants it to take something, and the CPUs are for its workers
@@ -63,7 +63,7 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
     say(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
     started_here = cluster.connect()
     try:
-        concurrent, shares = share(plan.base, options.max_concurrent)
+        concurrent, shares = share(plan.base, options.max_concurrent, started_here)
         cpus, threads = shares.values()
         say(f"{concurrent} trials at a time; a worker has {cpus:g} CPUs and {threads} threads")
         settings = {
@@ -84,12 +84,17 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
     return result
 
 
-def share(config: Config, wanted: int | None) -> tuple[int, Params]:
+def share(config: Config, wanted: int | None, ours: bool) -> tuple[int, Params]:
     """How many trials run at once, and the part of the cluster that each of their workers gets."""
-    cpus, _ = cluster.worker_resources(config)
+    cpus, _ = cluster.worker_resources(config, ours=ours)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = config.scaling.most
-    fits = concurrent_trials(nodes, workers=workers, cpus=cpus, use_gpu=config.scaling.use_gpu)
+    try:
+        fits = concurrent_trials(nodes, workers=workers, cpus=cpus, use_gpu=config.scaling.use_gpu)
+    except ConfigError:
+        if ours or wanted is None:
+            raise
+        fits = wanted  # of a cluster that grows when work waits for it
     count = min(fits, wanted or fits)
     cores = sum(node.get("CPU", 0.0) for node in nodes)
     threads = config.train.threads_per_worker or max(1, int(cores / (count * workers)))
@@ -100,7 +105,7 @@ def conclude(control: Control, tracked: Tracked, work: Any) -> dict[str, Any]:
     """Does the work and, however it ends, writes down what came out."""
     plan = control.plan
     for trial in control.own():  # stopped, and the search was killed before its run was closed
-        if trial.state == "stopped" and not (plan.trial_root(trial.id) / "figures" / "curves.png").exists():
+        if trial.state == "stopped" and tracking.is_open(plan.trial_root(trial.id)):
             tracked.close_trial(trial, "KILLED")
     try:
         work()
@@ -260,6 +265,8 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
         result = launch.train(config, tags={"search": search}, parent=parent, heard=heard, stop=stop)
     except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
         tune.report({"failed": str(error)})
+    except HeldError:  # by this trial's process on a node that is being given up: Tune tries again
+        raise
     except ValueError as error:
         tune.report({"wrong_input": str(error)})
     else:

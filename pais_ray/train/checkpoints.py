@@ -54,6 +54,7 @@ class Snapshot:
 def write(snapshot: Snapshot, folder: Path) -> None:
     """Writes the checkpoint ``folder``, whole or not at all."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    before = folder.with_name(f".{folder.name}.{os.getpid()}.before.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         folder.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
@@ -62,10 +63,14 @@ def write(snapshot: Snapshot, folder: Path) -> None:
             save_file(tensors, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
         write_manifest(aside, sorted(p.name for p in aside.iterdir()), {})
-        if folder.exists():  # left over by a run that was killed after writing it: same content, written again
-            shutil.rmtree(folder)
+        # The run's last one, written again with its scores, or left over by a run that was killed after writing it.
+        if folder.exists():
+            os.replace(folder, before)
         os.replace(aside, folder)
+        shutil.rmtree(before, ignore_errors=True)
     except Exception:
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk the half of it would take what others need
         raise
 

@@ -25,8 +25,14 @@ def connect() -> bool:
     # wait seconds for a process of its own.
     os.environ.setdefault("RAY_num_workers_soft_limit", str(max(4, os.cpu_count() or 1)))
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}  # what workers say comes through the Monitor
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={address}: no cluster answers there ({error}); see that it runs, or unset RAY_ADDRESS "
+                "for one on this machine"
+            ) from error
         return False
     access.ensure_token()
     # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
@@ -53,16 +59,21 @@ def listening_on_loopback() -> Iterator[None]:
             os.environ[name] = given
 
 
-def worker_resources(config: Config) -> tuple[float, int]:
+def worker_resources(config: Config, *, ours: bool) -> tuple[float, int]:
     """(CPUs to reserve a worker, torch threads a worker). Reading tasks reserve none, but need some: workers take at
-    most what leaves one CPU, half a CPU each on two."""
+    most what leaves one CPU, half a CPU each on two.
+
+    Raises ConfigError where a cluster of ``ours`` is too small. One that was joined may grow, and Ray waits for it.
+    """
     workers, total = config.scaling.most, ray.cluster_resources().get("CPU", 1.0)
     cpus = config.scaling.cpus_per_worker
     if cpus is None:
         cpus = min(1.0, max(0.1, (total - 1.0) / workers if total > 1 else 0.5 / workers))
         cpus = float(f"{cpus:.2f}")
     lacking = lack_of_room(config, cpus)
-    if lacking is not None:
+    if lacking is not None and not ours:
+        cpus = config.scaling.cpus_per_worker or 1.0  # what is there now says nothing of what will be
+    elif lacking is not None:
         raise ConfigError(
             f"scaling.num_workers: {lacking}; lower scaling.num_workers or scaling.cpus_per_worker, "
             "or set scaling.use_gpu=false"

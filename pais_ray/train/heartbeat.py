@@ -25,7 +25,7 @@ class Heartbeat:
 
     def __init__(self, monitor: Any, root: Path, rank: int, node: str, attempt: float) -> None:
         self.monitor = monitor
-        born = psutil.Process().create_time()  # with the pid, which may be given to another process later
+        born = born_at(os.getpid())  # with the pid, which may be given to another process later
         self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
         self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born, "attempt": attempt}
         self.fixed["stacks"] = self.stacks.name
@@ -59,6 +59,11 @@ class Heartbeat:
             step, stage, since = self.at
             self.monitor.beat.remote({**self.fixed, "step": step, "stage": stage, "age": time.monotonic() - since})
             self.stopped.wait(BEAT_S)
+
+
+def born_at(pid: int) -> float:
+    """When the process began, in s since this machine did: no change of the clock moves it."""
+    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def stacks_file(root: Path, rank: int) -> Path:

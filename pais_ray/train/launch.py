@@ -1,6 +1,7 @@
 """train(): from a resolved Config to a finished run. The only place that builds a TorchTrainer."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pais_ray import gallery, plots, tracking
-from pais_ray.config import Config, ConfigError, flatten, rows_a_step, run_schedule
+from pais_ray.config import Config, ConfigError, flatten, rows_a_step
 from pais_ray.data import pipeline
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
@@ -91,7 +92,7 @@ def train(
     config = run_directory.recorded_threads(root, config)
     run_directory.check_resume(root, config, force)
     run_directory.check_data(root, data, force)
-    schedule = run_directory.kept_schedule(root, run_schedule(config), force)
+    schedule = run_directory.kept_schedule(root, config)
     run_directory.check_workers(config, schedule)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = run_directory.steps_made(root)
@@ -105,15 +106,15 @@ def train(
         say(f"warning: {len(both)} of {len(data.val)} validation images are trained on as well, {both[0]} among them:")
         say("         their AP says little about new images (`pais-ray validate` finds copies under other names, too)")
     say(schedule.explain())
-    if done >= last:
+    if done >= last and not run_directory.scores_owed(done, metric_rows(root), config, schedule):
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
-        if not (root / "figures" / "curves.png").exists():  # the driver died between the last step and the end
+        if tracking.is_open(root):  # the driver died between the last step and the end
             close_tracking(root, config, "FINISHED")
         return result_of(root, schedule, stopped=False)
     with run_directory.held(root):
         started_here = cluster.connect()
         try:
-            cpus, threads = cluster.worker_resources(config)
+            cpus, threads = cluster.worker_resources(config, ours=started_here)
             config = run_directory.with_threads(config, threads)
             run_directory.write_run_directory(root, config, data, schedule)
             return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
@@ -174,7 +175,10 @@ def fit(
         TorchTrainer,
         start.run,
         train_loop_config={"job": ray.put(job)},  # by reference: the controller need not import what it is made of
-        torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if config.scaling.use_gpu else "gloo",
+            timeout_s=math.ceil(worker.patience(config).total_seconds()),
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,

@@ -68,7 +68,8 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.backlog: list[str] = []
-        self.torn = False  # a write may have left half a line
+        self.torn = True  # the file may end in half a line: of a writer that was killed
+        self.troubled = False
         self.lock = threading.Lock()  # the training and the checkpoint thread tell events
 
     def append(self, row: dict[str, Any]) -> str | None:
@@ -78,7 +79,7 @@ class Lines:
             error = self._write()
             if error is None:
                 return None
-            began, self.torn = not self.torn, True
+            began, self.troubled = not self.troubled, True
             return f"{self.path}: {error}; figures are kept in memory until it can be written again" if began else None
 
     def flush(self) -> str | None:
@@ -89,11 +90,22 @@ class Lines:
 
     def _write(self) -> OSError | None:
         try:
-            with self.path.open("a") as file:
-                file.write("\n" * self.torn + "".join(self.backlog))
+            with self.path.open("a+b", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if self.torn and end:
+                    file.seek(end - 1)
+                    self.torn = file.read(1) != b"\n"
+                text = memoryview(("\n" * (self.torn and end > 0) + "".join(self.backlog)).encode())
+                try:
+                    while text:
+                        text = text[file.write(text) :]
+                except OSError:
+                    file.truncate(end)  # all of it will be written again; this needs no room
+                    raise
         except OSError as error:
+            self.torn = True
             return error
-        self.backlog, self.torn = [], False
+        self.backlog, self.torn, self.troubled = [], False, False
         return None
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
@@ -111,7 +123,7 @@ class Lines:
                 with self.path.open("r+") as file:
                     file.write(text)
                     file.truncate()
-            self.backlog, self.torn = waiting, False
+            self.backlog, self.torn, self.troubled = waiting, False, False
             return [*rows, *(json.loads(line) for line in waiting)]
 
 

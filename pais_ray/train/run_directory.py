@@ -9,17 +9,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, rows_a_step
+from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, rows_a_step, run_schedule
 from pais_ray.data import splits
 from pais_ray.optim import Schedule
 from pais_ray.train.checkpoints import checkpoints, usable_checkpoint
 from pais_ray.train.prepare import Data
 from pais_ray.train.progress import say
+from pais_ray.train.state import ROLES
 
 LOCK_FILE = ".lock"
 LOCK_S = 5.0  # for a driver that was killed to be gone
+CAP_FILE = "memory.json"  # the cap on pseudo-labels; outlives the rank that ran out of memory
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 
 
@@ -83,10 +87,14 @@ def check_data(root: Path, data: Data, force: bool) -> None:
         )
 
 
-def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
-    """The schedule the run began with: another number of workers must not move lr and milestones under its steps."""
-    path = root / "schedule.json"
-    if force or not checkpoints(root) or not path.exists():
+def kept_schedule(root: Path, config: Config) -> Schedule:
+    """The schedule the run began with: another number of workers must not move lr and milestones under its steps. A
+    new one where --force let its settings change."""
+    schedule, path = run_schedule(config), root / "schedule.json"
+    if not checkpoints(root) or not path.exists():
+        return schedule
+    before = load(root / "config.yaml")
+    if run_schedule(before) != run_schedule(config.model_copy(update={"scaling": before.scaling})):
         return schedule
     given = json.loads(path.read_text())
     began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
@@ -97,6 +105,8 @@ def kept_schedule(root: Path, schedule: Schedule, force: bool) -> Schedule:
 
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
     """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+    if not checkpoints(root):
+        (root / CAP_FILE).unlink(missing_ok=True)  # of a start of which nothing is left, perhaps on a smaller device
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     (root / "stacks").mkdir(exist_ok=True)
@@ -114,16 +124,37 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
         os.replace(aside, root / name)
 
 
+def kept_cap(root: Path, cap: int) -> int:
+    """``cap``, or the lower one that a lack of memory left behind."""
+    path = root / CAP_FILE
+    return min(cap, int(json.loads(path.read_text())["cap"])) if path.exists() else cap
+
+
+def evaluation_due(step: int, config: Config, schedule: Schedule) -> bool:
+    every = config.train.eval_every
+    return step == schedule.steps or bool(every and step and step % every == 0)
+
+
+def scores_owed(step: int, rows: list[dict[str, Any]], config: Config, schedule: Schedule) -> bool:
+    """Whether an evaluation is due at ``step`` whose scores are not among the logged ``rows``."""
+    there = {role for row, role in product(rows, ROLES) if row["step"] == step and f"{role}/segm_AP" in row}
+    return evaluation_due(step, config, schedule) and len(there) < len(ROLES)
+
+
 def steps_made(root: Path) -> int:
     """Steps of the newest good checkpoint; 0 without one."""
     folder, _ = usable_checkpoint(root)
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
 
 
+class HeldError(ConfigError):
+    """Another process has the run directory."""
+
+
 @contextmanager
 def held(root: Path) -> Iterator[None]:
     """The directory for one driver: two would write over each other's checkpoints. The system lets go of it with the
-    process, however that ends. Raises ConfigError where another one has it; a file system without locks has none."""
+    process, however that ends. Raises HeldError where another one has it; a file system without locks has none."""
     root.mkdir(parents=True, exist_ok=True)
     path, until = root / LOCK_FILE, time.monotonic() + LOCK_S
     with path.open("a+") as file:
@@ -136,7 +167,7 @@ def held(root: Path) -> Iterator[None]:
                     break
             if time.monotonic() > until:
                 file.seek(0)
-                raise ConfigError(
+                raise HeldError(
                     f"{root}: in the hands of another process ({file.read() or 'unknown'}); wait for its end or stop "
                     "it, or choose another name"
                 )

@@ -87,9 +87,11 @@ class TrainState:
         _load_weights(self.teacher.segmentor, folder / "teacher.safetensors")
         _join_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        cap = self.cap  # where --force lowers it
         for name in COUNTERS:
             if state[name] is not None:  # an older format's: as this run was configured
                 setattr(self, name, state[name])
+        self.cap = min(cap, self.cap)
         self.best = state["best"]
         _restore_rng(load_file(folder / "rng.safetensors"))
 

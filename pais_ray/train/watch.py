@@ -50,7 +50,7 @@ class Watch:
         if lacking is not None:
             self.told = now
             ray.get(self.monitor.silence.remote(None))  # they are gone, and hang in no stage
-            self.tell(f"waiting for room: {lacking}", "no_room")
+            self.tell(f"waiting for room: {lacking}; add nodes, or stop and ask for fewer workers", "no_room")
         elif now - self.told > SILENCE_S:
             self.told = now
             free = ray.available_resources()

@@ -11,8 +11,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pais_ray.guards import GuardConfig
-from pais_ray.train.heartbeat import STACKS_SIGNAL
+from pais_ray.train.heartbeat import STACKS_SIGNAL, born_at
 
+TICK_S = 0.01  # the clock that tells when a process began has ticks of that
 STACKS_S = 5.0  # for a live rank to write its stacks
 TASK_S = 30.0  # for a task to start: where every CPU is taken it may need a new process first
 
@@ -73,7 +74,7 @@ def _kill(pid: int, born: float) -> None:
 
 def _send(pid: int, born: float, number: signal.Signals) -> None:
     try:
-        if psutil.Process(pid).create_time() == born:
+        if abs(born_at(pid) - born) < TICK_S:
             os.kill(pid, number)
     except (ProcessLookupError, psutil.NoSuchProcess):
         return

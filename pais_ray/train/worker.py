@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,17 @@ from pais_ray.train.checkpoints import (
     CheckpointError,
     StorageLost,
     Writer,
+    checkpoint_folder,
+    checkpoints,
     metric_rows,
     sound_checkpoint,
     usable_checkpoint,
 )
 from pais_ray.train.heartbeat import Heartbeat
 from pais_ray.train.log import Lines, Log, Window
+from pais_ray.train.run_directory import CAP_FILE, evaluation_due, kept_cap, scores_owed
 from pais_ray.train.state import ROLES, build_state
 from pais_ray.train.step import StepResult, StepSettings, autocast, train_step
-
-CAP_FILE = "memory.json"  # of the run directory: outlives the rank that ran out of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,6 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
         worker = Worker(job)
         try:
             worker.train()
-        except torch.OutOfMemoryError as error:
-            worker.halve_cap(error)
-            raise
         finally:
             worker.close()
     except Exception as error:
@@ -136,7 +135,7 @@ class Worker:
             precision=job.config.train.precision,
             seed=job.config.train.seed,
             rows=self.rows_a_step,
-            ranks=dist.new_group(backend="gloo") if self.world > 1 else None,
+            ranks=dist.new_group(backend="gloo", timeout=patience(job.config)) if self.world > 1 else None,
         )
         self.guards = Guards(job.config.guards)
         self.log: Log | None = None
@@ -179,15 +178,21 @@ class Worker:
             if self.rank == 0:
                 self.say(f"resumed at step {self.state.step} from {folder.name}")
         self.state.cap = kept_cap(self.job.root, self.state.cap)
-        logged = set()
+        if self.rank == 0 and self.state.cap < self.config.train.max_pseudo_labels:
+            limit = self.config.train.max_pseudo_labels
+            self.say(
+                f"at most {self.state.cap} pseudo-labels an image, not {limit}: memory ran out earlier in this run"
+            )
+        self.note_scores(rows)
+        # An evaluation whose scores were still under way when the run died is made again.
+        self.owed = scores_owed(self.state.step, rows, self.config, self.job.schedule)
+
+    def note_scores(self, rows: list[dict[str, Any]]) -> None:
+        """The best scores among logged ``rows`` until this step, of the weights that were written."""
         for row, role in itertools.product(rows, ROLES):
             ap = row.get(f"{role}/segm_AP")
-            if ap is not None and row["step"] <= self.state.step:
+            if row["step"] <= self.state.step and checkpoint_folder(self.job.root, row["step"]).is_dir():
                 self.state.note_score(role, row["step"], ap)
-                logged.add((row["step"], role))
-        # An evaluation whose scores were still under way when the run died is made again.
-        step = self.state.step
-        self.owed = self.evaluation_due(step) and not all((step, role) in logged for role in ROLES)
 
     def say(self, text: str) -> None:
         self.job.monitor.progress.remote({"text": text})
@@ -206,13 +211,19 @@ class Worker:
         if self.owed:
             self.evaluate()
             self.collect_scores(up_to=state.step)
+            if state.step == last:
+                self.save(at_end=True)
         while state.step < last and not stopped:
             waiting = time.perf_counter()
             batches = self.next_batches(rows)
             waited = time.perf_counter() - waiting
             self.heart.enter(state.step, "step")
             wish = self.wish()
-            result = train_step(state, self.network, batches, self.method, self.settings, stop=wish == "stop")
+            try:
+                result = train_step(state, self.network, batches, self.method, self.settings, stop=wish == "stop")
+            except torch.OutOfMemoryError as error:
+                self.halve_cap(error)
+                raise
             state.g_next += self.rows_a_step
             stopped = result.stop
             if self.look(result, batches):
@@ -236,12 +247,14 @@ class Worker:
         holds does not depend on timing; it is written before an evaluation, whose end a machine may not live to see.
         """
         state = self.state
-        due = self.evaluation_due(state.step)
+        due = evaluation_due(state.step, self.config, self.job.schedule)
         if state.step == last:
+            self.collect_scores(up_to=state.step - 1)
+            self.save(at_end=True)
             if due:
                 self.evaluate()
-            self.collect_scores(up_to=state.step)
-            self.save(at_end=True)
+                self.collect_scores(up_to=state.step)
+                self.save(at_end=True)  # the same weights, with their scores
             return
         if stopped:
             self.save(at_end=True)
@@ -302,6 +315,10 @@ class Worker:
         state.load(found[0])
         state.g_next, state.skipped, state.skipped_in_row, state.rollbacks = g_next, skipped, 0, made + 1
         state.cap = kept_cap(self.job.root, state.cap)
+        if self.rank == 0:  # a restart would take the newest, amid the bad steps
+            for newer in (c for c in checkpoints(self.job.root) if c > found[0]):
+                shutil.rmtree(newer, ignore_errors=True)
+            self.note_scores(metric_rows(self.job.root, state.step))
         self.scoring = [s for s in self.scoring if s[0] <= state.step]  # later evaluations are made again
         text = f"back from step {was} to {found[0].name} with the data that follow, {made + 1} of {limit}: {why}"
         if self.log is not None:
@@ -422,21 +439,20 @@ class Worker:
         any; it takes them at fixed steps, so that what a checkpoint holds does not depend on timing."""
         found: dict[tuple[int, str], float] = {}
         for step, role, task in [s for s in self.scoring if s[0] <= up_to]:
+            assert self.log is not None
+            assert self.writer is not None
             with self.heart.within("save"):
                 scores = ray.get(task)
-            assert self.log is not None
+                self.writer.flush()
             self.log.scores(step, role, scores)
             ap = found[step, role] = scores["segm"]["AP"]
-            self.state.note_score(role, step, ap)
+            if checkpoint_folder(self.job.root, step).is_dir():  # else retention would keep nothing, and drop the best
+                self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
         for step in {step for step, _ in found}:
             alarm = self.guards.teacher(*(found.get((step, role)) for role in ROLES))
             if alarm is not None:
                 self.tell(alarm, {"event": "teacher_below_student", "at": step})
-
-    def evaluation_due(self, step: int) -> bool:
-        every = self.config.train.eval_every
-        return step == self.job.schedule.steps or bool(every and step and step % every == 0)
 
     def panel(self, batch: Batch | None) -> None:
         """A picture of what the teacher proposes now, or what was given in its place: weak and strong view, kept
@@ -461,7 +477,11 @@ class Worker:
                 )
             )
         path = self.job.root / "figures" / f"pseudo_labels_{self.state.step:08d}.png"
-        plots.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
+        try:
+            path.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
+            plots.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
+        except OSError as error:  # no picture is worth a step
+            self.tell(f"the picture of the pseudo-labels was not written: {error}", {"event": "picture_failed"})
         self.log.tracker.changed()
 
     def close(self) -> None:
@@ -474,10 +494,10 @@ class Worker:
             self.log.close()  # after the writer, which tells events
 
 
-def kept_cap(root: Path, cap: int) -> int:
-    """``cap``, or the lower one that a lack of memory left behind."""
-    path = root / CAP_FILE
-    return min(cap, int(json.loads(path.read_text())["cap"])) if path.exists() else cap
+def patience(config: Config) -> timedelta:
+    """How long a rank waits for others in a collective: longer than any stage may last, the watchdog looks sooner."""
+    guards = config.guards
+    return timedelta(seconds=60 + max(guards.first_batch_s, guards.step_s, guards.evaluate_s, guards.save_s))
 
 
 def _picture(views: Views, i: int) -> Any:

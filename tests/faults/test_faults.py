@@ -293,7 +293,8 @@ def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_pa
         pytest.skip(f"no file system of our own: {done.stderr!r}")
     steps, root = 40, room / "full"
     try:
-        arguments = words(tiny_coco, room, "full", steps, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+        more = (f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "train.panel_every=4")  # pictures have no room either
+        arguments = words(tiny_coco, room, "full", steps, *more)
         driver = Driver(arguments, cluster["address"], tmp_path / "full.log")
         wait_for(lambda: checkpoint_folder(root, 10).exists(), driver.going)
         ballast = room / "ballast"
@@ -309,6 +310,7 @@ def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_pa
         ballast.unlink()
         output = driver.finish()
         assert "no space: " in output
+        assert "the picture of the pseudo-labels was not written" in output
         assert_same_end(root, undisturbed(steps), steps)
         report(full_disk={"steps_logged_when_given_up": failed_at, "end": "same"})
     finally:
