@@ -24,7 +24,7 @@ from pais_ray.data.sources import CocoDataset, Record, decode_rle, read_folder
 from pais_ray.data.splits import SplitManifest
 from pais_ray.data.validate import MAX_PIXELS, DataError
 from pais_ray.data.views import Sample, make_views
-from pais_ray.train.checkpoints import CheckpointError, checkpoint_folder, newest_verified
+from pais_ray.train.checkpoints import CheckpointError, best_checkpoint, newest_verified
 from pais_ray.train.prepare import held_out, prepare
 from pais_ray.train.state import load_segmentor
 from pais_ray.train.step import autocast
@@ -208,5 +208,4 @@ def choose_checkpoint(run: Path, role: str, which: str) -> Path:
         return last
     if which != "best":
         return Path(which)
-    best = json.loads((last / "state.json").read_text())["best"].get(role)
-    return last if best is None else checkpoint_folder(run, int(best["step"]))
+    return best_checkpoint(run, last, role) or last

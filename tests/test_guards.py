@@ -134,8 +134,8 @@ def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
         (3, False, True, 0, ["save"]),
         (4, False, True, 0, ["save", "collect 3", "save", "evaluate"]),
         (4, True, False, 0, ["save and wait", "collect 4"]),  # the next start evaluates
-        (8, False, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8", "save and wait"]),
-        (8, True, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8", "save and wait"]),
+        (8, False, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
+        (8, True, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
     ],
 )
 def test_what_is_saved_and_evaluated_after_a_step_and_in_which_order(step, stopped, asked, in_row, done):

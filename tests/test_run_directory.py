@@ -13,7 +13,7 @@ import ray
 
 from pais_ray.config import ConfigError, compose, dump, run_schedule
 from pais_ray.train import cluster, run_directory, worker
-from pais_ray.train.checkpoints import checkpoint_folder, checkpoints
+from pais_ray.train.checkpoints import best_checkpoint, checkpoint_folder, checkpoints
 from pais_ray.train.prepare import prepare
 from pais_ray.train.run_directory import held
 
@@ -150,3 +150,20 @@ def test_a_roll_back_leaves_no_newer_checkpoint_to_restart_from(tmp_path, monkey
     assert checkpoints(tmp_path) == [sound]
     assert rank.state.best["teacher"]["step"] == 4
     assert (rank.state.step, rank.state.g_next, rank.state.skipped_in_row, rank.state.rollbacks) == (4, 18, 0, 1)
+
+
+def test_the_best_checkpoint_is_told_by_scores_that_were_logged_after_it(tmp_path):
+    newest = checkpoint_folder(tmp_path, 8)
+    for step in (4, 8):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    best = {"teacher": {"segm_AP": 0.2, "step": 4}}
+    (newest / "state.json").write_text(json.dumps({"format": 2, "step": 8, "best": best}))
+    assert best_checkpoint(tmp_path, newest, "teacher") == checkpoint_folder(tmp_path, 4)
+    assert best_checkpoint(tmp_path, newest, "student") is None
+    rows = [
+        {"step": 6, "teacher/segm_AP": 0.9},
+        {"step": 8, "teacher/segm_AP": 0.3},
+        {"step": 12, "teacher/segm_AP": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert best_checkpoint(tmp_path, newest, "teacher") == newest, "6 was never written, 12 is of a later start"

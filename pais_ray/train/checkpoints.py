@@ -54,7 +54,6 @@ class Snapshot:
 def write(snapshot: Snapshot, folder: Path) -> None:
     """Writes the checkpoint ``folder``, whole or not at all."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    before = folder.with_name(f".{folder.name}.{os.getpid()}.before.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         folder.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
@@ -63,14 +62,10 @@ def write(snapshot: Snapshot, folder: Path) -> None:
             save_file(tensors, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
         write_manifest(aside, sorted(p.name for p in aside.iterdir()), {})
-        # The run's last one, written again with its scores, or left over by a run that was killed after writing it.
-        if folder.exists():
-            os.replace(folder, before)
+        if folder.exists():  # left over by a run that was killed after writing it: same content, written again
+            shutil.rmtree(folder)
         os.replace(aside, folder)
-        shutil.rmtree(before, ignore_errors=True)
     except Exception:
-        if before.exists() and not folder.exists():
-            os.replace(before, folder)
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk the half of it would take what others need
         raise
 
@@ -230,6 +225,19 @@ def metric_rows(root: Path, up_to: float = float("inf")) -> list[dict[str, Any]]
         if row["step"] <= up_to:
             rows.append(row)
     return rows
+
+
+def best_checkpoint(root: Path, newest: Path, role: str) -> Path | None:
+    """The checkpoint of the highest segm AP of ``role``: what ``newest`` knows, and the scores logged since it was
+    written, of those that are there. None before the first evaluation."""
+    state = read_state(newest)
+    best = state["best"].get(role, {"segm_AP": -1.0, "step": None})
+    step, highest = best["step"], best["segm_AP"]
+    for row in metric_rows(root, state["step"]):
+        ap = row.get(f"{role}/segm_AP")
+        if ap is not None and ap > highest and checkpoint_folder(root, row["step"]).is_dir():
+            step, highest = row["step"], ap
+    return None if step is None else checkpoint_folder(root, int(step))
 
 
 def checkpoints(root: Path) -> list[Path]:

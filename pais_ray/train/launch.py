@@ -24,7 +24,7 @@ from pais_ray.data import pipeline
 from pais_ray.data.plan import StepPlan
 from pais_ray.optim import Schedule
 from pais_ray.train import cluster, describe, run_directory, start, worker
-from pais_ray.train.checkpoints import checkpoint_folder, metric_rows, newest_verified
+from pais_ray.train.checkpoints import best_checkpoint, metric_rows, newest_verified
 from pais_ray.train.monitor import Monitor
 from pais_ray.train.prepare import Data, check_outlives_job, learned_from_too, prepare
 from pais_ray.train.progress import say, tell
@@ -314,14 +314,14 @@ def result_of(root: Path, schedule: Schedule, *, stopped: bool) -> TrainResult:
     scores: dict[str, float] = {}
     for row in metric_rows(root):
         scores |= {k: v for k, v in row.items() if k.startswith(("teacher/", "student/")) and "_class/" not in k}
-    best = state.get("best", {}).get("teacher")
+    best = None if last is None else best_checkpoint(root, last, "teacher")
     return TrainResult(
         run_id=tracking.read_run_id(root),
         run_dir=str(root),
         step=state.get("step", 0),
         steps=schedule.steps,
         stopped=stopped,
-        best_checkpoint=None if best is None else str(checkpoint_folder(root, int(best["step"]))),
+        best_checkpoint=None if best is None else str(best),
         last_checkpoint=None if last is None else str(last),
         scores=scores,
     )

@@ -211,8 +211,6 @@ class Worker:
         if self.owed:
             self.evaluate()
             self.collect_scores(up_to=state.step)
-            if state.step == last:
-                self.save(at_end=True)
         while state.step < last and not stopped:
             waiting = time.perf_counter()
             batches = self.next_batches(rows)
@@ -254,7 +252,6 @@ class Worker:
             if due:
                 self.evaluate()
                 self.collect_scores(up_to=state.step)
-                self.save(at_end=True)  # the same weights, with their scores
             return
         if stopped:
             self.save(at_end=True)
