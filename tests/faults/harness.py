@@ -86,7 +86,7 @@ def wait_for(event, going=lambda: True):
     """Waits until ``event()`` is true and returns it."""
     while not (found := event()):
         assert going(), "the run ended before what was waited for"
-        time.sleep(0.02)
+        time.sleep(0.1)
     return found
 
 

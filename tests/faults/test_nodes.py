@@ -12,7 +12,7 @@ import pytest
 from pais_ray.train.checkpoints import metric_rows
 from tests.faults.harness import Driver, assert_same_end, events, last_step, steps_logged, wait_for, words
 from tests.faults.test_faults import SEED, report
-from tests.ray.nodes import Nodes, nodes, processes
+from tests.ray.nodes import Nodes, command_line, nodes, processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 NODE_KILLS = 3
@@ -39,11 +39,7 @@ def busy(cluster: Nodes) -> list[int]:
     """Nodes that hold a training process, the head left out."""
 
     def holds(index: int) -> bool:
-        found = False
-        for process in processes(cluster.running[index]):
-            with contextlib.suppress(Exception):
-                found |= "RayTrainWorker" in " ".join(process.cmdline())
-        return found
+        return any("RayTrainWorker" in " ".join(command_line(p)) for p in processes(cluster.running[index]))
 
     return [i for i in range(1, len(cluster.running)) if cluster.running[i].poll() is None and holds(i)]
 

@@ -71,7 +71,7 @@ class Nodes:
 
     def node_id(self, index: int) -> str:
         """Ray's name of a node, from the command line of its raylet."""
-        words = [word for process in processes(self.running[index]) for word in process.cmdline()]
+        words = [word for process in processes(self.running[index]) for word in command_line(process)]
         return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
 
     def alive(self) -> int:
@@ -90,6 +90,13 @@ def processes(root: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Its words; none once it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
+        return process.cmdline()
+    return []
+
+
 def free_ports(number: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
@@ -102,6 +109,7 @@ def nodes(folder: Path, cpus: list[int], **more: str) -> Iterator[Nodes]:
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "OMP_NUM_THREADS": "1"}
+    env["RAY_num_workers_soft_limit"] = "4"  # as on a local cluster: reading tasks find a process that is there
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", **more}  # jobs run its `python`
     with_token(env)
     # Beside the head's socket files; their paths have at most 107 characters.

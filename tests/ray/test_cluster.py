@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from pais_ray.train.checkpoints import metric_rows
 from pais_ray.train.run_directory import steps_made
-from tests.ray.nodes import RAY, Nodes, nodes, processes
+from tests.ray.nodes import RAY, Nodes, command_line, nodes, processes
 from tests.ray.test_main_job import assert_same_end, steps_logged, wait_for, words
 from tests.untrained import untrained_run
 
@@ -60,7 +60,7 @@ class Submitted:
 
 
 def workers_on(cluster: Nodes, index: int) -> int:
-    return sum("RayTrainWorker" in " ".join(p.cmdline()) for p in processes(cluster.running[index]))
+    return sum("RayTrainWorker" in " ".join(command_line(p)) for p in processes(cluster.running[index]))
 
 
 def ray_job(cluster: Nodes, *words: str) -> str:

@@ -168,7 +168,7 @@ def wait_for(event, still_going=lambda: True) -> None:
     """Waits for an event of the run; the test's own timeout bounds it."""
     while not event():
         assert still_going()
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def train_workers() -> list[psutil.Process]:
