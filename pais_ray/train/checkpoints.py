@@ -5,8 +5,6 @@ fits is whole. The newest one that verifies is the one to resume from. A `Writer
 tries again where storage fails, and never stops a run before its end.
 """
 
-import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -100,7 +98,7 @@ class Writer:
 
     def _work(self) -> None:
         while self._next():
-            give_back_memory()
+            pass
 
     def _next(self) -> bool:
         """Writes one, and holds it no longer: until the next one it would take as much memory as the state."""
@@ -129,13 +127,6 @@ class Writer:
             return None
         self.tell(f"{reason}; training goes on without it", {"event": "checkpoint_failed", "at": snapshot.step})
         return reason
-
-
-def give_back_memory() -> None:
-    """Returns what was freed to the system: glibc keeps it in pieces, and each moment in which an evaluation, a
-    snapshot and a step meet would leave the process larger for good."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def storage_trouble(path: Path, need: int, error: Exception) -> str:
