@@ -97,18 +97,13 @@ class Writer:
         self.thread.join()
 
     def _work(self) -> None:
-        while self._next():
-            pass
-
-    def _next(self) -> bool:
-        """Writes one, and holds it no longer: until the next one it would take as much memory as the state."""
-        snapshot = self.waiting.get()
-        try:
-            if snapshot is not None:
+        while (snapshot := self.waiting.get()) is not None:
+            try:
                 self.failed = self._store(snapshot)
-            return snapshot is not None
-        finally:
-            self.waiting.task_done()
+            finally:
+                del snapshot  # until the next one it would take as much memory as the state
+                self.waiting.task_done()
+        self.waiting.task_done()
 
     def _store(self, snapshot: Snapshot) -> str | None:
         folder = checkpoint_folder(self.root, snapshot.step)
