@@ -185,7 +185,7 @@ def test_a_node_that_is_told_to_go_costs_no_failure(three, tiny_coco, tmp_path):
     held = {index: workers_on(three, index) for index in range(len(three.running))}
     victim = max(index for index in held if held[index])
     assert victim
-    command = ["bash", "infra/drain_on_notice.sh", three.gcs, "5"]
+    command = ["bash", "infra/drain_on_notice.sh", three.gcs, "30"]  # s: two steps and a checkpoint on a busy machine
     env = {**three.env, "NOTICE": "true", "NODE_ID": three.node_id(victim)}
     subprocess.run(command, env=env, check=True)
     wait_for(lambda: not workers_on(three, victim), running.goes_on)
