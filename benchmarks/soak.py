@@ -32,11 +32,13 @@ MANY_ENOUGH = 20  # samples, for a line
 
 
 def words(out: Path) -> list[str]:
-    """One worker, so that the soak leaves the machine to others; nano, 64 px, all that a run has."""
+    """One worker, so that the soak leaves the machine to others; nano, 64 px, all that a run has. The schedule is for
+    a run that ends: of a million steps the warm-up alone is 8000, in which the teacher would propose nothing."""
     data = out / "data"
     synthetic.generate(str(data), train=48, val=8, size=96, seed=3)
     return [
-        *("synthetic", "mask_rcnn", "pais", "data.image_size=64", "data.labeled=0.25", "method.burn_in=20"),
+        *("synthetic", "mask_rcnn", "pais", "data.image_size=64", "data.labeled=0.25", "method.burn_in=200"),
+        *("method.tau_cls=0.2", "method.ema=0.99", "optim.schedule=constant", "optim.reference.warmup=4"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
         *("batch.labeled=1", "batch.unlabeled=1", "train.steps=1000000", "train.eval_every=300"),
         *("train.checkpoint_every=100", "train.log_every=20", "train.panel_every=1000", "run.max_failures=-1"),
