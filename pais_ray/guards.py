@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 WINDOW = 100  # steps whose median gradient norm a spike is measured by: longer than a warm-up's slope
 ENOUGH = 20  # norms before a median means anything
+# Losses that are zero without instances, where class and objectness learn the background.
+OF_INSTANCES = ("labeled/box", "labeled/mask")
 
 
 class GuardConfig(BaseModel):
@@ -28,7 +30,7 @@ class GuardConfig(BaseModel):
     kept_steps: int = Field(default=2000, ge=1, description="steps outside that band before the alarm")
     teacher_gap: float = Field(default=0.1, gt=0, description="segm AP the teacher may be below the student")
     zero_loss_steps: int = Field(
-        default=500, ge=1, description="steps with labeled losses of zero that end the run: nothing is learned"
+        default=500, ge=1, description="steps without a labeled box or mask to learn that end the run: wrong classes"
     )
     first_batch_s: float = Field(default=1800.0, gt=0, description="limit of building the model and the first batch")
     step_s: float = Field(default=600.0, gt=0, description="limit of any later step of a rank")
@@ -43,7 +45,7 @@ class Guards:
         self.config = config
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.outside = 0  # steps with pseudo-labels outside their band
-        self.zero = 0  # steps with labeled losses of zero
+        self.zero = 0  # steps with labeled box and mask losses of zero
 
     def gradient(self, norm: float) -> str | None:
         """A norm far above the recent ones; it joins them all the same: a new level is no spike for long."""
@@ -80,8 +82,8 @@ class Guards:
         )
 
     def labeled_loss(self, values: Mapping[str, float], steps: int) -> str | None:
-        """The reason to end, where no labeled loss has been other than zero for long enough."""
-        losses = [v for k, v in values.items() if k.startswith("labeled/")]
+        """The reason to end, where no labeled image has taught a box or a mask for long enough."""
+        losses = [values[k] for k in OF_INSTANCES if k in values]
         if not losses or any(v != 0 for v in losses):
             self.zero = 0
             return None
@@ -89,7 +91,7 @@ class Guards:
         if self.zero < self.config.zero_loss_steps:
             return None
         return (
-            f"all labeled losses have been zero for {self.zero} steps (guards.zero_loss_steps): nothing is learned. "
-            "Are the classes of the labeled images those of data.train, and method.labeled_weights not zero? "
-            "See `pais-ray validate`"
+            f"no labeled image has had an instance to learn for {self.zero} steps (guards.zero_loss_steps): box and "
+            "mask losses are zero. Do the labeled images have annotations of data.train's classes that are no crowds, "
+            "and are method.labeled_weights not zero? See `pais-ray validate`"
         )

@@ -155,6 +155,9 @@ class Predictions:
     scores: Tensor  # (N,) in [0, 1]: c^h, the probability of the predicted class
     ious: Tensor  # (N,) in [0, 1]: s, the predicted IoU of the mask; ones without a mask-IoU branch
     masks: Masks
+    # () bool: whether all was finite that the network computed for this image and those beside it. A threshold drops
+    # what is not, and nobody would see why nothing is left. None: no network was asked.
+    finite: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -263,7 +266,7 @@ class Batch:
 
 
 def _select(item: T, index: Tensor | slice) -> T:
-    return _map(item, lambda value: value[index])
+    return _map(item, lambda value: value if isinstance(value, Tensor) and value.ndim == 0 else value[index])
 
 
 def _move(item: T, device: torch.device | str) -> T:

@@ -240,6 +240,17 @@ def test_a_threshold_drops_the_rest_and_changes_nothing(network, views, found):
         torch.testing.assert_close(some.ious, expected.ious)
 
 
+def test_what_is_not_finite_is_told_although_a_threshold_drops_it(network, views, found):
+    """A teacher that overflows would else propose nothing, and nobody would see why."""
+    assert all(bool(p.finite) for p in found)
+    images = views.images.clone()
+    images[:, :, :32] = torch.inf
+    lost = network.predict(dataclasses.replace(views, images=images), score_threshold=0.05)
+    assert len(lost) == len(found)
+    assert not any(bool(p.finite) for p in lost)
+    assert not any(bool(p[:0].to("cpu").finite) for p in lost)
+
+
 def test_no_detection_is_a_prediction_too(network, views):
     for predictions in network.predict(views, score_threshold=1.0):
         assert len(predictions) == 0

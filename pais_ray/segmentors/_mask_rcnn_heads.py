@@ -186,6 +186,8 @@ class WeightedRoIHeads(RoIHeads):
         """Detections of each image, best first. Those that score below ``minimum`` are dropped before the
         mask heads, which are most of the cost, see them."""
         logits, deltas = self._classify(features, proposals)
+        sums = [*(f.sum(dtype=torch.float32) for f in features.values()), logits.sum()]  # what is not shows there
+        finite = torch.stack(sums).isfinite().all()
         found = zip(*self.postprocess_detections(logits, deltas, proposals, sizes), strict=True)
         kept = [tuple(v[scores >= minimum] for v in (boxes, scores, at)) for boxes, scores, at in found]
         boxes = [k[0] for k in kept]
@@ -199,6 +201,7 @@ class WeightedRoIHeads(RoIHeads):
                 scores=scores,
                 ious=ious,
                 masks=Masks.in_boxes(soft, box + HALF_PIXEL),
+                finite=finite,
             )
             for (box, scores, at), soft, ious in parts
         ]

@@ -8,6 +8,7 @@ Legend: B images, N kernels, T targets of all images, P pairs of kernel and targ
 padded view, X cells (stride 4) or points that masks are compared at.
 """
 
+import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -152,10 +153,13 @@ class KNet(nn.Module):
         assert last.classes is not None
         assert last.ious is not None
         minimum = max(self.config.score_threshold, score_threshold or 0.0)
-        return [
+        found = [
             self._detect(classes.sigmoid(), ious.sigmoid(), masks, size, minimum)
             for classes, ious, masks, size in zip(last.classes, last.ious, last.masks, views.sizes, strict=True)
         ]
+        sums = [v.sum(dtype=torch.float32) for v in (last.classes, last.ious, last.masks)]  # what is not shows there
+        finite = torch.stack(sums).isfinite().all()
+        return [dataclasses.replace(seen, finite=finite) for seen in found]
 
     def graph(self) -> KNetGraph:
         """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
