@@ -16,7 +16,7 @@ DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
 
 def of_run(root: Path, images: int) -> np.ndarray:
     """The picture (H, W, 3) uint8 of a run's best teacher: ground truth | predictions, a line an image."""
-    predictor = Predictor.open(root)
+    predictor = Predictor.open(root, device="cpu")  # the GPUs that this process sees may be other runs'
     return gallery({"teacher at its best": predictor}, choose(annotated(predictor.validation()), images))
 
 

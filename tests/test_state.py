@@ -155,15 +155,14 @@ def test_saving_over_a_leftover_replaces_it(tmp_path):
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     for step in range(1, 7):
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    best = {"teacher": {"segm_AP": 0.5, "step": 2}, "student": {"segm_AP": 0.4, "step": 6}}
-    retain(tmp_path, 2, best, step=6)
+    retain(tmp_path, 2, {2, 6}, step=6)
     assert steps_kept(tmp_path) == [2, 5, 6]
 
 
 def test_retention_after_a_fallback_keeps_what_was_just_written(tmp_path):
     for step in (1, 2, 9):  # 9 was damaged and passed over
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    retain(tmp_path, 1, {}, step=2)
+    retain(tmp_path, 1, (), step=2)
     assert steps_kept(tmp_path) == [2, 9]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from pais_ray.methods.supervised import Supervised
 from pais_ray.optim import Schedule
 from pais_ray.structures import Batch, Masks, Predictions, Targets, Views
 from pais_ray.train.state import Teacher, TrainState
-from pais_ray.train.step import StepSettings, at_most, batch_losses, follow, train_step
+from pais_ray.train.step import MemoryRanOut, StepSettings, at_most, batch_losses, follow, train_step
 from tests.tiny import state_of, tiny_batch, tiny_schedule
 
 SETTINGS = StepSettings(schedule=tiny_schedule(), seed=1)
@@ -177,6 +178,37 @@ def test_a_skipped_step_under_a_loss_scaler_does_not_spoil_the_next():
     assert not equal(before, parameters(state.student))
 
 
+def test_a_loss_scale_that_is_too_high_changes_nothing_but_the_scale():
+    """torch steps a fused optimizer even then, and its first step would leave momenta that nobody wrote."""
+    state = state_of()
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**127)
+    before = [parameters(m) for m in (state.student, state.teacher)]
+    result = train_step(state, state.student, [tiny_batch(1)], PAIS(), SETTINGS)
+    assert (result.skipped, result.grad_norm) == (False, math.inf)
+    assert [equal(a, parameters(m)) for a, m in zip(before, (state.student, state.teacher), strict=True)] == [True] * 2
+    assert not any("momentum_buffer" in slots for slots in state.optimizer.state.values())
+    assert state.scaler.get_scale() == 2.0**126
+
+
+def test_memory_that_runs_out_in_a_backward_pass_tells_how_many_pseudo_labels_there_were():
+    class Crowded(Teacher):
+        def predict(self, images, score_threshold=None):
+            return [one_prediction(images)[torch.zeros(5 - i, dtype=torch.long)] for i in range(len(images))]
+
+    def no_memory(grad):
+        raise torch.OutOfMemoryError("asked for 7 GiB")
+
+    state = state_of()
+    state.teacher.__class__ = Crowded
+    next(p for p in state.student.parameters() if p.requires_grad).register_hook(no_memory)
+    with pytest.raises(MemoryRanOut, match="7 GiB") as raised:
+        train_step(state, state.student, [tiny_batch(1)], PAIS(burn_in=0), SETTINGS)
+    assert raised.value.pseudo_labels == 5
+    with pytest.raises(MemoryRanOut) as raised:
+        train_step(state, state.student, [tiny_batch(1)], Supervised(), SETTINGS)
+    assert raised.value.pseudo_labels == 0
+
+
 def test_the_teacher_never_enters_train_mode():
     state = state_of()
     state.teacher.train()
@@ -284,10 +316,15 @@ def test_the_cap_keeps_the_highest_scores_in_their_order():
     assert at_most(many, 4) is many
 
 
-def test_a_teacher_that_is_not_finite_is_everybodys_skipped_step():
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_teacher_that_is_not_finite_is_everybodys_skipped_step(dropped):
+    """Also where nothing of it has passed the threshold."""
+
     class Broken(Teacher):
         def predict(self, images, score_threshold=None):
             (first, *others) = [one_prediction(images) for _ in range(len(images))]
+            if dropped:
+                return [dataclasses.replace(first[:0], finite=torch.tensor(False)), *others]
             return [dataclasses.replace(first, ious=torch.tensor([torch.nan])), *others]
 
     state = state_of()

@@ -1,10 +1,15 @@
 """What a person reads while a run goes on."""
 
+import contextlib
+import sys
 from typing import Any
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Prints a line; where nobody reads it any more, or the disk that it goes to is full, the work goes on without."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def tell(row: dict[str, Any]) -> None:

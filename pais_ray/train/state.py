@@ -86,12 +86,11 @@ class TrainState:
         _load_weights(self.student, folder / "student.safetensors")
         _load_weights(self.teacher.segmentor, folder / "teacher.safetensors")
         _join_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        cap = self.cap  # where --force lowers it
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where the run had another precision until now
+            self.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
             if state[name] is not None:  # an older format's: as this run was configured
                 setattr(self, name, state[name])
-        self.cap = min(cap, self.cap)
         self.best = state["best"]
         _restore_rng(load_file(folder / "rng.safetensors"))
 

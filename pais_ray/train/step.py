@@ -66,6 +66,17 @@ class StepResult:
     fits: bool = True  # False: skipped because a forward pass ran out of memory
 
 
+class MemoryRanOut(RuntimeError):
+    """In a backward pass, whose all-reduce the other ranks wait in: this rank cannot go on.
+
+    ``pseudo_labels`` is the most that an image of the batch had.
+    """
+
+    def __init__(self, pseudo_labels: int, reason: str) -> None:
+        self.pseudo_labels = pseudo_labels
+        super().__init__(reason)
+
+
 def train_step(
     state: TrainState,
     network: nn.Module,
@@ -79,7 +90,7 @@ def train_step(
     ``network`` is ``state.student``, bare or wrapped in DDP. Where the ranks do not divide the step's rows, some
     have None in place of their first micro-batch: every row weighs the same, and all ranks end with a backward
     pass. A step that is not finite or does not fit into memory on any rank is skipped on all of them: neither
-    student, teacher nor optimizer change, only the counters.
+    student, teacher nor optimizer change, only the counters. Raises MemoryRanOut.
     """
     lr = set_lr(state.optimizer, settings.schedule, state.step)
     state.optimizer.zero_grad(set_to_none=True)
@@ -97,9 +108,13 @@ def train_step(
             fits = False
         if last:  # before the backward pass whose all-reduce would wait for ever for a rank that has no loss
             fits = not anywhere(not fits, settings.ranks)
+        most = int(values.pop("pseudo/most", 0))
         if total is not None and fits:
-            with nullcontext() if last else without_sync(network):
-                state.scaler.scale(total * share).backward()
+            try:
+                with nullcontext() if last else without_sync(network):
+                    state.scaler.scale(total * share).backward()
+            except torch.OutOfMemoryError as error:
+                raise MemoryRanOut(most, str(error)) from error
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0.0) + torch.as_tensor(value).detach() * share
     if not fits:
@@ -112,7 +127,9 @@ def train_step(
     # With fp16 an infinite gradient is the loss scale's fault until there is no scale left to lower.
     scale_to_blame = state.scaler.is_enabled() and state.scaler.get_scale() >= 1.0
     bad, stop, norm = agree(metrics, stop, grad_matters=not scale_to_blame)
-    if not bad:
+    # Not even with a scale to blame: torch calls a fused optimizer all the same, whose first step then leaves momenta
+    # that were never written.
+    if not bad and math.isfinite(norm):
         state.scaler.step(state.optimizer)
         decay = method.decay(state.step)
         follow(state.teacher, state.student, decay)
@@ -200,13 +217,20 @@ def pseudo_label_logs(
         "pseudo/images": float(images),
         "pseudo/over_tau_cls": float(sum(len(p) for p in predictions)),
         "pseudo/kept": float(sum(len(t) for t in weak)),
+        "pseudo/most": float(max(len(t) for t in weak)),  # for whoever runs out of memory; not logged
         "pseudo/in_strong": float(sum(len(t) for t in strong)),
         "pseudo/empty_images": float(sum(len(t) == 0 for t in weak)),
-        "pseudo/score_sum": sum((p.scores.sum() for p in predictions), start=zero),
+        "pseudo/score_sum": sum((_score_sum(p) for p in predictions), start=zero),
         "pseudo/iou_sum": sum((p.ious.sum() for p in predictions), start=zero),
         "pseudo/class_weight_sum": sum((t.class_weight.sum() for t in weak), start=zero),
         "pseudo/mask_weight_sum": sum((t.mask_weight.sum() for t in weak), start=zero),
     }
+
+
+def _score_sum(predictions: Predictions) -> Tensor:
+    """Not a number where the network's output was none, which a threshold may have dropped."""
+    total = predictions.scores.sum()
+    return total if predictions.finite is None else torch.where(predictions.finite, total, torch.nan)
 
 
 @torch.no_grad()
@@ -231,7 +255,8 @@ def agree(metrics: Metrics, stop: bool, *, grad_matters: bool) -> tuple[bool, bo
     watched = [torch.as_tensor(metrics[k]) for k in WATCHED if k in metrics]
     bad = ~torch.isfinite(torch.stack([w.to(norm.device).float() for w in watched])).all()
     bad = bad | (~torch.isfinite(norm) if grad_matters else torch.zeros_like(bad))
-    flags = torch.stack([bad.float(), torch.full_like(norm, float(stop)), norm.nan_to_num(nan=math.inf)])
+    known = norm.nan_to_num(nan=math.inf, posinf=math.inf)  # of NaN no maximum is taken
+    flags = torch.stack([bad.float(), torch.full_like(norm, float(stop)), known])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     bad_anywhere, stop_anywhere, largest = flags.tolist()  # waits for the device, once a step
