@@ -20,12 +20,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pais_ray.data.storage import replace_text
+
 CARD, RUN_ID = "mlflow_run.json", "mlflow_run_id"  # files of the run directory
 LOOK_EVERY = 5.0  # s between two looks at the directory that nobody asked for
 LAST_ATTEMPTS = 3  # when closing
 LONGEST_PAUSE = 300.0  # s between two knocks at a store that is away
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+# In a URI: a password, a user of a web server (some take a token there), a parameter that says what it is.
+SECRET_KEYS = r"(?:password|passwd|token|secret|access_key|api_key|signature)"
+SECRET = re.compile(rf"://[^/@]*:[^@]*@|^https?://[^/@]+@|[?&][^=&]*{SECRET_KEYS}=", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
 
@@ -47,8 +52,11 @@ class TrackingConfig(BaseModel):
         """Workers run in other directories, so a relative SQLite path is fixed where it was written."""
         if uri is not None and uri.startswith("sqlite:///"):
             return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
-        if uri is not None and re.search(r"://[^/@]*:[^/@]*@", uri):
-            remedy = "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for PostgreSQL)"
+        if uri is not None and SECRET.search(uri):
+            remedy = (
+                "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN "
+                "(PGPASSWORD for PostgreSQL)"
+            )
             raise ValueError(f"no password here, it would be written to config.yaml; {remedy}")
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
             remedy = "MLflow keeps no runs in plain folders any more"
@@ -74,9 +82,7 @@ class Card(BaseModel):
 
     def write(self, root: Path) -> None:
         """Whole or not at all: a Tracker elsewhere may be reading it."""
-        aside = root / f".{CARD}.{os.getpid()}.partial"
-        aside.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        os.replace(aside, root / CARD)
+        replace_text(root / CARD, self.model_dump_json(indent=1))
 
 
 def tracking_uri(config: TrackingConfig, storage: Path) -> str:
@@ -214,8 +220,9 @@ class Tracker:
 
 
 def without_secrets(text: str) -> str:
-    """The text without the user and password of URLs."""
-    return re.sub(r"://[^/@\s\"']+@", "://***@", text)
+    """The text without the user and password of URLs, and without what their parameters call a secret."""
+    text = re.sub(r"://[^/@\s\"']+@", "://***@", text)
+    return re.sub(rf"([?&][^=&\s\"']*{SECRET_KEYS}=)[^&\s\"']+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def _mirror(config: TrackingConfig, root: Path) -> Any:

@@ -55,6 +55,27 @@ def heard(control, trial, **aps):
     return [control.heard(trial, {"step": int(s[1:]), METRIC: ap}) for s, ap in aps.items()][-1]
 
 
+def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
+    """What is known stays in memory, and is written when there is room; trials that cannot begin wait for it."""
+    said = []
+    control, _ = control_of(plan_of(tmp_path), said)
+    first = control.next()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        heard(control, first.id, s30=0.1)
+        assert control.next() is None
+        assert control.waits()
+    assert len([s for s in said if "cannot be written" in s]) == 1
+    assert control.next().id == "001s0"
+    known = Ledger(control.plan.root / "trials.json")
+    assert known.trial(first.id).scores == {30: 0.1}
+    assert [t.state for t in known.trials] == ["running", "running"]
+
+
 # What may be searched over
 
 

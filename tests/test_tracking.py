@@ -278,10 +278,8 @@ def test_the_uri_is_absolute_and_folders_are_refused(tmp_path, monkeypatch):
     assert TrackingConfig(uri="sqlite:///m.db").uri == f"sqlite:///{tmp_path}/m.db"
     assert tracking_uri(TrackingConfig(), tmp_path / "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert tmp_path.name in ui_command(TrackingConfig(), tmp_path)
-    assert ui_command(TrackingConfig(uri="https://me@host/x"), tmp_path) == "https://***@host/x"
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as refused:
-        TrackingConfig(uri="https://me:secret@host/x")
-    assert "no password here" in str(refused.value)
+    database = TrackingConfig(uri="postgresql://me@host/x")  # its user name is no secret, and shown to nobody
+    assert "postgresql://***@host/x" in ui_command(database, tmp_path)
     for uri in ("./mlruns", "file:///tmp/mlruns"):
         with pytest.raises(ValueError, match="sqlite"):
             TrackingConfig(uri=uri)
@@ -289,7 +287,27 @@ def test_the_uri_is_absolute_and_folders_are_refused(tmp_path, monkeypatch):
         TrackingConfig(url="x")
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:secret@host/x",
+        "https://token@host/x",
+        "postgresql://me:s/cret@host/x",
+        "postgresql://me:s@cret@host/x",
+        "postgresql://host/x?user=me&password=secret",
+        "https://host/x?access_token=secret",
+    ],
+)
+def test_an_address_with_a_secret_is_refused(uri):
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+        TrackingConfig(uri=uri)
+    assert "no password here" in str(refused.value)
+
+
 def test_secrets_do_not_become_parameters(uri, storage):
-    run_id = open_run(HERE, storage, "s", {"tracking.uri": "https://me:pw@host"}, {})
-    assert client(uri).get_run(run_id).data.params["tracking.uri"] == "https://***@host"
+    given = {"tracking.uri": "https://me:pw@host", "data.train": "https://host/x?sslmode=on&Password=pw&a=b"}
+    run_id = open_run(HERE, storage, "s", given, {})
+    params = client(uri).get_run(run_id).data.params
+    assert params["tracking.uri"] == "https://***@host"
+    assert params["data.train"] == "https://host/x?sslmode=on&Password=***&a=b"
     assert "pw" not in (storage / "s" / CARD).read_text()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -44,6 +45,17 @@ class StorageError(OSError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}; {REMEDY}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a local file whole or not at all. Raises OSError, with the path also where the system names none, as on a
+    full disk."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def is_url(path: str) -> bool:

@@ -42,6 +42,7 @@ class Control:
             trial.state = "waiting"
         self.idle = False  # nothing may start until a trial reports
         self.made_before = sum(made(plan, t) for t in self.own())
+        self.troubled = False  # the search's folder cannot be written now; what is known is in memory
         self.lock = threading.Lock()
 
     def own(self) -> list[Trial]:
@@ -58,12 +59,17 @@ class Control:
                 self.idle = proposed is None
             if not self.todo:
                 return None
-            trial = self.todo.pop(0)
+            trial = self.todo[0]
             root = self.plan.trial_root(trial.id)
-            root.mkdir(parents=True, exist_ok=True)
-            (root / "config.yaml").write_text(dump(self.config(trial)))
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                (root / "config.yaml").write_text(dump(self.config(trial)))
+            except OSError as error:
+                self.complain(error)
+                return None
+            self.todo.pop(0)
             trial.state, trial.why = "running", ""
-            self.ledger.save()
+            self.save()
             step = made(self.plan, trial)
             self.say(f"{trial.id} {f'goes on after {step}' if step else 'starts'}: {report.describe(trial.params)}")
             return trial
@@ -71,7 +77,22 @@ class Control:
     def waits(self) -> bool:
         """Whether trials may come that cannot start yet."""
         with self.lock:
-            return self.halt is None and self.plan.has_to_come(self.ledger)
+            blocked = self.troubled and bool(self.todo)
+            return self.halt is None and (blocked or self.plan.has_to_come(self.ledger))
+
+    def save(self) -> None:
+        """Writes down what is known, or tries again at the next report: each run stands in its own directory."""
+        try:
+            self.ledger.save()
+        except OSError as error:
+            self.complain(error)
+        else:
+            self.troubled = False
+
+    def complain(self, error: OSError) -> None:
+        if not self.troubled:
+            self.say(f"{self.plan.root} cannot be written ({error}); the search goes on. Make room, or restore it")
+        self.troubled = True
 
     def config(self, trial: Trial) -> Config:
         own = {"run.name": trial.id, "train.seed": trial.seed, **trial.params}
@@ -101,7 +122,7 @@ class Control:
                     trial.state = "waiting"
             elif METRIC in result and result["step"] not in trial.scores:
                 self.judge(trial, result["step"], result[METRIC])
-            self.ledger.save()
+            self.save()
             return trial.state in ("stopped", "failed")
 
     def judge(self, trial: Trial, step: int, ap: float) -> None:
@@ -129,7 +150,7 @@ class Control:
         left = [t for t in self.ledger.trials if t.state == "running"]
         for trial in left:
             trial.state = "waiting"
-        self.ledger.save()
+        self.save()
         return left
 
     def progress(self) -> str:

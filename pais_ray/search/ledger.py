@@ -4,12 +4,12 @@ All else is computed from it: rungs, ranking, what Optuna learns. So a search th
 """
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pais_ray.data.storage import replace_text
 from pais_ray.search.space import Params
 
 LEDGER = "trials.json"  # of a search's folder
@@ -60,9 +60,8 @@ class Ledger:
 
     def save(self) -> None:
         """Whole or not at all."""
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        aside.write_text(json.dumps({"format": FORMAT, "trials": [asdict(t) for t in self.trials]}, indent=1))
-        os.replace(aside, self.path)
+        trials = [asdict(trial) for trial in self.trials]
+        replace_text(self.path, json.dumps({"format": FORMAT, "trials": trials}, indent=1))
 
     def trial(self, name: str) -> Trial:
         return next(t for t in self.trials if t.id == name)

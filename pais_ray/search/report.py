@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from pais_ray import plots
+from pais_ray.data.storage import replace_text
 from pais_ray.overlays import Dumper, Tree
 from pais_ray.search.ledger import Ledger, Standing
 from pais_ray.search.plan import Plan
@@ -93,9 +93,7 @@ def write(plan: Plan, ledger: Ledger, result: dict[str, Any]) -> None:
     if best is not None:
         files["best.yaml"] = overlay_of(best, plan, len(standings))
     for name, text in files.items():
-        aside = plan.root / f".{name}.{os.getpid()}.partial"
-        aside.write_text(text)
-        os.replace(aside, plan.root / name)
+        replace_text(plan.root / name, text)
     names = short_names(list(plan.space))
     log = {names[path] for path, d in plan.space.items() if isinstance(d, Range) and d.kind == "loguniform"}
     tried = [

@@ -116,7 +116,10 @@ def conclude(control: Control, tracked: Tracked, work: Any) -> dict[str, Any]:
         for trial in control.rest():
             tracked.close_trial(trial, "KILLED")
         result = report.to_json(plan, control.ledger, control.halt)
-        report.write(plan, control.ledger, result)
+        try:
+            report.write(plan, control.ledger, result)
+        except OSError as error:
+            say(f"{plan.root}: the results could not be written ({error}); make room, and give the same command again")
         tracked.close(result, "KILLED" if control.halt else "FINISHED")
     if control.wrong_input is not None:
         raise ConfigError(control.wrong_input)

@@ -1,5 +1,6 @@
 """A run directory: whose it is, its papers, and what a later start may not change."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -7,16 +8,22 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pais_ray.config import Config, ConfigError, changed_identity, dump, flatten, load, rows_a_step, run_schedule
-from pais_ray.data import splits
+from pais_ray.data import splits, storage
 from pais_ray.optim import Schedule
-from pais_ray.train.checkpoints import checkpoints, usable_checkpoint
+from pais_ray.train.checkpoints import (
+    CheckpointError,
+    checkpoint_folder,
+    checkpoints,
+    read_state,
+    usable_checkpoint,
+    verify,
+)
 from pais_ray.train.prepare import Data
 from pais_ray.train.progress import say
 from pais_ray.train.state import ROLES
@@ -119,9 +126,7 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
     if not isinstance(data.truth, str):
         papers[GROUND_TRUTH] = json.dumps(data.truth)
     for name, text in papers.items():
-        aside = root / f".{name}.{os.getpid()}.partial"
-        aside.write_text(text)
-        os.replace(aside, root / name)
+        storage.replace_text(root / name, text)
 
 
 def kept_cap(root: Path, cap: int) -> int:
@@ -135,10 +140,27 @@ def evaluation_due(step: int, config: Config, schedule: Schedule) -> bool:
     return step == schedule.steps or bool(every and step and step % every == 0)
 
 
-def scores_owed(step: int, rows: list[dict[str, Any]], config: Config, schedule: Schedule) -> bool:
-    """Whether an evaluation is due at ``step`` whose scores are not among the logged ``rows``."""
-    there = {role for row, role in product(rows, ROLES) if row["step"] == step and f"{role}/segm_AP" in row}
-    return evaluation_due(step, config, schedule) and len(there) < len(ROLES)
+def evaluation_owed(
+    root: Path, folder: Path | None, rows: list[dict[str, Any]], config: Config, schedule: Schedule
+) -> Path | None:
+    """The checkpoint of the last evaluation that was due until the one in ``folder``, where its scores are not among
+    the logged ``rows``: they were still under way when the run ended. None too where its weights are gone."""
+    if folder is None:
+        return None
+    made = read_state(folder)["step"]
+    every = config.train.eval_every
+    due = made if evaluation_due(made, config, schedule) else made // every * every if every else 0
+    if due == 0:
+        return None
+    there = {role for row, role in product(rows, ROLES) if row["step"] == due and f"{role}/segm_AP" in row}
+    if len(there) == len(ROLES):
+        return None
+    owed = checkpoint_folder(root, due)
+    try:
+        verify(owed)
+    except CheckpointError:
+        return None
+    return owed
 
 
 def steps_made(root: Path) -> int:
@@ -151,7 +173,7 @@ class HeldError(ConfigError):
     """Another process has the run directory."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(root: Path) -> Iterator[None]:
     """The directory for one driver: two would write over each other's checkpoints. The system lets go of it with the
     process, however that ends. Raises HeldError where another one has it; a file system without locks has none."""
@@ -172,7 +194,8 @@ def held(root: Path) -> Iterator[None]:
                     "it, or choose another name"
                 )
             time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()} since {since}".encode())
         yield
