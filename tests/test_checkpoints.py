@@ -1,5 +1,6 @@
 """Laws of the checkpoint writer: training goes on whatever storage does, and what was wrong is said."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -38,6 +39,38 @@ def test_what_was_submitted_is_there_in_order_and_verified(tmp_path, told):
     assert newest_verified(tmp_path) == (checkpoint_folder(tmp_path, 3), [])
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
     assert told == []
+    writer.close()
+
+
+def test_a_checkpoint_whose_scores_are_under_way_and_the_best_outlive_retention(tmp_path, told):
+    """One of an evaluation that is still being scored may turn out to be the best."""
+    writer = writer_of(tmp_path, told, keep=1)
+    writer.submit(snapshot(1))
+    writer.submit(dataclasses.replace(snapshot(2), awaited=frozenset({1})))
+    best = snapshot(3)
+    best.state["best"] = {"teacher": {"segm_AP": 0.5, "step": 1}}
+    writer.submit(best)
+    writer.flush()
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
+    writer.submit(snapshot(4))
+    writer.flush()
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["step_00000004"]
+    writer.close()
+
+
+def test_old_checkpoints_that_cannot_be_looked_through_end_nothing(tmp_path, told, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    writer = writer_of(tmp_path, told)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "retain", stale)
+        writer.submit(snapshot(1))
+        writer.flush()
+    writer.submit(snapshot(2))
+    writer.flush()
+    assert (writer.failed, writer.written) == (None, [1, 2])
+    assert [event for event, _ in told] == ["retention_failed"]
     writer.close()
 
 

@@ -1,6 +1,10 @@
 """Laws of the guards: a healthy run hears nothing, a sick one hears it once, and the verdict needs no other rank."""
 
+import contextlib
 import math
+import os
+import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ import ray.train
 from pais_ray.guards import GuardConfig, Guards
 from pais_ray.train import launch, progress
 from pais_ray.train.monitor import Monitor
+from pais_ray.train.watch import Watch
 from pais_ray.train.watchdog import describe, stuck
 from pais_ray.train.worker import Worker
 
@@ -51,13 +56,15 @@ def test_a_teacher_below_the_student(guards):
     assert "0.200" in guards.teacher(0.20, 0.35)
 
 
-def test_a_loss_of_zero_ends_the_run_in_time(guards):
-    zero = {"labeled/class": 0.0, "labeled/mask": 0.0, "unlabeled/class": 3.0}
+def test_labeled_images_without_an_instance_end_the_run_in_time(guards):
+    """Background is still learned: class and objectness are not zero."""
+    zero = {"labeled/class": 0.7, "labeled/objectness": 0.2, "labeled/mask": 0.0, "unlabeled/mask": 3.0}
     assert guards.labeled_loss(zero, 30) is None
     assert guards.labeled_loss({**zero, "labeled/mask": 0.2}, 30) is None
     assert guards.labeled_loss(zero, 30) is None
     assert "60 steps" in guards.labeled_loss(zero, 30)
-    assert guards.labeled_loss({"labeled/class": math.nan}, 1000) is None  # that is another trouble
+    assert guards.labeled_loss({"labeled/mask": math.nan}, 1000) is None  # that is another trouble
+    assert guards.labeled_loss({"labeled/class": 0.0}, 1000) is None  # no such terms to judge by
 
 
 def beat(rank, **changes):
@@ -84,7 +91,7 @@ def test_a_stop_is_not_taken_back_by_who_asks_for_a_checkpoint():
     monitor = Monitor.__ray_metadata__.modified_class()
     for wish in ("save", "stop", "save", ""):
         monitor.request(wish)
-    assert monitor.requested() == "stop"
+    assert monitor.beat(beat(0, attempt=1.0)) == "stop"
 
 
 class Trainer:
@@ -131,8 +138,8 @@ def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
         (4, False, False, 0, ["collect 3", "save", "evaluate"]),
         (2, False, False, 0, ["collect 1", "save"]),
         (2, False, False, 1, ["collect 1"]),  # amid a bad streak
-        (3, False, True, 0, ["save"]),
-        (4, False, True, 0, ["save", "collect 3", "save", "evaluate"]),
+        (3, False, True, 0, ["save", "collect 2"]),
+        (4, False, True, 0, ["save", "collect 3", "collect 3", "save", "evaluate"]),
         (4, True, False, 0, ["save and wait", "collect 4"]),  # the next start evaluates
         (8, False, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
         (8, True, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
@@ -158,6 +165,48 @@ def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     assert stuck([waiting, beat(1, age=72)], LIMITS)["rank"] == 1  # it is in it for longest
     text = describe(beat(1, age=70, silent=65), tmp_path)
     assert "rank 1 hangs: stage 'step' of step 7 for 70 s, without a sign of life for 65 s" in text
+
+
+class Group:
+    """Stands for the monitor: hears wishes, knows no rank."""
+
+    def __init__(self):
+        self.wishes = []
+        for name, answer in (("drain", []), ("pulse", []), ("silence", None)):
+            setattr(self, name, SimpleNamespace(remote=lambda *_, answer=answer: answer))
+        self.request = SimpleNamespace(remote=self.wishes.append)
+
+
+def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path, monkeypatch):
+    """SIGTERM, twice, while the run waits for room; and training that does not come back."""
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setattr(launch, "NOBODY_S", 0.2)
+    monkeypatch.setattr(launch.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(launch, "fit_again", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(Watch, "look", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    said, group = [], Group()
+    watch = Watch(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
+    assert launch.follow(None, watch, tmp_path, 8, threading.Event())
+    assert group.wishes == ["stop"]
+    assert [row["text"].split(";")[0] for row in said] == [
+        launch.STOPPING,
+        "there is no worker to make another checkpoint",
+        "stopped before the first checkpoint",
+    ]
+
+
+def test_what_nobody_can_read_ends_no_run(monkeypatch):
+    """A log file on a full disk, a closed pipe, a terminal that lacks a letter."""
+    for name in ("/dev/full", os.devnull):
+        with open(name, "w", encoding="ascii") as out:
+            monkeypatch.setattr(progress.sys, "stdout", out)
+            progress.say("step 10: Größe")
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                out.close()
+        monkeypatch.setattr(progress.sys, "stdout", out)
+        progress.say("closed")
+        monkeypatch.undo()
 
 
 def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():

@@ -1,5 +1,6 @@
 """Laws of a run directory: one driver at a time, free again however the driver ends; what is kept over starts."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pais_ray.train import cluster, run_directory, worker
 from pais_ray.train.checkpoints import best_checkpoint, checkpoint_folder, checkpoints
 from pais_ray.train.prepare import prepare
 from pais_ray.train.run_directory import held
+from tests.tiny import state_of
 
 HOLDER = """
 import sys, time
@@ -85,12 +87,27 @@ def test_the_schedule_moves_with_its_own_settings_and_not_with_the_workers(begun
     assert run_directory.kept_schedule(tmp_path, slower) == run_schedule(slower) != began
 
 
-def test_scores_are_owed_where_an_evaluation_is_due_and_a_role_has_none(begun):
-    schedule = run_schedule(begun)
-    rows = [{"step": 4, "teacher/segm_AP": None}, {"step": 4, "student/segm_AP": 0.1}, {"step": 8}]
-    owed = [run_directory.scores_owed(step, rows, begun, schedule) for step in (3, 4, 8)]
-    assert owed == [False, False, True]
-    assert run_directory.scores_owed(4, rows[:1], begun, schedule)
+def test_an_evaluation_is_owed_whose_scores_no_start_has_lived_to_see(begun, tmp_path):
+    schedule, rows = run_schedule(begun), []
+
+    def owed(step):
+        folder = checkpoint_folder(tmp_path, step)
+        found = run_directory.evaluation_owed(tmp_path, folder, rows, begun, schedule)
+        return None if found is None else int(found.name[5:])
+
+    for step in (3, 4, 5, 8):
+        made = state_of()
+        made.step = step
+        made.save(checkpoint_folder(tmp_path, step))
+    assert run_directory.evaluation_owed(tmp_path, None, rows, begun, schedule) is None
+    assert [owed(step) for step in (3, 4, 5, 8)] == [None, 4, 4, 8]
+    rows = [{"step": 4, "teacher/segm_AP": None}]
+    assert owed(5) == 4, "the student's is missing"
+    rows.append({"step": 4, "student/segm_AP": 0.1})
+    assert [owed(step) for step in (4, 5, 8)] == [None, None, 8]
+    rows.clear()
+    (checkpoint_folder(tmp_path, 4) / "student.safetensors").unlink()
+    assert owed(5) is None, "there are no weights to evaluate"
 
 
 def test_a_cap_on_pseudo_labels_outlives_starts_and_not_a_new_run(begun, tiny_coco, tmp_path):
@@ -139,17 +156,39 @@ def test_a_roll_back_leaves_no_newer_checkpoint_to_restart_from(tmp_path, monkey
     rows = ({"step": step, "teacher/segm_AP": step / 10} for step in (4, 8))
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     rank = rank_of(tmp_path)
-    rank.config = SimpleNamespace(guards=SimpleNamespace(max_rollbacks=2))
+    rank.config = compose([*WORDS, "guards.max_rollbacks=2"])
     rank.writer, rank.log = SimpleNamespace(flush=lambda: None), None
 
     def load(folder):
         rank.state.step = int(folder.name[5:])
 
     rank.state.load = load
-    rank.roll_back("not finite")
+    rank.roll_back("not finite", "lower optim.lr")
     assert checkpoints(tmp_path) == [sound]
     assert rank.state.best["teacher"]["step"] == 4
     assert (rank.state.step, rank.state.g_next, rank.state.skipped_in_row, rank.state.rollbacks) == (4, 18, 0, 1)
+
+
+def test_scores_that_cannot_be_computed_end_a_run_only_at_its_end(tmp_path, monkeypatch):
+    """Storage that does not answer the scoring task, say; the same command then makes up for the last ones."""
+
+    def lost(task):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(worker.ray, "get", lost)
+    rank, told = rank_of(tmp_path), []
+    rank.job.schedule = SimpleNamespace(steps=20)
+    rank.heart = SimpleNamespace(within=lambda stage: contextlib.nullcontext())
+    rank.guards = SimpleNamespace(teacher=lambda teacher, student: None)
+    rank.log, rank.writer = SimpleNamespace(), SimpleNamespace()
+    rank.tell = lambda text, fields: told.append(fields)
+    rank.scoring = [(8, "teacher", "reference"), (8, "student", "reference")]
+    rank.collect_scores(up_to=9)
+    assert [(row["event"], row["at"]) for row in told] == [("scoring_failed", 8)] * 2
+    assert rank.scoring == []
+    rank.scoring = [(20, "teacher", "reference")]
+    with pytest.raises(worker.TrainingEnded, match="Stale file handle; give the same command again"):
+        rank.collect_scores(up_to=20)
 
 
 def test_the_best_checkpoint_is_told_by_scores_that_were_logged_after_it(tmp_path):

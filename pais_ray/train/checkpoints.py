@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Snapshot:
     step: int
     tensors: dict[str, dict[str, Tensor]]  # file name without suffix -> its tensors
     state: dict[str, Any]  # the content of state.json
+    awaited: frozenset[int] = frozenset()  # steps whose scores are under way: one of them may be the best
 
     @property
     def nbytes(self) -> int:
@@ -61,10 +62,15 @@ def write(snapshot: Snapshot, folder: Path) -> None:
         for name, tensors in snapshot.tensors.items():
             save_file(tensors, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
-        write_manifest(aside, sorted(p.name for p in aside.iterdir()), {})
+        names = sorted(p.name for p in aside.iterdir())
+        for name in names:  # retention deletes older ones next: this one has to outlive a power cut
+            _settle(aside / name)
+        write_manifest(aside, names, {})
+        _settle(aside)
         if folder.exists():  # left over by a run that was killed after writing it: same content, written again
             shutil.rmtree(folder)
         os.replace(aside, folder)
+        _settle(folder.parent)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk the half of it would take what others need
         raise
@@ -118,7 +124,11 @@ class Writer:
                     time.sleep(PAUSE_S * 2**attempt)
                 continue
             self.written.append(snapshot.step)
-            retain(self.root, self.keep, snapshot.state["best"], snapshot.step)
+            treasured = snapshot.awaited | {int(best["step"]) for best in snapshot.state["best"].values()}
+            try:
+                retain(self.root, self.keep, treasured, snapshot.step)
+            except OSError as error:
+                self.tell(f"old checkpoints could not be looked through ({error})", {"event": "retention_failed"})
             return None
         self.tell(f"{reason}; training goes on without it", {"event": "checkpoint_failed", "at": snapshot.step})
         return reason
@@ -236,7 +246,7 @@ def best_checkpoint(root: Path, newest: Path, role: str) -> Path | None:
     step, highest = best["step"], best["segm_AP"]
     for row in metric_rows(root, state["step"]):
         ap = row.get(f"{role}/segm_AP")
-        if ap is not None and ap > highest and checkpoint_folder(root, row["step"]).is_dir():
+        if ap is not None and ap > highest and is_there(root, row["step"]):
             step, highest = row["step"], ap
     return None if step is None else checkpoint_folder(root, int(step))
 
@@ -246,19 +256,36 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted((root / "checkpoints").glob("step_*"))
 
 
-def retain(root: Path, keep: int, best: dict[str, dict[str, float]], step: int) -> None:
-    """Deletes all but the last ``keep`` checkpoints until ``step`` and the best of each role. Later ones are not
-    this run's any more: they were passed over as damaged, and are written again."""
-    treasured = {checkpoint_folder(root, int(b["step"])) for b in best.values()}
+def retain(root: Path, keep: int, treasured: Collection[int], step: int) -> None:
+    """Deletes all but the last ``keep`` checkpoints until ``step`` and those of the steps ``treasured``. Later ones are
+    not this run's any more: they were passed over as damaged, and are written again."""
+    kept = {checkpoint_folder(root, t) for t in treasured}
     made = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
     for folder in made[:-keep]:
-        if folder not in treasured:
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_there(root: Path, step: int) -> bool:
+    """Whether the checkpoint of ``step`` lies in storage; where storage does not answer, it does not."""
+    try:
+        return checkpoint_folder(root, step).is_dir()
+    except OSError:
+        return False
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_durably(path: Path, text: str) -> None:

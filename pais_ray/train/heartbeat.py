@@ -1,5 +1,6 @@
 """A rank says where it is: (step, stage, since), from a thread of its own, so that silence means something.
 
+In answer it hears what the driver wishes, so the training thread asks nobody and waits for nothing.
 The thread also lets the rank's Python stacks be asked for from outside, by a signal that needs no thread to answer.
 """
 
@@ -15,19 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 BEAT_S = 1.0
 STACKS_SIGNAL = signal.SIGUSR1
 
 
 class Heartbeat:
-    """Tells ``monitor`` once a second; ``enter`` and ``within`` are called by the training thread."""
+    """Tells ``monitor`` once a second; ``enter`` and ``within`` are called by the training thread.
 
-    def __init__(self, monitor: Any, root: Path, rank: int, node: str, attempt: float) -> None:
+    ``attempt`` is a number of this start of the group, higher than that of earlier ones; until the ranks have agreed
+    on it, it is 0. ``wish`` is what the driver asked for: "", "save" or "stop".
+    """
+
+    def __init__(self, monitor: Any, root: Path, rank: int, node: str) -> None:
         self.monitor = monitor
+        self.attempt, self.wish = 0.0, ""
         born = born_at(os.getpid())  # with the pid, which may be given to another process later
         self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
-        self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born, "attempt": attempt}
+        self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born}
         self.fixed["stacks"] = self.stacks.name
         self.at = (0, "first_batch", time.monotonic())
         self.stopped = threading.Event()
@@ -57,7 +64,11 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self.stopped.is_set():
             step, stage, since = self.at
-            self.monitor.beat.remote({**self.fixed, "step": step, "stage": stage, "age": time.monotonic() - since})
+            here = {"attempt": self.attempt, "step": step, "stage": stage, "age": time.monotonic() - since}
+            answer = self.monitor.beat.remote({**self.fixed, **here})
+            with contextlib.suppress(ray.exceptions.RayError):  # the driver's node is gone, and this process soon
+                if ray.wait([answer], timeout=BEAT_S)[0]:  # on a busy machine the next sign of life must not wait
+                    self.wish = ray.get(answer)
             self.stopped.wait(BEAT_S)
 
 

@@ -34,6 +34,8 @@ from pais_ray.train.watch import Watch
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
 PANEL_IMAGES = 4  # validation images in the picture of a run's end
 POLL_S = 0.5  # between two looks at the monitor
+STOPPING = "stopping after this step or the next one, with a checkpoint"
+NOBODY_S = 30.0  # without a sign of life after which a wish to stop is heard by nobody
 LAST_WORDS = 30.0  # s that workers have to end after one of them called its failure fatal
 ATTEMPT_FOLDER = ".ray"  # Ray's own bookkeeping, beside ours; every start of the driver has a name of its own
 
@@ -106,7 +108,8 @@ def train(
         say(f"warning: {len(both)} of {len(data.val)} validation images are trained on as well, {both[0]} among them:")
         say("         their AP says little about new images (`pais-ray validate` finds copies under other names, too)")
     say(schedule.explain())
-    if done >= last and not run_directory.scores_owed(done, metric_rows(root), config, schedule):
+    newest, rows = newest_verified(root)[0], metric_rows(root)
+    if done >= last and run_directory.evaluation_owed(root, newest, rows, config, schedule) is None:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         if tracking.is_open(root):  # the driver died between the last step and the end
             close_tracking(root, config, "FINISHED")
@@ -253,10 +256,10 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    asked = 0
+    asked = False
     fatal: Exception | None = None
     patience = LAST_WORDS / POLL_S
-    with terminating_as_interrupt():
+    with terminating_as(stop):
         while not done.is_set() and patience > 0:
             try:
                 done.wait(timeout=POLL_S)
@@ -264,32 +267,36 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
                 patience -= fatal is not None
                 watch.look()
                 if stop.is_set() and not asked:
-                    asked = 1
-                    ray.get(watch.monitor.request.remote("stop"))
+                    ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
+                    asked = True
+                    watch.heard({"text": f"{STOPPING}; Ctrl-C again to stop at once"})
+                elif asked and watch.without_life() > NOBODY_S:  # there is nothing newer than the last checkpoint
+                    watch.heard({"text": "there is no worker to make another checkpoint"})
+                    break
             except KeyboardInterrupt:
-                asked += 1
-                if asked > 1:
+                if stop.is_set():
                     raise
-                ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
-                say("stopping after this step, with a checkpoint; Ctrl-C again to stop at once")
+                stop.set()
     fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
         raise outcome["error"]
-    stopped = asked > 0 and run_directory.steps_made(root) < last
+    stopped = asked and run_directory.steps_made(root) < last
     if stopped:
-        watch.heard({"text": f"stopped with a checkpoint in {root / 'checkpoints'}"})
+        made = newest_verified(root)[0]
+        watch.heard({"text": "stopped before the first checkpoint" if made is None else f"stopped; checkpoint: {made}"})
     return stopped
 
 
 @contextmanager
-def terminating_as_interrupt() -> Iterator[None]:
-    """SIGTERM, a notice of the end of this machine or job, asks for a checkpoint as Ctrl-C does."""
+def terminating_as(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM, a notice of the end of this machine or job, asks for a checkpoint as Ctrl-C does, however often it
+    comes: some send it twice."""
     if threading.current_thread() is not threading.main_thread():  # a search's trials: their driver hears it
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         yield
     finally:

@@ -34,15 +34,13 @@ class Monitor:
         if self.wish != "stop":  # it stays: a checkpoint asked for at the same time comes with it
             self.wish = wish
 
-    def requested(self) -> str:
-        return self.wish
-
-    def beat(self, beat: dict[str, Any]) -> None:
-        """A sign of life: rank, node, pid, attempt, step, stage and its age in s."""
+    def beat(self, beat: dict[str, Any]) -> str:
+        """A sign of life: rank, node, pid, attempt, step, stage and its age in s. Answers what is wished."""
         now = time.monotonic()
         if any(beat["attempt"] > b["attempt"] for b in self.beats.values()):
             self.beats.clear()  # a new group of workers: the old one is gone
         self.beats[beat["rank"]] = {**beat, "heard": now}
+        return self.wish
 
     def silence(self, rank: int | None) -> None:
         """The rank has ended its work; with None, as a failure that all of its group share."""

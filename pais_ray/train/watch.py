@@ -24,6 +24,7 @@ class Watch:
         self.monitor, self.root, self.config, self.cpus, self.heard = monitor, root, config, cpus, heard
         self.leaving: set[str] = set()
         self.alive = self.told = time.monotonic()  # when some rank last gave a sign of life; when its lack was told
+        self.step = 0  # of the rank that is furthest behind, as last heard
         self.events = Lines(root / "events.jsonl")
 
     def look(self) -> None:
@@ -34,6 +35,7 @@ class Watch:
         self.leaving = leaving
         pulse = ray.get(self.monitor.pulse.remote())
         now = time.monotonic()
+        self.step = min((b["step"] for b in pulse), default=self.step)
         if any(b["silent"] < NO_ROOM_S for b in pulse):
             self.alive = self.told = now
         elif now - self.told > NO_ROOM_S:
@@ -43,6 +45,10 @@ class Watch:
             self.tell(watchdog.describe(late, self.root), "stall")
             watchdog.end(late, pulse)
             ray.get(self.monitor.silence.remote(None))
+
+    def without_life(self) -> float:
+        """Seconds since some rank last gave a sign of life."""
+        return time.monotonic() - self.alive
 
     def look_for_room(self, now: float) -> None:
         """Why no rank gives a sign of life; said again as long as it lasts."""
@@ -63,4 +69,4 @@ class Watch:
 
     def tell(self, text: str, event: str) -> None:
         self.heard({"text": text})
-        self.events.append({"time": time.time(), "event": event, "text": text})
+        self.events.append({"step": self.step, "time": time.time(), "event": event, "text": text})

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pais_ray.config import Config, ConfigError, rows_a_step
 from pais_ray.data import pipeline
 from pais_ray.data.plan import rows_here, rows_of
 from pais_ray.data.sources import Category, Record
+from pais_ray.data.storage import replace_text
 from pais_ray.data.validate import DataError
 from pais_ray.data.views import make_batch
 from pais_ray.guards import Guards
@@ -39,17 +40,17 @@ from pais_ray.train.checkpoints import (
     CheckpointError,
     StorageLost,
     Writer,
-    checkpoint_folder,
     checkpoints,
+    is_there,
     metric_rows,
     sound_checkpoint,
     usable_checkpoint,
 )
 from pais_ray.train.heartbeat import Heartbeat
 from pais_ray.train.log import Lines, Log, Window
-from pais_ray.train.run_directory import CAP_FILE, evaluation_due, kept_cap, scores_owed
+from pais_ray.train.run_directory import CAP_FILE, evaluation_due, evaluation_owed, kept_cap
 from pais_ray.train.state import ROLES, build_state
-from pais_ray.train.step import StepResult, StepSettings, autocast, train_step
+from pais_ray.train.step import MemoryRanOut, StepResult, StepSettings, autocast, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
     if job.config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(True)
+    worker: Worker | None = None
     try:
         worker = Worker(job)
         try:
@@ -96,6 +98,8 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
             words = str(error).strip().splitlines() or [""]
             text = f"a worker failed ({type(error).__name__}: {words[0][:300]}); the workers start again"
             job.monitor.progress.remote({"text": text})
+            who = {"rank": ray.train.get_context().get_world_rank(), "step": worker.state.step if worker else 0}
+            Lines(job.root / "events.jsonl").append({**who, "time": time.time(), "event": "failed", "text": text})
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,11 +123,20 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.method = job.config.method
-        folder, refused, rows, attempt = self.what_there_is()
-        node = ray.get_runtime_context().get_node_id()
-        self.heart = Heartbeat(job.monitor, job.root, self.rank, node, attempt)
-        self.state = build_state(job.config, job.schedule, len(job.categories), self.device, pretrained=folder is None)
-        self.restore(folder, refused, rows)
+        if not is_readable(job.root / "config.yaml"):  # the driver wrote it
+            raise StorageLost(
+                f"{job.root}: the run directory is not there on node {ray.util.get_node_ip_address()}; mount its "
+                "storage, and give the same command again"
+            )
+        self.heart = Heartbeat(job.monitor, job.root, self.rank, ray.get_runtime_context().get_node_id())
+        self.folder, refused, rows, self.owed, self.heart.attempt = self.what_there_is()
+        try:
+            self.state = build_state(
+                job.config, job.schedule, len(job.categories), self.device, pretrained=self.folder is None
+            )
+        except ValueError as error:  # segmentor.weights that are not there, or of another network
+            raise ConfigError(str(error)) from error
+        self.restore(rows)
         self.network: nn.Module = self.state.student
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -151,49 +164,46 @@ class Worker:
                 f"{self.world} workers, {self.rows_a_step} rows a step in {-(-self.rows_a_step // self.world)} rounds",
                 {"event": "start", "workers": self.world},
             )
+            for reason in refused:
+                self.tell(f"checkpoint passed over: {reason}", {"event": "checkpoint_passed_over"})
         self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
-        self.poll = self.job.monitor.requested.remote()
 
-    def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], float]:
+    def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], Path | None, float]:
         """The newest verified checkpoint in storage (Ray may not know of it, see docs/architecture.md), what was
-        wrong with newer ones, the log, and a number of this start of the group. Rank 0 reads for all."""
-        if not (self.job.root / "config.yaml").exists():  # the driver wrote it
-            raise StorageLost(
-                f"{self.job.root}: the run directory is not there on node {ray.util.get_node_ip_address()}; mount its "
-                "storage, and give the same command again"
-            )
-        found: list[Any] = [None, [], [], 0.0]
+        wrong with newer ones, the log, the checkpoint whose evaluation has no scores, and a number of this start of
+        the group. Rank 0 reads for all."""
+        found: list[Any] = [None, [], [], None, 0.0]
         if self.rank == 0:
-            found = [*usable_checkpoint(self.job.root), metric_rows(self.job.root), time.time()]
-            for partial in (self.job.root / "checkpoints").glob(".*.partial"):  # of a save that was killed
+            root = self.job.root
+            folder, refused = usable_checkpoint(root)
+            rows = metric_rows(root)
+            owed = evaluation_owed(root, folder, rows, self.config, self.job.schedule)
+            found = [folder, refused, rows, owed, time.time()]
+            for partial in (root / "checkpoints").glob(".*.partial"):  # of a save that was killed
                 shutil.rmtree(partial, ignore_errors=True)
         if self.world > 1:
             dist.broadcast_object_list(found, device=self.device)
-        return found[0], found[1], found[2], found[3]
+        return found[0], found[1], found[2], found[3], found[4]
 
-    def restore(self, folder: Path | None, refused: list[str], rows: list[dict[str, Any]]) -> None:
+    def restore(self, rows: list[dict[str, Any]]) -> None:
         """Takes up the checkpoint, and the scores that were logged after it was written."""
-        for reason in refused if self.rank == 0 else []:
-            self.say(f"checkpoint passed over: {reason}")
-        if folder is not None:
-            self.state.load(folder)
+        if self.folder is not None:
+            self.state.load(self.folder)
             if self.rank == 0:
-                self.say(f"resumed at step {self.state.step} from {folder.name}")
-        self.state.cap = kept_cap(self.job.root, self.state.cap)
-        if self.rank == 0 and self.state.cap < self.config.train.max_pseudo_labels:
-            limit = self.config.train.max_pseudo_labels
+                self.say(f"resumed at step {self.state.step} from {self.folder.name}")
+        limit = self.config.train.max_pseudo_labels
+        self.state.cap = kept_cap(self.job.root, limit)
+        if self.rank == 0 and self.state.cap < limit:
             self.say(
                 f"at most {self.state.cap} pseudo-labels an image, not {limit}: memory ran out earlier in this run"
             )
         self.note_scores(rows)
-        # An evaluation whose scores were still under way when the run died is made again.
-        self.owed = scores_owed(self.state.step, rows, self.config, self.job.schedule)
 
     def note_scores(self, rows: list[dict[str, Any]]) -> None:
         """The best scores among logged ``rows`` until this step, of the weights that were written."""
         for row, role in itertools.product(rows, ROLES):
             ap = row.get(f"{role}/segm_AP")
-            if row["step"] <= self.state.step and checkpoint_folder(self.job.root, row["step"]).is_dir():
+            if row["step"] <= self.state.step and is_there(self.job.root, row["step"]):
                 self.state.note_score(role, row["step"], ap)
 
     def say(self, text: str) -> None:
@@ -210,18 +220,18 @@ class Worker:
         rows = self.stream(last)
         stopped = False
         window = Window()
-        if self.owed:
-            self.evaluate()
-            self.collect_scores(up_to=state.step)
+        if self.owed is not None:
+            self.make_up(self.owed)
+            self.heart.enter(state.step, "first_batch")
         while state.step < last and not stopped:
             waiting = time.perf_counter()
             batches = self.next_batches(rows)
             waited = time.perf_counter() - waiting
             self.heart.enter(state.step, "step")
-            wish = self.wish()
+            asked_to_stop = self.rank == 0 and self.heart.wish == "stop"
             try:
-                result = train_step(state, self.network, batches, self.method, self.settings, stop=wish == "stop")
-            except torch.OutOfMemoryError as error:
+                result = train_step(state, self.network, batches, self.method, self.settings, stop=asked_to_stop)
+            except MemoryRanOut as error:
                 self.halve_cap(error)
                 raise
             state.g_next += self.rows_a_step
@@ -237,7 +247,20 @@ class Worker:
                 window = Window()
             if self.rank == 0 and cfg.train.panel_every and state.step % cfg.train.panel_every == 0:
                 self.panel(batches[-1])
-            self.keep(last, stopped, asked=wish == "save")
+            self.keep(last, stopped, asked=self.asked_to_save())
+
+    def make_up(self, owed: Path) -> None:
+        """The evaluation of a checkpoint whose scores were under way when an earlier start ended."""
+        earlier = owed != self.folder
+        if earlier:
+            self.state.load(owed)
+        self.evaluate()
+        self.collect_scores(up_to=self.state.step)
+        if earlier:
+            assert self.folder is not None
+            self.state.load(self.folder)
+            self.state.cap = kept_cap(self.job.root, self.config.train.max_pseudo_labels)
+            self.note_scores(metric_rows(self.job.root) if self.rank == 0 else [])
 
     def keep(self, last: int, stopped: bool, asked: bool) -> None:
         """The checkpoint and the evaluation that are due after a step. ``asked`` is rank 0's alone.
@@ -261,6 +284,7 @@ class Worker:
             return
         if asked:
             self.save(at_end=False)
+            self.collect_scores(up_to=state.step - 1)  # who goes on from here will not evaluate again
         if due or state.step % self.config.train.checkpoint_every == 0:
             self.collect_scores(up_to=state.step - 1)
             if state.skipped_in_row == 0:  # else these are the weights that fail, and retention would prefer them
@@ -292,11 +316,15 @@ class Worker:
             self.tell("a forward pass ran out of memory; the step was skipped", {"event": "out_of_memory"})
         if not result.skipped or self.state.skipped_in_row < self.config.train.max_skipped:
             return False
-        self.roll_back(self.why_skipped(result, batches))
+        remedy = "lower optim.lr, set optim.clip_norm, or look at these images"
+        if not result.fits:
+            remedy = "lower train.max_pseudo_labels, data.image_size or the images of a row (batch.*)"
+        self.roll_back(self.why_skipped(result, batches), remedy)
         return True
 
-    def roll_back(self, why: str) -> None:
-        """Weights, optimizer and step of the last good checkpoint; the data go on, what they had was no good."""
+    def roll_back(self, why: str, remedy: str) -> None:
+        """Weights, optimizer and step of the last good checkpoint; the data go on, what they had was no good. With
+        none, or after too many, the end, with the ``remedy``."""
         limit, made, state = self.config.guards.max_rollbacks, self.state.rollbacks, self.state
         found: list[Any] = [None]
         if self.writer is not None and made < limit:
@@ -307,13 +335,13 @@ class Worker:
         if found[0] is None:
             tried = f"{made} returns to a checkpoint were made (guards.max_rollbacks {limit})"
             raise TrainingEnded(
-                f"{why}. {tried if made == limit else 'There is no good checkpoint to return to'}. Lower optim.lr, set "
-                "optim.clip_norm, or look at these images; checkpoints that there are stay as they are"
+                f"{why}. {tried if made == limit else 'There is no good checkpoint to return to'}. To go on, {remedy}; "
+                "the checkpoints that there are stay, and the same command takes the change with --force"
             )
         was, g_next, skipped = state.step, state.g_next, state.skipped
         state.load(found[0])
         state.g_next, state.skipped, state.skipped_in_row, state.rollbacks = g_next, skipped, 0, made + 1
-        state.cap = kept_cap(self.job.root, state.cap)
+        state.cap = kept_cap(self.job.root, self.config.train.max_pseudo_labels)
         if self.rank == 0:  # a restart would take the newest, amid the bad steps
             for newer in (c for c in checkpoints(self.job.root) if c > found[0]):
                 shutil.rmtree(newer, ignore_errors=True)
@@ -329,15 +357,13 @@ class Worker:
         unlabeled = row.unlabeled if self.method.unlabeled_weight(self.state.step) else []
         return make_batch(row.labeled, unlabeled, self.config.views, self.config.train.seed, self.device)
 
-    def wish(self) -> str:
-        """What the driver asked for ("", "save" or "stop"), without waiting for its answer. Rank 0 hears it."""
-        if self.rank != 0 or not ray.wait([self.poll], timeout=0)[0]:
-            return ""
-        answer: str = ray.get(self.poll)
-        if answer == "save":
-            self.job.monitor.request.remote("")
-        self.poll = self.job.monitor.requested.remote()
-        return answer
+    def asked_to_save(self) -> bool:
+        """Whether the driver asked for a checkpoint; once for each time it did."""
+        if self.rank != 0 or self.heart.wish != "save":
+            return False
+        ray.get(self.job.monitor.request.remote(""))  # before the next sign of life is answered
+        self.heart.wish = ""
+        return True
 
     def why_skipped(self, result: StepResult, batches: list[Batch | None]) -> str:
         """What was not finite on which rank, with the images it had."""
@@ -379,8 +405,9 @@ class Worker:
         """Hands a copy of the state to the writer; at the end it waits for it."""
         if self.writer is None:
             return
+        snapshot = replace(self.state.snapshot(), awaited=frozenset(step for step, _, _ in self.scoring))
         with self.heart.within("save"):
-            self.writer.submit(self.state.snapshot())
+            self.writer.submit(snapshot)
             if not at_end:
                 return
             self.writer.flush()
@@ -389,21 +416,29 @@ class Worker:
                 f"{self.writer.failed}. The run's last checkpoint is not there; give the same command again"
             )
 
-    def halve_cap(self, error: Exception) -> None:
-        """Memory ran out in a backward pass, whose all-reduce the other ranks wait in: this rank has to go. The
-        group starts again with half as many pseudo-labels an image."""
-        cap = max(1, self.state.cap // 2)
+    def halve_cap(self, error: MemoryRanOut) -> None:
+        """Memory ran out in a backward pass: the group starts again with half as many pseudo-labels an image as this
+        step had. Where it had none to spare it starts again as it was; another program may have had the memory."""
+        if error.pseudo_labels < 2:
+            text = (
+                f"rank {self.rank} ran out of memory without pseudo-labels to spare ({error}); if it comes again, "
+                "fewer images a row (batch.*) or a smaller data.image_size need less"
+            )
+            self.record({"event": "out_of_memory", "text": text})
+            return
+        cap = error.pseudo_labels // 2
         text = f"rank {self.rank} ran out of memory; at most {cap} pseudo-labels an image from now on ({error})"
         path = self.job.root / CAP_FILE
-        aside = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            aside.write_text(json.dumps({"cap": cap}))
-            os.replace(aside, path)
+            replace_text(path, json.dumps({"cap": cap}))
         except OSError as lost:
-            text = f"rank {self.rank} ran out of memory ({error}), and {path} could not be written ({lost})"
-        self.say(text)
-        row = {"step": self.state.step, "time": time.time(), "event": "out_of_memory", "cap": cap, "text": text}
-        Lines(self.job.root / "events.jsonl").append(row)
+            text = f"rank {self.rank} ran out of memory ({error}), and {lost}"
+        self.record({"event": "out_of_memory", "cap": cap, "text": text})
+
+    def record(self, row: dict[str, Any]) -> None:
+        """An event that this rank, whichever it is, tells as its last."""
+        self.say(row["text"])
+        Lines(self.job.root / "events.jsonl").append({"step": self.state.step, "time": time.time(), **row})
 
     def evaluate(self) -> None:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
@@ -442,11 +477,18 @@ class Worker:
             assert self.log is not None
             assert self.writer is not None
             with self.heart.within("save"):
-                scores = ray.get(task)
+                try:
+                    scores = ray.get(task)
+                except Exception as error:  # storage that does not answer, memory, a node that has gone
+                    reason = f"the scores of step {step} ({role}) could not be computed: {error}"
+                    if step == self.job.schedule.steps:
+                        raise TrainingEnded(f"{reason}; give the same command again") from error
+                    self.tell(f"{reason}; training goes on without them", {"event": "scoring_failed", "at": step})
+                    continue
                 self.writer.flush()
             self.log.scores(step, role, scores)
             ap = found[step, role] = scores["segm"]["AP"]
-            if checkpoint_folder(self.job.root, step).is_dir():  # else retention would keep nothing, and drop the best
+            if is_there(self.job.root, step):  # else retention would keep nothing, and drop the best
                 self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
         for step in {step for step, _ in found}:
@@ -498,6 +540,14 @@ def patience(config: Config) -> timedelta:
     """How long a rank waits for others in a collective: longer than any stage may last, the watchdog looks sooner."""
     guards = config.guards
     return timedelta(seconds=60 + max(guards.first_batch_s, guards.step_s, guards.evaluate_s, guards.save_s))
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the file is there; where storage answers with an error, it is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _picture(views: Views, i: int) -> Any:
