@@ -42,11 +42,12 @@ def words(data: Path, storage: Path, name: str, steps: int, *more: str) -> list[
 
 
 class Driver:
-    """`pais-ray train` as a user starts it, its output in a file."""
+    """`pais-ray train` as a user starts it, its output in a file; without an address on a cluster of its own."""
 
-    def __init__(self, arguments: list[str], address: str, log: Path) -> None:
+    def __init__(self, arguments: list[str], address: str | None, log: Path) -> None:
         self.log = log
-        environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {} if address is None else {"RAY_ADDRESS": address}
         with log.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pais_ray.cli", "train", *arguments],
@@ -114,16 +115,16 @@ def workers(of: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def kill_worker(root: Path, owner: psutil.Process, chance: random.Random) -> Recovery:
+def kill_worker(root: Path, owner: psutil.Process, chance: random.Random, going) -> Recovery:
     """SIGKILL for one of the two at whatever it does; returns when the run makes steps again."""
-    victims = wait_for(lambda: found if len(found := workers(owner)) == 2 else None)
+    victims = wait_for(lambda: found if len(found := workers(owner)) == 2 else None, going)
     starts = len(events(root, "start"))
     recovery = Recovery(at=last_step(root))
     began = time.monotonic()
     chance.choice(victims).kill()
-    wait_for(lambda: len(events(root, "start")) > starts)
+    wait_for(lambda: len(events(root, "start")) > starts, going)
     recovery.resumed = events(root, "start")[-1]["step"]
-    wait_for(lambda: last_step(root) > recovery.resumed)
+    wait_for(lambda: last_step(root) > recovery.resumed, going)
     recovery.seconds = time.monotonic() - began
     recovery.lost = max(0, recovery.at - recovery.resumed)
     return recovery

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import statistics
 import time
 
 import numpy as np
@@ -67,7 +66,6 @@ def test_nodes_that_die(tiny_coco, tmp_path_factory, tmp_path):
             driver.finish()
     assert_same_end(root, tmp_path / "whole", steps)
     report(node_kills={"kills": NODE_KILLS, "recovery_s": [round(s, 1) for s in seconds], "seed": SEED})
-    assert statistics.median(seconds) > 0
 
 
 def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_factory, tmp_path):
@@ -111,7 +109,7 @@ def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
     assert [ours[s]["lr"] for s in ours] == [theirs[s]["lr"] for s in ours]
     assert [ours[s]["ema_decay"] for s in ours] == [theirs[s]["ema_decay"] for s in ours]
     apart = np.array([abs(ours[s]["loss"] - theirs[s]["loss"]) / theirs[s]["loss"] for s in sorted(ours)])
-    assert apart[:10].max() < 1e-4
+    assert apart.max() < 1e-4
     draw(ours, theirs, events(root, "start"))
     report(elastic={"sizes": sizes, "loss_apart_median": float(np.median(apart)), "loss_apart_max": float(apart.max())})
 

@@ -18,8 +18,9 @@ from pyarrow import fs
 
 from pais_ray.train.checkpoints import metric_rows
 from pais_ray.train.run_directory import steps_made
+from tests.faults.harness import assert_same_end, events, steps_logged
 from tests.ray.nodes import RAY, Nodes, command_line, nodes, processes
-from tests.ray.test_main_job import assert_same_end, steps_logged, wait_for, words
+from tests.ray.test_main_job import wait_for, words
 from tests.untrained import untrained_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
@@ -169,7 +170,7 @@ def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
     for role in ("teacher", "student"):
         assert [r["step"] for r in rows if f"{role}/segm_AP" in r] == [4, STEPS]
     job("undisturbed").ends(0)  # on the survivors
-    assert_same_end(root, tmp_path / "undisturbed")
+    assert_same_end(root, tmp_path / "undisturbed", STEPS)
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_a_node_that_is_told_to_go_costs_no_failure(three, tiny_coco, tmp_path):
         three.join(cpus=2)
     root = tmp_path / "drained"
     more = ("scaling.placement_strategy=SPREAD", "train.panel_every=1", "train.steps=60", "run.max_failures=0")
-    more += ("train.eval_every=60", "train.checkpoint_every=10")
+    more += ("train.eval_every=60", "train.checkpoint_every=60")  # there is none but what the notice asks for
     running = Submitted(three, "train", *words(tiny_coco, tmp_path, "drained", *more))
     wait_for(lambda: 3 in steps_logged(root), running.goes_on)
     held = {index: workers_on(three, index) for index in range(len(three.running))}
@@ -192,4 +193,7 @@ def test_a_node_that_is_told_to_go_costs_no_failure(three, tiny_coco, tmp_path):
     three.kill(victim)
     output = running.ends(0)
     assert "resumed at step" in output
+    (notice,) = events(root, "node_leaving")
+    resumed = events(root, "start")[1]["step"]
+    assert notice["step"] <= resumed <= notice["step"] + 3, "saved after the step under way, or the next one"
     assert steps_logged(root) == list(range(1, 61))

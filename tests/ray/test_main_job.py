@@ -15,14 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 from pais_ray.cli import main
 from pais_ray.config import compose
 from pais_ray.train import launch, run_directory
-from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows, newest_verified
+from pais_ray.train.checkpoints import checkpoints, metric_rows, newest_verified
+from tests.faults.harness import assert_same_end, steps_logged
 from tests.mlflow_runs import history
 from tests.servers import mlflow_server
 
@@ -42,27 +41,6 @@ def words(data: Path, storage: Path, name: str, *more: str, segmentor: str = "ma
         *(f"run.storage_path={storage}", f"run.name={name}", f"tracking.uri=sqlite:///{storage}/mlflow.db"),
         *more,
     ]
-
-
-def weights(root: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = checkpoint_folder(root, step)
-    return {
-        f"{name}.{k}": v
-        for name in ("student", "teacher", "optimizer")
-        for k, v in load_file(folder / f"{name}.safetensors").items()
-    }
-
-
-def assert_same_end(root: Path, other: Path) -> None:
-    a, b = weights(root, STEPS), weights(other, STEPS)
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-    states = [json.loads((checkpoint_folder(r, STEPS) / "state.json").read_text()) for r in (root, other)]
-    assert states[0] == states[1]
-
-
-def steps_logged(root: Path) -> list[int]:
-    return [row["step"] for row in metric_rows(root) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +138,7 @@ def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storag
         whole = launch.train(compose(words(tiny_coco, storage, "halves", there)))
         assert [s for s, _ in history(server.url, whole.run_id, "loss")] == list(range(1, STEPS + 1))
         assert [s for s, _ in history(server.url, whole.run_id, "teacher/segm_AP")] == [4, STEPS]
-    assert_same_end(storage / "halves", undisturbed)
+    assert_same_end(storage / "halves", undisturbed, STEPS)
     assert steps_logged(storage / "halves") == list(range(1, STEPS + 1))
 
 
@@ -195,7 +173,7 @@ def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage
     # A picture a step takes time: the kill lands within the run.
     launch.train(compose(words(tiny_coco, storage, "worker_killed", "train.panel_every=1")))
     assert "resumed at step" in capsys.readouterr().out
-    assert_same_end(root, undisturbed)
+    assert_same_end(root, undisturbed, STEPS)
     assert steps_logged(root) == list(range(1, STEPS + 1))
 
 
@@ -228,7 +206,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     stopped_at = run_directory.steps_made(root)
     assert 2 <= stopped_at < STEPS, output
     launch.train(compose(words(tiny_coco, storage, "interrupted")))
-    assert_same_end(root, undisturbed)
+    assert_same_end(root, undisturbed, STEPS)
 
 
 def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_coco, storage, cluster):
@@ -242,7 +220,7 @@ def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_co
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "resumed at step" in again.stdout + again.stderr
-    assert_same_end(root, undisturbed)
+    assert_same_end(root, undisturbed, STEPS)
 
 
 @pytest.mark.slow
@@ -257,7 +235,7 @@ def test_knet_is_served_by_the_same_job(cluster, tiny_coco, storage):
     launch.train(compose(knet("knet")))
     launch.train(compose(knet("knet_halves", "train.stop_at=4")))
     launch.train(compose(knet("knet_halves")))
-    assert_same_end(storage / "knet_halves", storage / "knet")
+    assert_same_end(storage / "knet_halves", storage / "knet", STEPS)
     rows = [r for r in metric_rows(storage / "knet") if "loss" in r]
     assert {"labeled/semantic", "unlabeled/class", "unlabeled/mask"} <= rows[-1].keys()
     assert rows[-1]["unlabeled/semantic"] == 0, "pseudo-labels do not teach the semantic map"

@@ -14,7 +14,8 @@ from pais_ray.config import compose
 from pais_ray.data.sources import read_coco
 from pais_ray.train import launch, prepare
 from pais_ray.train.checkpoints import metric_rows
-from tests.ray.test_main_job import weights, words
+from tests.faults.harness import weights
+from tests.ray.test_main_job import words
 from tests.test_scored import results_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -21,7 +21,8 @@ from pais_ray.data.shard_writer import Source, write_shards
 from pais_ray.train import launch
 from pais_ray.train.prepare import read_data
 from tests.cutting_proxy import CuttingProxy
-from tests.ray.test_main_job import STEPS, assert_same_end, words
+from tests.faults.harness import assert_same_end
+from tests.ray.test_main_job import STEPS, words
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 IMAGES = 1500  # of 8 x 8 px
@@ -164,7 +165,7 @@ def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(clust
     assert half.step == 4
     whole = run("s3", f"s3://{bucket}/set")
     assert whole.step == STEPS
-    assert_same_end(tmp_path / "s3", tmp_path / "disk")
+    assert_same_end(tmp_path / "s3", tmp_path / "disk", STEPS)
     for name in ("config.yaml", "data.json", "split.json", "metrics.jsonl"):
         assert "testing" not in (tmp_path / "s3" / name).read_text(), "no key is in the run's papers"
     out = tmp_path / "evaluated.json"

@@ -25,15 +25,16 @@ def feed(cluster, parts):
     return pipeline.make_feed(plan, labeled, unlabeled)
 
 
-@pytest.mark.parametrize("tasks", [1, pipeline.TASKS_PER_DATASET])
-def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts, tasks, monkeypatch):
+@pytest.mark.parametrize(("tasks", "threads"), [(1, 1), (pipeline.TASKS_PER_DATASET, 4)])
+def test_rows_are_the_plans_in_order_over_a_change_of_world_size(feed, parts, tasks, threads, monkeypatch):
+    """However many tasks read and threads decode."""
     monkeypatch.setattr(pipeline, "TASKS_PER_DATASET", tasks)
     labeled, unlabeled = parts
     seen = []
     for start, steps, world in ((0, 10, 2), (40, 5, 3), (60, 2, 1)):  # 4 rows a step
         for rank in range(world):
             mine = rows_of(start, steps, 4, world, rank)
-            rows = list(pipeline.step_rows(feed, mine))
+            rows = list(pipeline.step_rows(feed, mine, prefetch=threads))
             assert [r.g for r in rows] == list(mine)
             for row in rows:
                 of_labeled, of_unlabeled = feed.plan.row(row.g)
