@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -37,9 +38,17 @@ def connect() -> bool:
     access.ensure_token()
     # Nobody scrapes a local cluster, and every data set of the stream would leave a hundred gauges in Ray's processes.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    for library in ("GLOO", "NCCL"):  # whose workers would talk over the address of the machine's name
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback_interface())
     with listening_on_loopback():
         ray.init(address="local", **quiet)
     return True
+
+
+def loopback_interface() -> str:
+    """What this system calls it: lo, lo0."""
+    interfaces = psutil.net_if_addrs()
+    return next((name for name, found in interfaces.items() if any(a.address == "127.0.0.1" for a in found)), "lo")
 
 
 @contextmanager

@@ -285,7 +285,8 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
     stopped = asked and run_directory.steps_made(root) < last
     if stopped:
         made = newest_verified(root)[0]
-        watch.heard({"text": "stopped before the first checkpoint" if made is None else f"stopped; checkpoint: {made}"})
+        where = "before the first checkpoint" if made is None else f"with a checkpoint in {root / 'checkpoints'}"
+        watch.heard({"text": f"stopped {where}"})
     return stopped
 
 
