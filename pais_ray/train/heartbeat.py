@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import ray
 
-BEAT_S = 1.0
+BEAT_S = 0.5
 STACKS_SIGNAL = signal.SIGUSR1
 
 
 class Heartbeat:
-    """Tells ``monitor`` once a second; ``enter`` and ``within`` are called by the training thread.
+    """Tells ``monitor`` twice a second; ``enter`` and ``within`` are called by the training thread.
 
     ``attempt`` is a number of this start of the group, higher than that of earlier ones; until the ranks have agreed
     on it, it is 0. ``wish`` is what the driver asked for: "", "save" or "stop".
