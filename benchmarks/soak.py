@@ -69,7 +69,8 @@ def object_store(address: str) -> float:
     from ray._private.internal_api import memory_summary
 
     found = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(address, stats_only=True))
-    return float(found.group(1)) if found else 0.0
+    assert found, "Ray tells the object store's use in other words"
+    return float(found.group(1))
 
 
 def slope(points: list[tuple[float, float]]) -> float | None:
@@ -83,6 +84,16 @@ def slope(points: list[tuple[float, float]]) -> float | None:
     t = t - t[0]
     rate = np.polyfit(t[kept] / 3600, value[kept], 1)[0]
     return float(100 * rate / max(value[kept].mean(), 1.0))
+
+
+def together(series: dict) -> list[tuple[float, float]]:
+    """MiB of all processes at each sample, those included that come and go."""
+    total: dict[int, float] = {}
+    for points in series.values():
+        for t, value in points:
+            at = round(t / EVERY_S)  # one sample takes a fraction of a second
+            total[at] = total.get(at, 0.0) + value
+    return [(at * EVERY_S, value) for at, value in sorted(total.items())]
 
 
 def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
@@ -112,6 +123,8 @@ def write(out: Path, series: dict, store: list, kills: list[float]) -> dict:
         "steps": max(steps, default=0),
         "kills_at_min": [round(kill / 60, 1) for kill in kills],
         "percent_an_hour": {name: round(slopes[name], 2) for name in ordered},
+        "all_processes_percent_an_hour": slope(together(series)),
+        "all_processes_mib_at_end": together(series)[-1][1],
         "mib_at_end": {name: round(series[name][-1][1], 1) for name in ordered},
         "object_store_percent_an_hour": slope(store),
         "object_store_mib_max": max(v for _, v in store),

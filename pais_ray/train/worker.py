@@ -166,6 +166,9 @@ class Worker:
             )
             for reason in refused:
                 self.tell(f"checkpoint passed over: {reason}", {"event": "checkpoint_passed_over"})
+        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks, and reserving none:
+        # where workers have them all, training would wait for its scores for ever. Made once: Ray's head keeps each.
+        self.score = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(evaluate.score)
         self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
 
     def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], Path | None, float]:
@@ -448,9 +451,6 @@ class Worker:
         # A stretch, not every W-th: images that lie together are read together.
         mine = records[self.rank * len(records) // self.world : (self.rank + 1) * len(records) // self.world]
         ids = [c.id for c in self.job.categories]
-        # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks, and reserving none:
-        # where workers have them all, training would wait for its scores for ever.
-        score = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(evaluate.score)
         for role, module in zip(ROLES, (self.state.teacher.segmentor, self.state.student), strict=True):
             mode = module.training
             module.eval()
@@ -462,7 +462,7 @@ class Worker:
             else:
                 gathered = [results]
             if self.rank == 0:
-                task = score.remote(self.job.ground_truth, [r for part in gathered for r in part])
+                task = self.score.remote(self.job.ground_truth, [r for part in gathered for r in part])
                 self.scoring.append((self.state.step, role, task))
         give_back_memory()
         self.heart.enter(self.state.step, "step")

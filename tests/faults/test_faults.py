@@ -362,7 +362,7 @@ def test_a_cluster_of_its_own(tiny_coco, storage, undisturbed, tmp_path):
         if driver.going():
             driver.kill()
     assert_same_end(root, undisturbed(steps), steps)
-    report(own_cluster={"listening_sockets": len(listening), "of_torch": len(open_to_all), "sigterm": "exit 0", "end": "same"})
+    report(own_cluster={"listening": len(listening), "of_torch": len(open_to_all), "sigterm": "exit 0", "end": "same"})
 
 
 def listens(process: psutil.Process) -> list:
