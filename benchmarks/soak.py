@@ -99,7 +99,7 @@ def together(series: dict) -> list[tuple[float, float]]:
 def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in {**series, "object store": store}.items():
         t, value = np.array(points).T
@@ -109,7 +109,7 @@ def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
     axes.set_xlabel("minutes (dotted: a worker was killed)")
     axes.set_ylabel("own resident memory, MiB")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, frameon=False, ncols=3)
+    figure.legend(fontsize=7, frameon=False, ncols=5, loc="outside lower center")
     figure.savefig(path, dpi=100)
 
 

@@ -1,0 +1,56 @@
+"""What Ray keeps of a stream's data sets that have ended: a run makes one after the other, for days.
+
+    python benchmarks/renewal.py        (500 data sets of 16 rows, three minutes)
+
+Prints MiB of own resident memory of Ray's processes and of the reader, every hundredth data set.
+"""
+
+import argparse
+import contextlib
+import json
+import tempfile
+
+import psutil
+import ray
+
+from pais_ray.data import pipeline, sources, synthetic
+from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.train import cluster
+
+MARKS = ("gcs_server", "raylet/raylet", "_StatsActor", "_AutoscalingCoordinatorActor", "IDLE", "dashboard/dashboard")
+
+
+def resident() -> dict[str, float]:
+    """MiB by kind of process; this one, which reads, is the reader."""
+    found: dict[str, float] = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            info, line = process.memory_info(), " ".join(process.cmdline())
+            mark = next((m for m in MARKS if m in line), "reader" if process == psutil.Process() else None)
+            if mark is not None:
+                found[mark] = round(found.get(mark, 0.0) + (info.rss - info.shared) / 2**20, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, default=500)
+    args = parser.parse_args()
+    pipeline.TASKS_PER_DATASET = 1  # of many in a run: each data set ends after its first task
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic.generate(folder, train=12, val=4, size=96, seed=3)
+        records = list(sources.read_coco(f"{folder}/train.json", f"{folder}/images").records)
+        cluster.connect()
+        labeled, unlabeled = records[:4], [sources.unlabel(record) for record in records[4:]]
+        plan = StepPlan(seed=0, num_labeled=len(labeled), num_unlabeled=len(unlabeled), labeled=1, unlabeled=1)
+        feed, size = pipeline.make_feed(plan, labeled, unlabeled), pipeline.task_rows(plan)
+        for made in range(args.number):
+            rows = list(pipeline.step_rows(feed, rows_of(made * size, size, 1, 1, 0)))
+            assert len(rows) == size
+            if (made + 1) % 100 == 0 or made == 0:
+                print(json.dumps({"data_sets": made + 1, **resident()}), flush=True)
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
