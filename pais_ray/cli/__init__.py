@@ -1,5 +1,8 @@
 """`pais-ray` verbs. Everything heavy is imported inside the verbs: `--help` answers at once."""
 
+import os
+import signal
+
 import click
 
 from pais_ray.cli.cluster import batch_predict, submit
@@ -18,6 +21,8 @@ from pais_ray.cli.validating import validate
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
+    if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":  # a job: its cluster may have been started by a shell in the
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background, whose descendants ignore Ctrl-C
 
 
 VERBS = (
