@@ -111,7 +111,8 @@ def train(
     newest, rows = newest_verified(root)[0], metric_rows(root)
     if done >= last and run_directory.evaluation_owed(root, newest, rows, config, schedule) is None:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
-        if tracking.is_open(root):  # the driver died between the last step and the end
+        card = tracking.Card.read(root)
+        if card is not None and card.status != "FINISHED":  # the driver died, or was stopped, after the last step
             close_tracking(root, config, "FINISHED")
         return result_of(root, schedule, stopped=False)
     with run_directory.held(root):
