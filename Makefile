@@ -46,7 +46,7 @@ audit: env
 
 # Mutated annotation files for MINUTES, none of which may end in a traceback, a crash or a hang.
 fuzz: env
-	MINUTES=$(MINUTES) $(BIN)/python -m pytest -q -s --timeout 0 tests/test_validate_fuzz.py
+	MINUTES=$(MINUTES) $(BIN)/python -m pytest -q -s --timeout 0 tests/data/test_validate_fuzz.py
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -16,7 +16,9 @@ import kornia.augmentation as K
 import numpy as np
 import torch
 
-from pais_ray.data.views import AugmentConfig, Sample, ViewConfig, make_views
+from pais_ray.augmentation.presets import AugmentConfig, ViewConfig
+from pais_ray.augmentation.sample import Sample
+from pais_ray.augmentation.views import make_views
 
 BATCH, ROUNDS, SIZE = 4, 15, (480, 640)
 

@@ -13,9 +13,12 @@ import tempfile
 import psutil
 import ray
 
-from pais_ray.data import pipeline, sources, synthetic
-from pais_ray.data.plan import StepPlan, rows_of
-from pais_ray.train import cluster
+from pais_ray.cluster import connect
+from pais_ray.data.annotations import coco
+from pais_ray.data.annotations.records import unlabel
+from pais_ray.data.stream import pipeline
+from pais_ray.data.stream.plan import StepPlan, rows_of
+from pais_ray.data.synthetic import generator
 
 MARKS = ("gcs_server", "raylet/raylet", "_StatsActor", "_AutoscalingCoordinatorActor", "IDLE", "dashboard/dashboard")
 
@@ -38,10 +41,10 @@ def main() -> None:
     args = parser.parse_args()
     pipeline.TASKS_PER_DATASET = 1  # of many in a run: each data set ends after its first task
     with tempfile.TemporaryDirectory() as folder:
-        synthetic.generate(folder, train=12, val=4, size=96, seed=3)
-        records = list(sources.read_coco(f"{folder}/train.json", f"{folder}/images").records)
-        cluster.connect()
-        labeled, unlabeled = records[:4], [sources.unlabel(record) for record in records[4:]]
+        generator.generate(folder, train=12, val=4, size=96, seed=3)
+        records = list(coco.read_coco(f"{folder}/train.json", f"{folder}/images").records)
+        connect.connect()
+        labeled, unlabeled = records[:4], [unlabel(record) for record in records[4:]]
         plan = StepPlan(seed=0, num_labeled=len(labeled), num_unlabeled=len(unlabeled), labeled=1, unlabeled=1)
         feed, size = pipeline.make_feed(plan, labeled, unlabeled), pipeline.task_rows(plan)
         for made in range(args.number):

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from pais_ray.segmentors import knet
-from pais_ray.segmentors.knet import KNet, KNetConfig
-from pais_ray.segmentors.mask_rcnn import MaskRCNN, MaskRCNNConfig
-from pais_ray.structures import Masks, Targets
+from pais_ray.modeling.segmentors import _knet_matching
+from pais_ray.modeling.segmentors.knet import KNet, KNetConfig
+from pais_ray.modeling.segmentors.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from pais_ray.structures.batch import Targets
+from pais_ray.structures.masks import Masks
 
 CLASSES, IMAGES, OBJECTS = 80, 2, 10
 
@@ -81,7 +82,7 @@ def main() -> None:
     for stage in box_free.stages:
         stage.forward = clock.wrap("3 update stages, forward", stage.forward)
     box_free._match = clock.wrap("matching: costs and assignment", box_free._match)
-    knet.assign = clock.wrap("  of which transfer and scipy", knet.assign)
+    _knet_matching.assign = clock.wrap("  of which transfer and scipy", _knet_matching.assign)
     box_free._semantic_loss = clock.wrap("semantic loss, forward", box_free._semantic_loss)
     times: dict[str, list[float]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)

@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 import ray
 
-from pais_ray.data import synthetic
-from pais_ray.train import cluster
+from pais_ray.cluster import connect
+from pais_ray.data.synthetic import generator
 
 EVERY_S = 15.0
 WARM_UP = 0.5  # share of a process's life that is not fitted: caches fill, allocators settle
@@ -35,7 +35,7 @@ def words(out: Path) -> list[str]:
     """One worker, so that the soak leaves the machine to others; nano, 64 px, all that a run has. The schedule is for
     a run that ends: of a million steps the warm-up alone is 8000, in which the teacher would propose nothing."""
     data = out / "data"
-    synthetic.generate(str(data), train=48, val=8, size=96, seed=3)
+    generator.generate(str(data), train=48, val=8, size=96, seed=3)
     return [
         *("synthetic", "mask_rcnn", "pais", "data.image_size=64", "data.labeled=0.25", "method.burn_in=200"),
         *("method.tau_cls=0.2", "method.ema=0.99", "optim.schedule=constant", "optim.reference.warmup=4"),
@@ -144,7 +144,7 @@ def main() -> None:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     arguments, chance = words(out), random.Random(args.seed)
-    cluster.connect()  # as `pais-ray train` would start it
+    connect.connect()  # as `pais-ray train` would start it
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pais_ray.cli", "train", *arguments]

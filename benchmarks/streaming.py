@@ -29,10 +29,12 @@ from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.utils.data import DataLoader, Dataset
 
-from pais_ray.data import pipeline, shards, sources
-from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan, rows_of
-from pais_ray.data.shard_writer import Source, write_shards
+from pais_ray.data.annotations.records import CocoDataset, Record
+from pais_ray.data.images.images import decode
+from pais_ray.data.shards import dataset
+from pais_ray.data.shards.writer import Source, write_shards
+from pais_ray.data.stream import pipeline
+from pais_ray.data.stream.plan import StepPlan, rows_of
 
 BATCH, WARM_UP = 4, 160  # images
 SAMPLE_S = 0.02
@@ -50,7 +52,7 @@ class Files(Dataset):
         return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
 
-def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -> list[sources.Record]:
+def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -> list[Record]:
     """JPEGs of coloured noise over a smooth ground; beyond ``distinct`` they are links to earlier ones."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -66,22 +68,20 @@ def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -
             path.write_bytes(data.getvalue())
         else:
             os.link(folder / f"{i % distinct:06d}.jpg", path)
-        records.append(sources.Record(image_id=i, path=str(path), height=height, width=width))
+        records.append(Record(image_id=i, path=str(path), height=height, width=width))
     return records
 
 
-def sharded(out: str, records: list[sources.Record]) -> tuple[sources.Record, ...]:
+def sharded(out: str, records: list[Record]) -> tuple[Record, ...]:
     """The records as they lie in shards."""
-    nothing = sources.CocoDataset(
-        path="", categories=(), records=(), sha256="0" * 64, truth={}, num_crowd=0, num_dropped=0
-    )
+    nothing = CocoDataset(path="", categories=(), records=(), sha256="0" * 64, truth={}, num_crowd=0, num_dropped=0)
     write_shards(out, Source(train=nothing, parts={"unlabeled": records}, truth={}, split=None))
-    return shards.read_part(out, "unlabeled")
+    return dataset.read_part(out, "unlabeled")
 
 
-def stream(records: tuple[sources.Record, ...], images: int) -> Iterator[int]:
+def stream(records: tuple[Record, ...], images: int) -> Iterator[int]:
     """Images decoded so far, row after row."""
-    records, groups = shards.by_group(records)
+    records, groups = dataset.by_group(records)
     plan = StepPlan(
         seed=0,
         num_labeled=0,

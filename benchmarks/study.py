@@ -14,24 +14,29 @@ from typing import Any
 
 import torch
 
-from pais_ray import analysis, evaluate
-from pais_ray.config import Config, compose, flatten, run_schedule
-from pais_ray.data import sources, splits
-from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan
-from pais_ray.data.views import Sample, make_batch, make_views
-from pais_ray.inference import predict_sample
-from pais_ray.structures import Masks, Predictions, Targets
-from pais_ray.train.prepare import embedded
+from pais_ray.augmentation.sample import Sample
+from pais_ray.augmentation.views import make_batch, make_views
+from pais_ray.config.identity import flatten
+from pais_ray.config.tree import Config, compose, run_schedule
+from pais_ray.data.annotations import coco, ground_truth, rle, splits
+from pais_ray.data.annotations.records import LabeledRecord
+from pais_ray.data.images.images import decode
+from pais_ray.data.stream.plan import StepPlan
+from pais_ray.evaluation import pseudo_labels
+from pais_ray.evaluation.coco import score
+from pais_ray.inference.predictor import predict_sample
+from pais_ray.runs.prepare import embedded
+from pais_ray.structures.batch import Predictions, Targets
+from pais_ray.structures.masks import Masks
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
 
 
-def sample_of(record: sources.LabeledRecord, labeled: bool) -> Sample:
+def sample_of(record: LabeledRecord, labeled: bool) -> Sample:
     image = torch.from_numpy(decode(Path(record.path).read_bytes(), record.path)).permute(2, 0, 1).contiguous()
     if not labeled:
         return Sample(image=image, image_id=record.image_id, row=0, slot=0)
-    masks = sources.decode_rle(record.rles, record.height, record.width)
+    masks = rle.decode_rle(record.rles, record.height, record.width)
     return Sample(
         image=image,
         image_id=record.image_id,
@@ -52,14 +57,14 @@ class Study:
 
     def __init__(self, config: Config, holdout: int) -> None:
         self.config = config = embedded(config) if config.data.train is None else config
-        train = sources.read_coco(*config.data.part("train"))
+        train = coco.read_coco(*config.data.part("train"))
         records = list(train.records)
         if holdout:
             # A part of the training images takes the place of the validation images.
             self.scored, records = records[-holdout:], records[:-holdout]
             self.truth = train.path
         else:
-            val = sources.read_coco(*config.data.part("val"))
+            val = coco.read_coco(*config.data.part("val"))
             self.scored, self.truth = list(val.records), val.path
         split = splits.split([r.image_id for r in records], config.data.labeled, config.data.fold)
         by_id = {r.image_id: r for r in records}
@@ -108,7 +113,7 @@ class Study:
     def measure(self) -> dict[str, float]:
         """AP of both roles on the scored images; precision and recall of pseudo-labels on 60 unlabeled ones."""
         values: dict[str, float] = {}
-        truth = evaluate.load_ground_truth(self.truth, [r.image_id for r in self.scored])
+        truth = ground_truth.load_ground_truth(self.truth, [r.image_id for r in self.scored])
         for role, module in (("teacher", self.state.teacher.segmentor), ("student", self.state.student)):
             module.eval()
             results = [
@@ -118,7 +123,7 @@ class Study:
                     module, sample_of(record, False), self.config, self.categories, torch.device("cpu")
                 )
             ]
-            scores = evaluate.score(truth, results)
+            scores = score(truth, results)
             values |= {f"{role}/segm_{k}": scores["segm"][k] for k in ("AP", "AP50", "AP75")}
             values[f"{role}/bbox_AP"] = scores["bbox"]["AP"]
         self.state.student.train()
@@ -131,7 +136,7 @@ class Study:
         """Precision and recall of what the method would keep of the unlabeled images' test views."""
         found = [self.seen(record) for record in self.hidden[:images]]
         kept = [predictions[self.config.method.keeps(predictions)] for predictions, _, _ in found]
-        quality = analysis.precision_recall(kept, [truth for _, truth, _ in found], [size for _, _, size in found])
+        quality = pseudo_labels.precision_recall(kept, [truth for _, truth, _ in found], [size for _, _, size in found])
         return {f"pseudo/{k}": v for k, v in quality.items()}
 
     def mask_iou_branch(self, above: float = 0.05) -> dict[str, Any]:
@@ -140,16 +145,20 @@ class Study:
         rows = []
         for record in self.scored:
             predictions, truth, size = self.seen(record)
-            rows += analysis.pseudo_label_table(predictions[predictions.scores > above], truth, size, record.image_id)
+            rows += pseudo_labels.pseudo_label_table(
+                predictions[predictions.scores > above], truth, size, record.image_id
+            )
         if not rows:
             return {"iou_branch/predictions": 0}
-        found = analysis.calibration(analysis.column(rows, "iou_predicted"), analysis.column(rows, "iou_true"))
+        found = pseudo_labels.calibration(
+            pseudo_labels.column(rows, "iou_predicted"), pseudo_labels.column(rows, "iou_true")
+        )
         return {"iou_branch/predictions": len(rows)} | {f"iou_branch/{k}": found[k] for k in ("pearson", "ece", "bias")}
 
-    def seen(self, record: sources.LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
+    def seen(self, record: LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
         """The teacher's predictions, the truth and the size of a record's test view."""
         views = make_views([sample_of(record, False)], self.config.views, 0, "test", "cpu")
-        masks = torch.from_numpy(sources.decode_rle(record.rles, record.height, record.width))
+        masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
         whole = Targets(
             boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
         )

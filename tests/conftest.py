@@ -26,10 +26,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory) -> Path:
     """A generated data set small enough to train on in a test: 12 + 4 images of 96 px."""
-    from pais_ray.data import synthetic
+    from pais_ray.data.synthetic import generator
 
     folder = tmp_path_factory.mktemp("data") / "tiny"
-    synthetic.generate(str(folder), train=12, val=4, size=96, seed=3)
+    generator.generate(str(folder), train=12, val=4, size=96, seed=3)
     return folder
 
 
@@ -92,7 +92,7 @@ def folder(tmp_path) -> Path:
     """A folder with the two images of ``malformed.tree``."""
     from PIL import Image
 
-    from tests.malformed import H, W
+    from tests.support.malformed import H, W
 
     for i in range(2):
         Image.new("RGB", (W, H), (40 * i, 90, 200)).save(tmp_path / f"{i}.png")

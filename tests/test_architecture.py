@@ -1,188 +1,239 @@
 """The import rules of docs/architecture.md, and the public names."""
 
 import ast
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pais_ray"
-FILES = sorted(PACKAGE.rglob("*.py"))
 
-HOMES = {  # third-party package -> the files (relative to pais_ray/) that may import it; a folder ends in /
+FLOORS = {  # folder -> floor; a folder may import folders of lower floors only
+    "structures": 0,
+    "files": 0,
+    "modeling": 1,
+    "augmentation": 1,
+    "tracking": 1,
+    "cluster": 1,
+    "figures": 1,
+    "data": 2,
+    "config": 3,
+    "evaluation": 3,
+    "runs": 4,
+    "inference": 5,
+    "reports": 6,
+    "train": 7,
+    "search": 8,
+    "cli": 9,
+}
+HOMES = {  # third-party package -> the modules, or packages, that may import it
     "ray": {
-        "data/pipeline.py",
-        "train/worker.py",
-        "train/launch.py",
-        "train/cluster.py",
-        "train/watch.py",
-        "train/monitor.py",
-        "train/heartbeat.py",
-        "train/watchdog.py",
-        "batch_predict.py",
-        "submit.py",
-        "search/run.py",
+        "pais_ray.cluster",
+        "pais_ray.data.stream.pipeline",
+        "pais_ray.inference.batch",
+        "pais_ray.search.tuner",
+        "pais_ray.train.driver",
+        "pais_ray.train.worker",
+        "pais_ray.train.job",
     },
-    # A run's image, its checkpoints and its node's samples in MLflow; versions; the file that MLflow runs to serve one.
-    "mlflow": {"mirror.py", "ranking.py", "system_metrics.py", "registry.py", "served.py"},
-    "albumentations": {"data/"},
-    "kornia": {"data/"},
-    "cv2": {"data/"},
-    "pycocotools": {"data/", "evaluate.py", "evaluate_cityscapes.py"},
-    "matplotlib": {"plots.py", "plots_audit.py"},
-    "onnx": {"export.py"},
-    "onnxscript": {"export.py"},
-    "onnxruntime": {"export.py", "onnx_runner.py"},
-    "optuna": {"search/propose.py"},
-}
-LAYERS = {  # lower may not import higher
-    0: {"structures", "geometry", "losses", "matching", "backbones", "optim"},
-    1: {"segmentors", "methods"},
-    2: {
-        *("data", "guards", "evaluate", "evaluate_cityscapes", "analysis", "plots", "plots_audit"),
-        *("tracking", "mirror", "ranking", "tail", "system_metrics", "onnx_runner", "access"),
+    "mlflow": {
+        "pais_ray.tracking.mirror",
+        "pais_ray.tracking.logged_models",
+        "pais_ray.tracking.system_metrics",
+        "pais_ray.inference.serving",
     },
-    3: {"config", "overlays", "plugins"},
-    4: {
-        *("train", "inference", "export", "batch_predict", "audit", "tables", "submit"),
-        *("gallery", "compare", "registry", "served"),
-    },
-    5: {"search"},
-    6: {"cli", "__init__"},
+    "albumentations": {"pais_ray.augmentation"},
+    "kornia": {"pais_ray.augmentation"},
+    "cv2": {"pais_ray.augmentation", "pais_ray.data"},
+    "pycocotools": {"pais_ray.data", "pais_ray.evaluation"},
+    "matplotlib": {"pais_ray.figures"},
+    "onnx": {"pais_ray.inference.export.export"},
+    "onnxscript": {"pais_ray.inference.export.export"},
+    "onnxruntime": {"pais_ray.inference.export"},
+    "optuna": {"pais_ray.search.samplers"},
+    "timm": {"pais_ray.modeling"},
 }
-THIRD_PARTY_OF_LAYER_0 = {"torch", "torchvision", "pydantic", "scipy", "safetensors"}
-TORCH_FREE = {  # imported by Ray's data tasks
-    "data/pipeline.py",
-    "data/plan.py",
-    "data/storage.py",
-    "data/encoded.py",
-    "data/shards.py",
-    "data/shard_writer.py",
-    "data/images.py",
-    "data/sources.py",
-    "data/validate.py",
-    "data/entries.py",
-    "data/report.py",
-    "data/repair.py",
-    "data/splits.py",
-    "data/split_lists.py",
-    "data/cityscapes.py",
-    "data/formats.py",
-    "data/detect.py",
-    "data/scored.py",
-    "data/synthetic.py",
-    "onnx_runner.py",  # runs where there is no torch
-    "evaluate.py",
-    "evaluate_cityscapes.py",
-    "overlays.py",
-    "plugins.py",
-    "train/monitor.py",
-    "train/start.py",
-    "access.py",
-    "submit.py",
-}
+TORCH_FREE = [  # imported by Ray's data tasks, by scoring tasks, by the runner of an exported model, or at every start
+    "pais_ray.data.stream.pipeline",
+    "pais_ray.data.stream.plan",
+    "pais_ray.data.images.reader",
+    "pais_ray.data.images.images",
+    "pais_ray.data.shards.dataset",
+    "pais_ray.data.shards.writer",
+    "pais_ray.data.annotations.coco",
+    "pais_ray.data.annotations.cityscapes",
+    "pais_ray.data.annotations.ground_truth",
+    "pais_ray.data.annotations.splits",
+    "pais_ray.data.sources.discover",
+    "pais_ray.data.sources.readers",
+    "pais_ray.data.sources.scored_masks",
+    "pais_ray.data.sources.published_splits",
+    "pais_ray.data.synthetic.generator",
+    "pais_ray.data.validation.report",
+    "pais_ray.data.validation.repair",
+    "pais_ray.evaluation.coco",
+    "pais_ray.evaluation.cityscapes",
+    "pais_ray.files.storage",
+    "pais_ray.inference.export.onnx_runner",
+    "pais_ray.config.overlays",
+    "pais_ray.modeling.registry",
+    "pais_ray.train.driver.monitor",
+    "pais_ray.train.worker.entrypoint",
+    "pais_ray.cluster.token",
+    "pais_ray.cluster.jobs",
+]
 
 
-def imports(path: Path, top_level_only: bool = False) -> list[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    found = []
-    for node in nodes:
+def module_name(path: Path, root: Path) -> str:
+    return ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
+    """The full names of all modules that a file imports, inside functions too, without those for the type checker."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
         if isinstance(node, ast.Import):
-            found += [a.name for a in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{a.name}" for a in node.names]
-            found += names if node.module in ("pais_ray", "pais_ray.data", "pais_ray.train") else [node.module or ""]
-    return found
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in known else str(node.module)
 
 
-def unit_of(module: str) -> str:
+def graph(root: Path) -> dict[str, set[str]]:
+    """Module -> the modules that it imports, third-party ones too."""
+    files = {module_name(path, root): path for path in sorted(root.rglob("*.py"))}
+    return {name: set(imported(path, files)) for name, path in files.items()}
+
+
+def folder(module: str) -> str:
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    return parts[1] if len(parts) > 1 else ""
 
 
-def layer_of(unit: str) -> int:
-    return next(level for level, units in LAYERS.items() if unit in units)
+def wrong_imports(edges: Mapping[str, set[str]], floors: Mapping[str, int]) -> list[str]:
+    """Imports that go up, or sideways to another folder of the same floor."""
+    package = next(iter(edges)).split(".")[0]
+    return [
+        f"{module} (floor {floors[folder(module)]}) imports {other} (floor {floors[folder(other)]})"
+        for module, others in edges.items()
+        for other in sorted(others)
+        if module != package and other.split(".")[0] == package and folder(other) != folder(module)
+        if other == package or floors[folder(other)] >= floors[folder(module)]
+    ]
 
 
-def family(module: str) -> str:
-    """The public plugin that a module, or a private part of it, belongs to."""
-    name = module.split(".")[-1].lstrip("_")
-    public = [p.stem for folder in ("segmentors", "methods") for p in (PACKAGE / folder).glob("[!_]*.py")]
-    return max((p for p in public if name.startswith(p)), key=len, default=name)
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one import circle, or nothing."""
+    finished: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in finished:
+            return []
+        for other in sorted(edges.get(module, ())):
+            if found := search(other, [*path, module]):
+                return found
+        finished.add(module)
+        return []
+
+    return next((found for module in edges if (found := search(module, []))), [])
 
 
-def relative(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+EDGES = graph(PACKAGE)
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_go_one_way(path):
-    unit = relative(path).split("/")[0].removesuffix(".py")
-    here = layer_of(unit)
-    for module in imports(path):
-        root = module.split(".")[0]
-        if root in HOMES:
-            allowed = any(
-                relative(path) == home or (home[-1] == "/" and relative(path).startswith(home)) for home in HOMES[root]
+def test_every_folder_has_a_floor_and_no_module_is_outside_a_folder():
+    assert {folder(module) for module in EDGES} - {""} == set(FLOORS)
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+def test_imports_go_down():
+    assert wrong_imports(EDGES, FLOORS) == []
+
+
+def test_no_imports_in_a_circle():
+    assert circle(EDGES) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "target"),
+    [
+        ("structures.masks", "modeling.losses"),  # upward
+        ("modeling.losses", "tracking.record"),  # sideways
+        ("data.reading", "data.images.reader"),  # in a circle inside a folder
+    ],
+)
+def test_the_rules_see_an_import_that_breaks_them(importer, target):
+    edges = {**EDGES, f"pais_ray.{importer}": EDGES[f"pais_ray.{importer}"] | {f"pais_ray.{target}"}}
+    assert wrong_imports(edges, FLOORS) or circle(edges)
+
+
+def test_third_party_packages_stay_at_home():
+    for module, others in EDGES.items():
+        for other in others:
+            homes = HOMES.get(other.split(".")[0])
+            assert homes is None or any(f"{module}.".startswith(f"{home}.") for home in homes), (
+                f"{module} imports {other}; it may be imported in {sorted(homes)}"
             )
-            assert allowed, f"{relative(path)} imports {module}; its home is {sorted(HOMES[root])}"
-        if root == "pais_ray":
-            other = unit_of(module)
-            assert layer_of(other) <= here, (
-                f"{relative(path)} (layer {here}) imports {module} (layer {layer_of(other)})"
-            )
-            if here == 1 and layer_of(other) == 1:
-                assert other == unit, f"{relative(path)} imports {module} of the same layer"
-                assert family(path.stem) == family(module), f"{relative(path)} imports its sibling {module}"
-        elif here == 0:
-            known = root in sys.stdlib_module_names or root in THIRD_PARTY_OF_LAYER_0
-            assert known, f"{relative(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", [PACKAGE / name for name in sorted(TORCH_FREE)], ids=relative)
-def test_what_data_tasks_import_does_not_import_torch(path):
-    module = "pais_ray." + relative(path).removesuffix(".py").replace("/", ".")
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_modules_of_data_and_scoring_tasks_do_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_unit_has_a_layer():
-    units = {relative(p).split("/")[0].removesuffix(".py") for p in FILES}
-    assert units == set().union(*LAYERS.values())
+def test_methods_and_segmentors_do_not_import_each_other():
+    """Each public file and its private parts (``_name*.py``) form a unit."""
+    for kind in ("methods", "segmentors"):
+        prefix = f"pais_ray.modeling.{kind}."
+        names = [module.removeprefix(prefix) for module in EDGES if module.startswith(prefix)]
+        public = [name for name in names if not name.startswith("_")]
 
+        def unit(name: str, public: list[str] = public) -> str:
+            return next((p for p in public if name.lstrip("_").startswith(p)), name)
 
-def test_methods_and_segmentors_know_neither_config_nor_ray():
-    for folder in ("methods", "segmentors"):
-        for path in (PACKAGE / folder).glob("*.py"):
-            assert not {"ray", "pais_ray.config", "config"} & {m.split(".")[-1] for m in imports(path)}
+        for name in names:
+            for other in EDGES[prefix + name]:
+                if other.startswith(prefix):
+                    assert unit(other.removeprefix(prefix)) == unit(name), f"{prefix}{name} imports {other}"
 
 
 def test_public_names_resolve_and_are_lazy():
-    import pais_ray
-
-    for name in ("PAIS", "Supervised", "MaskRCNN", "KNet", "Targets", "Predictions", "Masks"):
-        assert getattr(pais_ray, name).__name__ == name
+    package = importlib.import_module("pais_ray")
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Knet'"):
-        _ = pais_ray.Knet
+        _ = package.Knet
     code = "import sys, pais_ray, pais_ray.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_pickle_and_no_unsafe_yaml():
-    programs = [p for folder in ("pipelines", "infra", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
-    assert programs
-    for path in [*FILES, *programs]:
-        text = path.read_text()
+    programs = [p for place in ("pais_ray", "pipelines", "infra", "benchmarks") for p in (ROOT / place).rglob("*.py")]
+    for path in programs:
+        text = path.read_text(encoding="utf-8")
         for word in ("import pickle", "pickle.load", "yaml.load(", "weights_only=False", "shell=True"):
             assert word not in text, f"{path}: {word}"
 
 
-def test_the_drawing_and_the_house_agree():
-    drawing = (ROOT / "docs" / "architecture.md").read_text()
-    for path in FILES:
-        if path.name != "__init__.py" and not path.name.startswith("_"):
-            assert path.name in drawing, f"docs/architecture.md does not show {relative(path)}"
+def test_the_documentation_shows_every_folder():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in FLOORS:
+        assert f"`{name}/`" in page, f"docs/architecture.md does not show {name}/"

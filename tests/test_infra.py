@@ -122,8 +122,8 @@ def test_rays_autoscaler_reads_the_rayjobs_cluster():
 
 
 def test_the_rayjobs_words_are_a_config():
-    from pais_ray.config import compose
-    from pais_ray.train.prepare import check_outlives_job
+    from pais_ray.config.tree import compose
+    from pais_ray.runs.prepare import check_outlives_job
 
     words = documents()[1]["spec"]["entrypoint"].split()
     assert words[:2] == ["pais-ray", "train"]

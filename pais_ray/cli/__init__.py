@@ -6,16 +6,13 @@ import signal
 import click
 
 from pais_ray.cli.cluster import batch_predict, submit
-from pais_ray.cli.comparing import compare
-from pais_ray.cli.exporting import export
-from pais_ray.cli.models import evaluate, predict
-from pais_ray.cli.registering import promote, register, sync
-from pais_ray.cli.searching import tune
-from pais_ray.cli.sharding import shard
-from pais_ray.cli.splitting import split
-from pais_ray.cli.studying import audit, tables
-from pais_ray.cli.training import show, train
-from pais_ray.cli.validating import validate
+from pais_ray.cli.data.shard import shard
+from pais_ray.cli.data.split import split
+from pais_ray.cli.data.validate import validate
+from pais_ray.cli.models import evaluate, export, predict
+from pais_ray.cli.registry import promote, register, sync
+from pais_ray.cli.reports import audit, compare, tables
+from pais_ray.cli.training import show, train, tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

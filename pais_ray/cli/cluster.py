@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from pais_ray.cli.common import FAILED, json_option, verb, write_json
-from pais_ray.cli.searching import tune
-from pais_ray.cli.training import train
+from pais_ray.cli.options import FAILED, json_option, verb, write_json
+from pais_ray.cli.training import train, tune
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -35,7 +34,7 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
 
     Follows the log; the exit code is the job's. Ctrl-C leaves the job running."""
     check_words(pipeline, words)
-    from pais_ray import submit as jobs
+    from pais_ray.cluster import jobs
 
     if pipeline not in jobs.pipelines():
         raise click.UsageError(f"no pipeline {pipeline!r}; there are {', '.join(jobs.pipelines())}")
@@ -56,8 +55,8 @@ def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[P
 
 def check_words(pipeline: str, words: tuple[str, ...]) -> None:
     """What training or a search would refuse a minute later, on the cluster."""
-    from pais_ray.config import compose
-    from pais_ray.train.prepare import check_outlives_job
+    from pais_ray.config.tree import compose
+    from pais_ray.runs.prepare import check_outlives_job
 
     if pipeline == "train":
         check_outlives_job(compose(train.make_context("train", list(words)).params["words"]))
@@ -93,7 +92,7 @@ def batch_predict(run: Path, source: str, out: Path, json_path: str | None, **op
 
     SOURCE is a folder, a bucket prefix (s3://..., gs://...) or a COCO JSON. Writes OUT/parts/part-NNNNNN.json (COCO
     results); the same command goes on after any kill. Exit code 1 where images could not be read."""
-    from pais_ray.batch_predict import batch_predict as predict_all
+    from pais_ray.inference.batch import batch_predict as predict_all
 
     summary = predict_all(run, source, out, **options)
     click.echo(f"{summary.images} images, {summary.instances} instances in {summary.parts} parts: {summary.out}")

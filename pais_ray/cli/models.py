@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pais_ray.cli.common import json_option, verb, write_json
+from pais_ray.cli.options import FAILED, json_option, verb, write_json
 
 
 @click.command()
@@ -34,14 +34,14 @@ def evaluate(
 ) -> None:
     """COCO AP of a RUN's checkpoint on its validation images (or on --annotations with --images), or of any
     results file: --annotations GT.json --predictions RESULTS.json. On Cityscapes its own instance AP is added."""
-    from pais_ray.evaluate import score, table
+    from pais_ray.evaluation.coco import score, table
 
     if predictions is not None:
         if annotations is None or run is not None:
             raise click.UsageError("--predictions goes with --annotations and without RUN")
         scores = score(*truth_and_results(annotations, predictions))
     elif run is not None:
-        from pais_ray.inference import Predictor
+        from pais_ray.inference.predictor import Predictor
 
         predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
         scores = predictor.evaluate(annotations, images)
@@ -85,7 +85,7 @@ def predict(
 
     Writes OUT/results.json (COCO results with the predicted mask IoU: data.pseudo_labels of another run takes them),
     OUT/images.json (which id is which file) and OUT/overlays/."""
-    from pais_ray.inference import Predictor, image_records
+    from pais_ray.inference.predictor import Predictor, image_records
 
     predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
     if images:
@@ -99,8 +99,8 @@ def predict(
 
 def truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
     """Ground truth and predictions as ``evaluate.score`` takes them."""
-    from pais_ray.data.cityscapes import read_results
-    from pais_ray.data.formats import read_truth
+    from pais_ray.data.annotations.cityscapes import read_results
+    from pais_ray.data.sources.readers import read_truth
 
     truth = read_truth(annotations)
     if not Path(predictions).is_dir():
@@ -108,3 +108,43 @@ def truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
     if isinstance(truth, str):
         raise click.UsageError(f"{predictions}: a folder of results goes with --annotations ROOT/gtFine/PART")
     return truth, read_results(predictions, truth)
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False))
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the exported model.")
+@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["onnx", "safetensors"]),
+    default="onnx",
+    show_default=True,
+    help="safetensors: weights and config alone, which onnx writes too.",
+)
+@click.option(
+    "--images", type=click.IntRange(min=1), help="Compare AP on the first so many validation images; default: all."
+)
+@json_option
+@verb
+def export(
+    run: str, out: str, role: str, checkpoint: str, kind: str, images: int | None, json_path: str | None
+) -> None:
+    """RUN's model as OUT/model.onnx, which takes images of any size, beside its safetensors and config.
+
+    OUT/run.py runs it with numpy, Pillow and onnxruntime. What ONNX and PyTorch say of the run's validation images is
+    compared at the end; exit code 1 where they differ by more than the tolerance."""
+    from pais_ray.inference.export import export as exporting
+
+    manifest = exporting.export(
+        Path(run), Path(out), role=role, checkpoint=checkpoint, onnx=kind == "onnx", images=images
+    )
+    if "parity" in manifest:
+        click.echo(exporting.parity_table(manifest["parity"]))
+    for name, facts in manifest["files"].items():
+        click.echo(f"{Path(out) / name}: {facts['bytes'] / 1e6:.1f} MB")
+    write_json(json_path, manifest)
+    if "parity" in manifest and not manifest["parity"]["holds"]:
+        click.echo(f"error: {out}: ONNX and PyTorch differ by more than the tolerance", err=True)
+        raise click.exceptions.Exit(FAILED)

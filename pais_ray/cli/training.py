@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pais_ray.cli.common import FAILED, WORDS, echo, json_option, same_command, verb, write_json
+from pais_ray.cli.options import FAILED, WORDS, echo, json_option, same_command, verb, write_json
 
 
 @click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
@@ -14,14 +15,14 @@ from pais_ray.cli.common import FAILED, WORDS, echo, json_option, same_command, 
 @json_option
 @verb
 def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
-    from pais_ray.config import compose
-    from pais_ray.overlays import spell_out
+    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.tree import compose
 
     spelt = spell_out(words or ("quickstart",))
     for line in (*spelt.found, *spelt.chosen):
         echo(line)
     config = compose(spelt.words)
-    from pais_ray.train import launch
+    from pais_ray.train.driver import launch
 
     try:
         result = launch.train(config, force=force)
@@ -40,8 +41,8 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
 @json_option
 @verb
 def show(words: tuple[str, ...], json_path: str | None) -> None:
-    from pais_ray.config import compose, dump, run_schedule
-    from pais_ray.overlays import spell_out
+    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.tree import compose, dump, run_schedule
 
     spelt = spell_out(words)
     for line in (*spelt.found, *spelt.chosen):
@@ -51,3 +52,61 @@ def show(words: tuple[str, ...], json_path: str | None) -> None:
     click.echo(dump(config), nl=False)
     click.echo("# " + schedule.explain().replace("\n", "\n# "))
     write_json(json_path, {"config": config.model_dump(mode="json"), "schedule": vars(schedule)})
+
+
+@click.command(
+    help="Search settings of WORDS: many short trainings on the cluster, compared by the teacher's segm AP. The same"
+    " command goes on with a search that was stopped or killed. docs/search.md explains it.\n\n" + WORDS
+)
+@click.argument("words", nargs=-1, required=True)
+@click.option(
+    "--over",
+    multiple=True,
+    metavar="PATH=VALUES",
+    help="method.tau_cls=0.35,0.5 or uniform(a,b), loguniform(a,b), randint(a,b), choice(...); repeatable."
+    " Or as the section search: of a word, such as search_pais.",
+)
+@click.option("--name", help="Of the search and its folder; the same name goes on. Default: run.name, or the time.")
+@click.option(
+    "--search",
+    "kind",
+    type=click.Choice(["grid", "random", "optuna"]),
+    help="How configurations are chosen. Default: grid where all are lists, else optuna (TPE).",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Configurations to try, unless in a grid.  [default: 20]")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trials a configuration, by train.seed."
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Of a trial, instead of WORDS' train.steps.")
+@click.option(
+    "--rungs",
+    help="Steps at which only the best third goes on, 40,80; or none. Default: a ninth and a third of the steps, at"
+    " the next evaluation.",
+)
+@click.option(
+    "--time-budget", "minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes; the same command goes on."
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(min=1),
+    help="Trials at a time, if fewer than the cluster holds, or than it will.",
+)
+@click.option("--warm-start", metavar="FOLDER", help="Of a search to learn from.")
+@click.option("--retrain-best", "retrain", is_flag=True, help="Then train WORDS with the best settings as NAME-best.")
+@json_option
+@verb
+def tune(words: tuple[str, ...], json_path: str | None, **options: Any) -> None:
+    from pais_ray.search.plan import Options
+
+    told = Options(**options)
+    from pais_ray.search import tuner
+
+    result = tuner.search(words, told)
+    folder = Path(result["folder"])
+    echo((folder / "table.txt").read_text())
+    if result["best"] is not None:
+        echo(f"best settings:  {result['best']['overlay']} (a word for `pais-ray train`)")
+    echo(f"folder, plots:  {folder}, {folder / 'figures'}")
+    if result["stopped"] or result.get("retrained", {}).get("stopped"):
+        echo(f"go on with:\n  {same_command('--name', '--name', folder.name)}")
+    write_json(json_path, result)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pais_ray.config import Config, ConfigError, changed_identity, dump, load, run_schedule
-from pais_ray.overlays import resolve
-from pais_ray.search import propose, rungs
-from pais_ray.search.ledger import LEDGER, Ledger
+from pais_ray.config.identity import changed_identity
+from pais_ray.config.overlays import ConfigError, resolve
+from pais_ray.config.tree import Config, dump, load, run_schedule
+from pais_ray.search import asha, samplers
 from pais_ray.search.space import Choice, Params, Space, check_space, compose_with, read_space
+from pais_ray.search.trials import LEDGER, Ledger
 
 PAPERS = "search.json"
 KINDS = ("grid", "random", "optuna")
@@ -69,7 +70,7 @@ class Plan:
             return None
         standings = sorted(ledger.standings(), key=lambda s: s.point)
         for attempt in range(ATTEMPTS):
-            params = propose.tpe_point(self.space, self.base.train.seed + 1000 * attempt, standings)
+            params = samplers.tpe_point(self.space, self.base.train.seed + 1000 * attempt, standings)
             if (seed := self.next_seed(ledger, params)) is not None:
                 return params, seed
         return None
@@ -93,9 +94,9 @@ class Plan:
     def known_points(self) -> Iterator[Params]:
         """The configurations that do not depend on results: all, unless Optuna proposes them."""
         if self.kind == "grid":
-            yield from propose.grid(self.space)
+            yield from samplers.grid(self.space)
         elif self.kind == "random":
-            yield from propose.random_points(self.space, self.base.train.seed, self.samples)
+            yield from samplers.random_points(self.space, self.base.train.seed, self.samples)
 
     def configs(self) -> Iterator[tuple[Params, Config]]:
         """What can be composed of the space before the start: all configurations, or each end where Optuna proposes
@@ -156,7 +157,7 @@ def make_plan(words: Sequence[str], options: Options) -> Plan:
         base=base,
         space=space,
         kind=kind,
-        samples=sum(1 for _ in propose.grid(space)) if kind == "grid" else options.samples or SAMPLES,
+        samples=sum(1 for _ in samplers.grid(space)) if kind == "grid" else options.samples or SAMPLES,
         seeds=tuple(base.train.seed + k for k in range(options.seeds)),
         rungs=(),
         steps=steps,
@@ -167,9 +168,9 @@ def make_plan(words: Sequence[str], options: Options) -> Plan:
         check_trial(plan, params, config)
         configs.append(config)
     if options.rungs is None:
-        marks = rungs.default_rungs(steps, every)
+        marks = asha.default_rungs(steps, every)
         return replace(plan, rungs=tuple(r for r in marks if not any(burns_in(c, r - 1) for c in configs)))
-    marks = rungs.parse_rungs(options.rungs, steps, every)
+    marks = asha.parse_rungs(options.rungs, steps, every)
     early = [r for r in marks if any(burns_in(c, r) for c in configs)]
     if early:
         raise ConfigError(

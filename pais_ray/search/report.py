@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from pais_ray import plots
-from pais_ray.data.storage import replace_text
-from pais_ray.overlays import Dumper, Tree
-from pais_ray.search.ledger import Ledger, Standing
+from pais_ray.config.overlays import Dumper, Tree
+from pais_ray.figures import charts
+from pais_ray.files.atomic import replace_text
 from pais_ray.search.plan import Plan
 from pais_ray.search.space import Params, Range, short_names
+from pais_ray.search.trials import Ledger, Standing
 
 FIGURES = ("parallel.png", "parameters.png")
 
@@ -97,7 +97,7 @@ def write(plan: Plan, ledger: Ledger, result: dict[str, Any]) -> None:
     names = short_names(list(plan.space))
     log = {names[path] for path, d in plan.space.items() if isinstance(d, Range) and d.kind == "loguniform"}
     tried = [
-        plots.Tried(
+        charts.Tried(
             params={names[path]: value for path, value in s.params.items()},
             ap=s.ap,
             spread=s.spread,
@@ -107,7 +107,7 @@ def write(plan: Plan, ledger: Ledger, result: dict[str, Any]) -> None:
         if s.ap is not None
     ]
     figures = [plan.root / "figures" / name for name in FIGURES] if tried else []
-    for draw, path in zip((plots.parallel_coordinates, plots.parameter_scatter), figures, strict=False):
+    for draw, path in zip((charts.parallel_coordinates, charts.parameter_scatter), figures, strict=False):
         draw(tried, log, path)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pais_ray.config import Config, build
-from pais_ray.overlays import ConfigError, Tree, parse, resolve
-from pais_ray.plugins import did_you_mean
+from pais_ray.config.overlays import ConfigError, Tree, parse, resolve
+from pais_ray.config.tree import Config, build
+from pais_ray.modeling.registry import did_you_mean
 
 Params = dict[str, Any]  # dotted name -> value
 DIGITS = 6  # significant ones of a drawn number: short in tables, and finer than any setting needs

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pais_ray import plugins
-from pais_ray.config import Config
-from pais_ray.optim import Schedule, build_optimizer
-from pais_ray.train.checkpoints import CheckpointError, Snapshot, read_state, verify, write
+from pais_ray.config.tree import Config
+from pais_ray.modeling import registry
+from pais_ray.modeling.optim import Schedule, build_optimizer
+from pais_ray.runs.checkpoints import CheckpointError, Snapshot, _load_weights, read_state, write
 
-ROLES = ("teacher", "student")
 COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks", "cap")
 
 
@@ -101,7 +100,7 @@ def build_state(
     """A fresh TrainState, the same on every rank: the seed is the run's. ``pretrained`` False leaves
     segmentor.weights unread, for a checkpoint that is about to replace them."""
     torch.manual_seed(config.train.seed)
-    student = plugins.segmentor(config.segmentor.name)(num_classes, config.segmentor, pretrained=pretrained)
+    student = registry.segmentor(config.segmentor.name)(num_classes, config.segmentor, pretrained=pretrained)
     student.to(device).train()
     optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.train.precision == "fp16")
@@ -110,25 +109,9 @@ def build_state(
     return TrainState(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, cap=cap)
 
 
-def load_segmentor(segmentor: nn.Module, folder: Path, role: str) -> None:
-    """Loads one role's weights (``teacher`` or ``student``) of a checkpoint into ``segmentor``."""
-    verify(folder)
-    _load_weights(segmentor, folder / f"{role}.safetensors")
-
-
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory: a copy each, on the CPU.
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: does not fit this model ({str(error).splitlines()[-1].strip()}); "
-            "resume with the segmentor settings of the run's config.yaml"
-        ) from error
 
 
 def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,40 +7,24 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pais_ray import geometry
-from pais_ray.optim import Schedule, set_lr
-from pais_ray.structures import Batch, Predictions, Targets
+from pais_ray.modeling.optim import Schedule, set_lr
+from pais_ray.modeling.precision import autocast
+from pais_ray.modeling.protocols import Method
+from pais_ray.structures import geometry
+from pais_ray.structures.batch import Batch, Predictions, Targets
 from pais_ray.train.state import TrainState
 
 Metrics = dict[str, Tensor | float]
+
 # What must be finite: a teacher that is not would propose nothing, and nobody would see why.
 WATCHED = ("loss", "teacher_norm", "pseudo/score_sum", "pseudo/iou_sum")
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Method(Protocol):
-    """What the step asks of a method (methods/*): frozen hyper-parameters and three small functions."""
-
-    @property
-    def uses_unlabeled(self) -> bool: ...
-    @property
-    def score_threshold(self) -> float: ...
-    @property
-    def labeled_weights(self) -> dict[str, float]: ...
-    @property
-    def unlabeled_weights(self) -> dict[str, float]: ...
-    def labeled_weight(self, step: int) -> float: ...
-    def unlabeled_weight(self, step: int) -> float: ...
-    def decay(self, step: int) -> float: ...
-    def keeps(self, predictions: Predictions) -> Tensor: ...
-    def pseudo_labels(self, predictions: Predictions) -> Targets: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +270,3 @@ def without_sync(network: nn.Module) -> Iterator[None]:
     """Gradients of all but the last micro-batch stay local."""
     with network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext():
         yield
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast for ``precision`` on ``device``; fp32 leaves everything as it is."""
-    return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "fp32")

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pais_ray.segmentors.mask_rcnn import MaskRCNN, MaskRCNNConfig
-from pais_ray.structures import Predictions
+from pais_ray.modeling.segmentors.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from pais_ray.structures.batch import Predictions
 
 
 class _Config(MaskRCNNConfig):

@@ -15,7 +15,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs.checkpoints import checkpoint_folder, checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,8 +22,9 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from pais_ray.cli import main
-from pais_ray.tracking import read_run_id
-from pais_ray.train.checkpoints import checkpoint_folder, checkpoints, metric_rows
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs.checkpoints import checkpoint_folder, checkpoints
+from pais_ray.tracking.record import read_run_id
 from tests.faults.harness import (
     Driver,
     assert_same_end,
@@ -38,7 +39,7 @@ from tests.faults.harness import (
     words,
     workers,
 )
-from tests.servers import mlflow_server
+from tests.support.servers import mlflow_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 MINUTES = float(os.environ.get("MINUTES", "20"))

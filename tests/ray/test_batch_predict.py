@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pais_ray import batch_predict
 from pais_ray.cli import main
-from pais_ray.data.validate import DataError
-from pais_ray.inference import Predictor, image_records
+from pais_ray.data.validation.rules import DataError
+from pais_ray.inference import batch
+from pais_ray.inference.predictor import Predictor, image_records
 from tests.ray.test_main_job import wait_for
-from tests.untrained import untrained_run
+from tests.support.untrained import untrained_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -85,14 +85,14 @@ def test_a_bucket_and_a_list_of_its_images(cluster, run, tiny_coco, tmp_path):
 
 
 def test_listings(tiny_coco, tmp_path):
-    root, found = batch_predict.listing(f"file://{tiny_coco}/images", None)
-    assert (root, found) == (f"file://{tiny_coco}/images", batch_predict.listing(f"{tiny_coco}/images", None)[1])
+    root, found = batch.listing(f"file://{tiny_coco}/images", None)
+    assert (root, found) == (f"file://{tiny_coco}/images", batch.listing(f"{tiny_coco}/images", None)[1])
     assert len(found) == 16
     with pytest.raises(ValueError, match="--images: expected"):
-        batch_predict.listing(f"{tiny_coco}/val.json", None)
+        batch.listing(f"{tiny_coco}/val.json", None)
     with pytest.raises(ValueError, match="no credentials"):
-        batch_predict.listing("s3://key:secret@bucket/images", None)
+        batch.listing("s3://key:secret@bucket/images", None)
     leads_out = tmp_path / "out.json"
     leads_out.write_text(json.dumps({"images": [{"id": 1, "file_name": "../x.png"}]}))
     with pytest.raises(DataError, match="image-path"):
-        batch_predict.listing(str(leads_out), "s3://bucket/images")
+        batch.listing(str(leads_out), "s3://bucket/images")

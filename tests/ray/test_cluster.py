@@ -16,12 +16,12 @@ from urllib.parse import urlencode
 import pytest
 from pyarrow import fs
 
-from pais_ray.train.checkpoints import metric_rows
-from pais_ray.train.run_directory import steps_made
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs.directory import steps_made
 from tests.faults.harness import assert_same_end, events, steps_logged
-from tests.ray.nodes import RAY, Nodes, command_line, nodes, processes
 from tests.ray.test_main_job import wait_for, words
-from tests.untrained import untrained_run
+from tests.support.nodes import RAY, Nodes, command_line, nodes, processes
+from tests.support.untrained import untrained_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 SUBMIT = [sys.executable, "-m", "pais_ray.cli", "submit"]

@@ -18,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from pais_ray.cli import main
-from pais_ray.config import compose
-from pais_ray.train import launch, run_directory
-from pais_ray.train.checkpoints import checkpoints, metric_rows, newest_verified
+from pais_ray.config.tree import compose
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs import directory
+from pais_ray.runs.checkpoints import checkpoints, newest_verified
+from pais_ray.train.driver import launch
 from tests.faults.harness import assert_same_end, steps_logged
-from tests.mlflow_runs import history
-from tests.servers import mlflow_server
+from tests.support.mlflow_runs import history
+from tests.support.servers import mlflow_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
@@ -206,7 +208,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
     assert "resume with:" in output
-    stopped_at = run_directory.steps_made(root)
+    stopped_at = directory.steps_made(root)
     assert 2 <= stopped_at < STEPS, output
     launch.train(compose(words(tiny_coco, storage, "interrupted")))
     assert_same_end(root, undisturbed, STEPS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pais_ray.config import compose
-from pais_ray.train import launch
+from pais_ray.config.tree import compose
+from pais_ray.train.driver import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 

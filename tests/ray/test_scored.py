@@ -10,13 +10,14 @@ import torch
 from click.testing import CliRunner
 
 from pais_ray.cli import main
-from pais_ray.config import compose
-from pais_ray.data.sources import read_coco
-from pais_ray.train import launch, prepare
-from pais_ray.train.checkpoints import metric_rows
+from pais_ray.config.tree import compose
+from pais_ray.data.annotations.coco import read_coco
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs import prepare
+from pais_ray.train.driver import launch
+from tests.data.test_scored_masks import results_of
 from tests.faults.harness import weights
 from tests.ray.test_main_job import words
-from tests.test_scored import results_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 STEPS = 4

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from ray.util import placement_group_table
 
 from pais_ray.cli import main
-from pais_ray.config import load
-from pais_ray.search.ledger import Ledger
-from pais_ray.train.checkpoints import checkpoints, metric_rows
+from pais_ray.config.tree import load
+from pais_ray.files.json_lines import metric_rows
+from pais_ray.runs.checkpoints import checkpoints
+from pais_ray.search.trials import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 8

@@ -12,17 +12,21 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pais_ray.cli import main
-from pais_ray.cli.sharding import source_of
-from pais_ray.config import DataConfig, compose
-from pais_ray.data import pipeline, shards, sources
-from pais_ray.data.images import decode
-from pais_ray.data.plan import StepPlan, rows_of
-from pais_ray.data.shard_writer import Source, write_shards
-from pais_ray.train import launch
-from pais_ray.train.prepare import read_data
-from tests.cutting_proxy import CuttingProxy
+from pais_ray.cli.data.shard import source_of
+from pais_ray.config.sections import DataConfig
+from pais_ray.config.tree import compose
+from pais_ray.data.annotations import coco, rle
+from pais_ray.data.annotations.records import CocoDataset, Record
+from pais_ray.data.images.images import decode
+from pais_ray.data.shards import dataset
+from pais_ray.data.shards.writer import Source, write_shards
+from pais_ray.data.stream import pipeline
+from pais_ray.data.stream.plan import StepPlan, rows_of
+from pais_ray.runs.prepare import read_data
+from pais_ray.train.driver import launch
 from tests.faults.harness import assert_same_end
 from tests.ray.test_main_job import STEPS, words
+from tests.support.cutting_proxy import CuttingProxy
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 IMAGES = 1500  # of 8 x 8 px
@@ -41,15 +45,15 @@ def many(bucket, tmp_path_factory) -> str:
     records = []
     for i in range(IMAGES):
         Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
-        records.append(sources.Record(image_id=i, path=str(folder / f"{i}.png"), height=8, width=8))
-    nothing = sources.CocoDataset(path="", categories=(), records=(), sha256="", truth={}, num_crowd=0, num_dropped=0)
+        records.append(Record(image_id=i, path=str(folder / f"{i}.png"), height=8, width=8))
+    nothing = CocoDataset(path="", categories=(), records=(), sha256="", truth={}, num_crowd=0, num_dropped=0)
     source = Source(train=nothing, parts={"unlabeled": records}, truth={}, split=None)
     write_shards(f"s3://{bucket}/many", source, rows_per_group=16, rows_per_file=256)
     return f"s3://{bucket}/many"
 
 
 def feed_of(url: str, lanes: int) -> pipeline.Feed:
-    records, groups = shards.by_group(shards.read_part(url, "unlabeled"))
+    records, groups = dataset.by_group(dataset.read_part(url, "unlabeled"))
     plan = StepPlan(
         seed=3,
         num_labeled=0,
@@ -125,7 +129,7 @@ def test_labels_of_shards_are_not_in_the_feed_and_those_read_are_the_sources(clu
             record = truth[sample.image_id]
             assert torch.equal(sample.boxes, torch.from_numpy(record.boxes))
             assert sample.labels.tolist() == record.labels.tolist()
-            masks = sources.decode_rle(record.rles, record.height, record.width)
+            masks = rle.decode_rle(record.rles, record.height, record.width)
             assert torch.equal(sample.masks, torch.from_numpy(masks))
         for sample in row.labeled + row.unlabeled:
             path = truth[sample.image_id].path
@@ -140,7 +144,7 @@ def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
         data = io.BytesIO()
         Image.new("RGB", (8, 8), (i, 0, 0)).save(data, "PNG")
         client.put_object(Bucket=bucket, Key=f"plain/{i}.png", Body=data.getvalue())
-    records = sources.read_unlabeled(f"s3://{bucket}/plain", None)
+    records = coco.read_unlabeled(f"s3://{bucket}/plain", None)
     plan = StepPlan(seed=0, num_labeled=0, num_unlabeled=3, labeled=0, unlabeled=3)
     (row,) = pipeline.step_rows(pipeline.make_feed(plan, (), records), rows_of(0, 1, 1, 1, 0))
     assert {(s.image_id, int(s.image[0, 0, 0])) for s in row.unlabeled} == {(0, 0), (1, 1), (2, 2)}

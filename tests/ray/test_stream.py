@@ -4,18 +4,19 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pais_ray.data import pipeline, sources, splits
-from pais_ray.data.plan import StepPlan, rows_of
+from pais_ray.data.annotations import coco, records, splits
+from pais_ray.data.stream import pipeline
+from pais_ray.data.stream.plan import StepPlan, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def parts(tiny_coco):
-    dataset = sources.read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images"))
+    dataset = coco.read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images"))
     split = splits.split([r.image_id for r in dataset.records], 0.25, 1)
     by_id = {r.image_id: r for r in dataset.records}
-    return [by_id[i] for i in split.labeled_ids], [sources.unlabel(by_id[i]) for i in split.unlabeled_ids]
+    return [by_id[i] for i in split.labeled_ids], [records.unlabel(by_id[i]) for i in split.unlabeled_ids]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_pixels_are_those_of_the_files(feed, parts):
 
     import torch
 
-    from pais_ray.data.images import decode
+    from pais_ray.data.images.images import decode
 
     paths = {r.image_id: r.path for part in parts for r in part}
     row = next(pipeline.step_rows(feed, rows_of(3, 1, 1, 1, 0)))

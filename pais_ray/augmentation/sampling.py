@@ -1,0 +1,105 @@
+"""TODO docstring."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from pais_ray.augmentation.pixel_ops import COLOURS, Colour
+from pais_ray.augmentation.presets import AugmentConfig, Kind, Step, ViewConfig
+from pais_ray.augmentation.sample import Sample
+from pais_ray.structures import geometry
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything drawn for one image's view, on the CPU."""
+
+    size: tuple[int, int]  # (h, w) of the view, before padding
+    flip: bool
+    steps: tuple[Step, ...]  # in the order of application
+    colour: tuple[Colour, int]  # operation and level
+    moved: Tensor  # (3, 3) float64, the geometric operation: view px -> view px
+    patches: tuple[tuple[int, int, int, int], ...]  # x1, y1, x2, y2 px of the view
+    matrix: Tensor  # (3, 3) float64: original px -> view px, all of the above composed
+
+
+def view_seed(seed: int, row: int, slot: int, kind: Kind | Literal["photometric"]) -> int:
+    """The seed of one view: a hash of the run's seed, the global row, the position in it and the kind."""
+    digest = hashlib.blake2b(f"{seed}/{row}/{slot}/{kind}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
+    """Draws the view of an image of ``size`` = (H, W) px. The same arguments give the same plan anywhere."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    height, width = size
+    short = rng.integers(config.short_side[0], config.short_side[1], endpoint=True)
+    ratio = min(short / min(size), config.long_side / max(size))
+    view = (max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5)))
+    flip = bool(rng.random() < config.flip)
+    steps = _draw_order(config, rng)
+    name, level = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(*config.colour_level, endpoint=True))
+    moved = _draw_move(config, view, rng) if config.geometric else geometry.identity()
+    patches = _draw_patches(config, view, rng) if config.erase else ()
+    matrix = geometry.scale(view[1] / width, view[0] / height)
+    if flip:
+        matrix = geometry.flip_horizontal(view[1]) @ matrix
+    return Plan(
+        size=view,
+        flip=flip,
+        steps=steps,
+        colour=(name, level),
+        moved=moved,
+        patches=patches,
+        matrix=moved @ matrix,
+    )
+
+
+def _draw_order(config: ViewConfig, rng: np.random.Generator) -> tuple[Step, ...]:
+    steps: list[Step] = ["colour", "geometric", "erase"]
+    shuffled = [steps[i] for i in rng.permutation(3)]
+    if config.order == "erase_last":
+        shuffled.sort(key=lambda step: step == "erase")  # stable: the other two stay shuffled
+    return tuple(step for step in shuffled if getattr(config, step))
+
+
+def _draw_move(config: ViewConfig, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """One of four (method 3), (3, 3) float64. Matrices refer to the unpadded view."""
+    height, width = size
+    choice, first, second = rng.integers(4), rng.uniform(-1, 1), rng.uniform(-1, 1)
+    center = (width / 2, height / 2)
+    if choice == 0:
+        return geometry.translate(first * config.translate * width, 0.0)
+    if choice == 1:
+        return geometry.translate(0.0, first * config.translate * height)
+    if choice == 2:
+        return geometry.rotate(first * config.rotate, center)
+    # The paper's code has tanh where tan was meant: at most .48 at 30 degrees.
+    largest = np.radians(config.shear)
+    return geometry.shear(float(np.tanh(first * largest)), float(np.tanh(second * largest)), center)
+
+
+def _draw_patches(
+    config: ViewConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[tuple[int, int, int, int], ...]:
+    height, width = size
+    patches = []
+    for _ in range(rng.integers(*config.erase_count, endpoint=True)):
+        if config.erase_holes:
+            w, h = config.erase_holes[rng.integers(len(config.erase_holes))]
+            x, y = int(rng.integers(width)), int(rng.integers(height))
+        else:
+            share = rng.uniform(*config.erase_ratio)
+            w, h = int(share * width), int(share * height)
+            x, y = (int(rng.integers(width - w, endpoint=True)), int(rng.integers(height - h, endpoint=True)))
+        patches.append((x, y, min(x + w, width), min(y + h, height)))
+    return tuple(patches)
+
+
+def plan(samples: list[Sample], config: AugmentConfig, seed: int, kind: Kind) -> list[Plan]:
+    """One plan a sample; each depends on its own row, slot and size only, never on its neighbours."""
+    view = config.view(kind)
+    return [draw(view, (s.image.shape[1], s.image.shape[2]), view_seed(seed, s.row, s.slot, kind)) for s in samples]

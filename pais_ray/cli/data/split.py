@@ -1,0 +1,169 @@
+"""`pais-ray split`: which images are labeled."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pais_ray.cli.options import FAILED, echo, json_option, verb, write_json
+
+if TYPE_CHECKING:
+    from pais_ray.data.annotations.splits import SplitManifest
+
+
+class DataFirst(click.Group):
+    """Takes `data=FOLDER`, as the verbs with WORDS do, for the option --data."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [f"--{arg}" if arg.startswith("data=") else arg for arg in args])
+
+
+@click.group(cls=DataFirst, invoke_without_command=True)
+@click.option("--annotations", type=click.Path(), help="COCO JSON of the training images, or Cityscapes' gtFine/train.")
+@click.option("--data", help="Or the folder of a data set, also as data=FOLDER.")
+@click.option("--protocol", type=click.Choice(["coco", "cityscapes"]), help="The paper's shares and folds.")
+@click.option("--labeled", type=float, multiple=True, help="Share of the images to label, 0.1; repeatable.")
+@click.option("--fold", type=int, multiple=True, help="Which draw; repeatable. Default: the protocol's, or 1.")
+@click.option("--unlabeled", help="COCO JSON or folder of other images: all of --annotations labeled (100 %).")
+@click.option("--holdout", type=float, help="Share of the images to hold out for validation first, 0.2.")
+@click.option("--cover", is_flag=True, help="See that every class is labeled, instead of a plain random draw.")
+@click.option("--out", type=click.Path(file_okay=False), help="Directory for the manifests.")
+@json_option
+@click.pass_context
+@verb
+def split(
+    context: click.Context,
+    annotations: str | None,
+    data: str | None,
+    protocol: str | None,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    unlabeled: str | None,
+    holdout: float | None,
+    cover: bool,
+    out: str | None,
+    json_path: str | None,
+) -> None:
+    """Which images are labeled, as manifests for data.split: `split --annotations A.json --protocol coco --out DIR`.
+
+    Needs the annotations, no images (with data=FOLDER both are there). Equal input gives equal files, wherever and in
+    whatever order it is read."""
+    if context.invoked_subcommand is not None:
+        return
+    if (annotations is None) == (data is None) or out is None:
+        raise click.UsageError("give --out, and --annotations or data=FOLDER")
+    if data is None and not (protocol or labeled or unlabeled):
+        raise click.UsageError("give one of --protocol, --labeled, --unlabeled")
+    if data is not None and unlabeled is not None:
+        raise click.UsageError("--unlabeled goes with --annotations; data=FOLDER has its own")
+    from pais_ray.data.annotations.coco import read_unlabeled
+    from pais_ray.data.annotations.splits import draw
+    from pais_ray.data.sources.readers import read_annotations
+
+    if annotations is None:
+        made = draw_of_folder(str(data), protocol, labeled, fold, holdout, cover)
+    else:
+        others = None if unlabeled is None else read_unlabeled(unlabeled, None, look=False)
+        made = draw(read_annotations(annotations), protocol, labeled, fold, others, cover=cover, holdout=holdout)
+    write_manifests(made, Path(out), protocol or "labeled", json_path)
+
+
+def draw_of_folder(
+    folder: str,
+    protocol: str | None,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    holdout: float | None,
+    cover: bool,
+) -> "list[SplitManifest]":
+    """The manifests of the data set in a folder: of the shares asked for, or of all labels. Where it has unlabeled
+    images of its own, these are the unlabeled part, with what loses its labels."""
+    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.tree import compose_data
+    from pais_ray.data.annotations.coco import read_unlabeled
+    from pais_ray.data.annotations.splits import draw, manifest, with_left
+    from pais_ray.data.sources.readers import read_labeled
+
+    spelt = spell_out([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
+    for line in spelt.found:
+        echo(line)
+    data = compose_data(spelt.words)
+    train = read_labeled(*data.part("train"))
+    shares = labeled or (() if protocol else (1.0,))
+    made = draw(train, protocol, shares, fold, cover=cover, holdout=data.holdout)
+    if data.unlabeled is None:
+        return made
+    others = read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
+    val = read_labeled(*data.part("val")).records if not data.holds_out else ()
+    return [manifest(with_left(m.split, train, others, val), train, m.sampling) for m in made]
+
+
+@split.command("import")
+@click.argument("published", type=click.Path(exists=True, dir_okay=False))
+@click.option("--annotations", type=click.Path(), required=True, help="The COCO JSON that the lists were made for.")
+@click.option("--labeled", type=float, multiple=True, help="Only these shares, 0.01; repeatable. Default: all.")
+@click.option("--fold", type=int, multiple=True, help="Only these seeds; repeatable. Default: all.")
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for the manifests.")
+@json_option
+@verb
+def split_import(
+    published: str,
+    annotations: str,
+    labeled: tuple[float, ...],
+    fold: tuple[int, ...],
+    out: str,
+    json_path: str | None,
+) -> None:
+    """Manifests of a PUBLISHED file: Unbiased Teacher's COCO_supervision.txt, or the labeled file of a pair
+    instances_train2017.SEED@PERCENT.json / -unlabeled.json (SoftTeacher, STAC)."""
+    from pais_ray.data.sources.published_splits import import_splits
+    from pais_ray.data.sources.readers import read_annotations
+
+    made = import_splits(published, read_annotations(annotations), labeled, fold)
+    write_manifests(made, Path(out), Path(published).name.split(".")[0].lower(), json_path)
+
+
+@split.command("diff")
+@click.argument("a", type=click.Path(exists=True, dir_okay=False))
+@click.argument("b", type=click.Path(exists=True, dir_okay=False))
+@json_option
+@verb
+def split_diff(a: str, b: str, json_path: str | None) -> None:
+    """What two manifests have in common; exit code 1 where they differ, as with diff."""
+    from pais_ray.data.annotations.splits import difference, read_manifest
+
+    tree = difference(read_manifest(a), read_manifest(b))
+    write_json(json_path, tree)
+    echo(f"A {a}\nB {b}")
+    echo("annotations: " + ("the same" if tree["same_source"] else "others: ids may mean other images"))
+    for part in ("labeled_ids", "unlabeled_ids", "held_out_ids"):
+        found = tree[part]
+        numbers = f"{found['both']} in both, {len(found['only_a'])} in A only, {len(found['only_b'])} in B only"
+        echo(f"{part.removesuffix('_ids')}: {numbers}")
+    changed = {name: counts for name, counts in tree["classes"].items() if counts[0] != counts[1]}
+    for name, (in_a, in_b) in changed.items():
+        echo(f"  {name}: {in_a} -> {in_b} labeled instances")
+    echo("the same split" if tree["same"] else "not the same split")
+    if not tree["same"]:
+        sys.exit(FAILED)
+
+
+def write_manifests(made: Sequence["SplitManifest"], out: Path, name: str, json_path: str | None) -> None:
+    """One file each, named by share and fold, and a line on what it holds."""
+    rows = []
+    for manifest in made:
+        split = manifest.split
+        path = out / f"{name}_{100 * split.labeled:g}pct_fold{split.fold}.json"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(manifest.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise click.UsageError(f"--out {out}: {error}") from error
+        counts = f"{len(split.labeled_ids)} labeled + {len(split.unlabeled_ids)} unlabeled"
+        counts += f" + {len(split.held_out_ids)} held out" if split.held_out_ids else ""
+        absent = f", no instance of {', '.join(manifest.absent)}" if manifest.absent else ""
+        echo(f"{path}: {counts}, sha256 {split.sha256[:12]}{absent}")
+        rows.append({"path": str(path), "labeled": split.labeled, "fold": split.fold, "sha256": split.sha256})
+    write_json(json_path, {"manifests": rows})

@@ -1,0 +1,197 @@
+"""The Config: typed sections, built from words, with one clear line for each mistake."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import models_json_schema
+
+from pais_ray.augmentation.presets import AugmentConfig
+from pais_ray.config.identity import plain_tree
+from pais_ray.config.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
+from pais_ray.config.sections import (
+    FREE,
+    BatchConfig,
+    DataConfig,
+    GuardConfig,
+    RunConfig,
+    ScalingConfig,
+    Section,
+    TrainConfig,
+)
+from pais_ray.data.shards import dataset
+from pais_ray.modeling import registry
+from pais_ray.modeling.optim import OptimConfig, Schedule, plan_schedule
+from pais_ray.modeling.registry import did_you_mean
+from pais_ray.tracking.settings import TrackingConfig
+
+
+class Config(Section):
+    """Everything a run is told. ``segmentor`` and ``method`` hold the models of the chosen plugins."""
+
+    data: DataConfig = DataConfig()
+    views: AugmentConfig = AugmentConfig()
+    batch: BatchConfig = BatchConfig()
+    segmentor: Any = Field(description="the Config of the segmentor called segmentor.name")
+    method: Any = Field(description="the method called method.name")
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    guards: GuardConfig = Field(default=GuardConfig(), json_schema_extra=FREE)
+    scaling: ScalingConfig = Field(default=ScalingConfig(), json_schema_extra=FREE)
+    run: RunConfig = Field(default=RunConfig(), json_schema_extra=FREE)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, json_schema_extra=FREE)
+
+    @field_validator("segmentor", "method")
+    @classmethod
+    def _is_model(cls, value: Any) -> Any:
+        if not (isinstance(value, BaseModel) and hasattr(value, "name")):
+            raise ValueError(f"expected a pydantic model with a name, got {value!r}; compose() builds it from settings")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        size = self.data.image_size
+        if self.views.image_size not in (None, size):
+            raise ValueError(f"views.image_size: set data.image_size instead, got {self.views.image_size}")
+        # The one derived value: users know it as data.image_size, views work with it.
+        object.__setattr__(self, "views", self.views.model_copy(update={"image_size": size}))
+        name, unlabeled = self.method.name, self.batch.unlabeled
+        if self.method.uses_unlabeled and unlabeled == 0:
+            raise ValueError(f"batch.unlabeled: {name} learns from unlabeled images, got 0; set batch.unlabeled=3")
+        if not self.method.uses_unlabeled and unlabeled > 0:
+            raise ValueError(f"batch.unlabeled: {name} uses none, got {unlabeled}; set batch.unlabeled=0")
+        leaves_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
+        leaves_none &= not dataset.is_shards(self.data.train)  # they may hold a split: reading them tells
+        if self.method.uses_unlabeled and leaves_none:
+            raise ValueError(
+                f"data.labeled: {name} needs unlabeled images and 1 leaves none; set data.labeled=0.1, or "
+                "data.unlabeled to a folder or JSON, or add the word supervised to learn from the labeled ones alone"
+            )
+        if self.data.pseudo_labels is not None and not self.method.uses_unlabeled:
+            raise ValueError(f"data.pseudo_labels: {name} learns from labeled images alone; set it to null")
+        return self
+
+
+def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Config:
+    """The Config that ``words`` spell: names of files in ``search`` (config_dirs() unless given) or paths to
+    .yaml, left to right, then `a.b=value` overrides; data=FOLDER stands for the settings that its layout implies.
+    Raises ConfigError, or DataError where the folder is not recognised."""
+    return build(resolve(words, search))
+
+
+def compose_data(words: Sequence[str], search: Sequence[Path] | None = None) -> DataConfig:
+    """The section `data:` alone of what ``words`` spell; they need to name neither segmentor nor method."""
+    section: DataConfig = _typed(DataConfig, resolve(words, search).get("data", {}), "data")
+    return section
+
+
+def load(path: Path | str) -> Config:
+    """The Config of one file, as written by ``dump``."""
+    return build(resolve([str(path)]))
+
+
+def dump(config: Config) -> str:
+    """YAML that is itself an overlay: ``load`` gives the same Config back."""
+    return yaml.dump(plain_tree(config), Dumper=Dumper, sort_keys=False, width=110)
+
+
+def run_schedule(config: Config) -> Schedule:
+    """The run's schedule, scaled from the reference batch to this run's."""
+    batch = config.batch
+    images = config.scaling.most * batch.accumulation * (batch.labeled + batch.unlabeled)
+    return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
+
+
+def rows_a_step(schedule: Schedule, config: Config) -> int:
+    """Global rows of an optimizer step: the run's, whatever number of ranks shares them."""
+    return schedule.images_per_step // (config.batch.labeled + config.batch.unlabeled)
+
+
+def json_schema() -> Tree:
+    """A JSON schema of overlay files, for editors."""
+    plugged: dict[str, list[type[BaseModel]]] = {
+        "segmentor": [registry.segmentor(n).Config for n in registry.segmentor_names()],
+        "method": [registry.method(n) for n in registry.method_names()],
+    }
+    models: list[type[BaseModel]] = [Config, *plugged["segmentor"], *plugged["method"]]
+    refs, schema = models_json_schema([(m, "validation") for m in models])
+    root = schema["$defs"].pop("Config")
+    for name, choices in plugged.items():
+        root["properties"][name] = {"anyOf": [refs[(m, "validation")] for m in choices]}
+    overlay = {"type": "object", "properties": dict(root["properties"]), "additionalProperties": False}
+    root["properties"][PER_SEGMENTOR] = {"type": "object", "additionalProperties": overlay}
+    return {**{k: v for k, v in root.items() if k != "required"}, "$defs": schema["$defs"]}
+
+
+def build(tree: Tree) -> Config:
+    """The Config of merged settings. Raises ConfigError."""
+    sections: Tree = {}
+    for name, value in tree.items():
+        if name not in Config.model_fields:
+            raise ConfigError(f"{name}: no such section{_choices(name, list(Config.model_fields), 'a config')}")
+        if not isinstance(value, Mapping):
+            remedy = f"; write {name}.name={value}" if name in ("segmentor", "method") else ""
+            raise ConfigError(f"{name}: expected settings, got {value!r}{remedy}")
+    if "image_size" in tree.get("views", {}):
+        raise ConfigError("views.image_size: derived; set data.image_size")
+    for kind, names, plugged in (
+        ("segmentor", registry.segmentor_names, lambda n: registry.segmentor(n).Config),
+        ("method", registry.method_names, registry.method),
+    ):
+        sections[kind] = _typed(_plugin(kind, tree.get(kind, {}), names, plugged), tree.get(kind, {}), kind)
+    for name, field in Config.model_fields.items():
+        if name in tree and name not in sections:
+            assert isinstance(field.annotation, type)
+            sections[name] = _typed(field.annotation, tree[name], name)
+    return _typed(Config, sections, "")
+
+
+def _plugin(kind: str, tree: Tree, names: Callable[[], list[str]], find: Callable[[str], Any]) -> type[BaseModel]:
+    name = tree.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{kind}.name: none chosen; name one of {', '.join(names())}, by a word or {kind}.name=...")
+    try:
+        found: type[BaseModel] = find(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return found
+
+
+def _typed(model: type[BaseModel], tree: Any, where: str) -> Any:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first, more = error.errors()[0], error.error_count() - 1
+        also = f" (and {more} more)" if more else ""
+        raise ConfigError(_line(model, first, where) + also) from error
+
+
+def _line(model: type[BaseModel], error: Any, where: str) -> str:
+    """One pydantic error as one line of ours."""
+    loc = [str(part) for part in error["loc"]]
+    place = ".".join(p for p in [where, *loc] if p)
+    if error["type"] == "extra_forbidden":
+        owner = _owner(model, loc[:-1])
+        return f"{place}: no such setting{_choices(loc[-1], list(owner.model_fields), owner.__name__)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # a validator's own words, with the field first where it looked at several
+        inside = message.partition(":")[0].partition(".")[0] in _owner(model, loc).model_fields
+        return f"{place}.{message}" if place and inside else f"{place}: {message}" if place else message
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        hint = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+    return f"{place}: {message[:1].lower()}{message[1:]}; got {str(error['input'])[:80]!r}{hint}"
+
+
+def _owner(model: type[BaseModel], loc: Sequence[str]) -> type[BaseModel]:
+    for part in loc:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+    return model
+
+
+def _choices(name: str, names: list[str], owner: str) -> str:
+    return f"{did_you_mean(name, names)} ({owner} has {', '.join(names)})"

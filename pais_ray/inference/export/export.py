@@ -1,0 +1,249 @@
+"""One role of a run as a folder that serves: safetensors and config always, ONNX with its runner, and what proves it.
+
+The folder is a checkpoint of one role (see train/state.py) that `open_exported` reads; run.py in it needs no torch.
+The whole prediction is one graph for images of any size, one image a call: padding images of two sizes to one
+would change what group norms see, and so the predictions.
+
+Legend: H x W px of a padded view.
+"""
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pais_ray.augmentation.views import PAD
+from pais_ray.config.tree import Config, dump, load
+from pais_ray.data.annotations import ground_truth
+from pais_ray.data.annotations.records import Record
+from pais_ray.data.images.reader import Reader
+from pais_ray.evaluation import coco
+from pais_ray.inference.export import onnx_runner
+from pais_ray.inference.export.onnx_runner import FORMAT, MODEL, Detector
+from pais_ray.inference.predictor import Predictor, choose_checkpoint, predict_records, read_picture
+from pais_ray.modeling import registry
+from pais_ray.runs.checkpoints import MANIFEST, ROLES, load_segmentor, write_manifest
+
+OPSET = 18  # what the exporter writes first; newer ones are translations of it
+EXAMPLE = (160, 192)  # px of the view that is traced: all sides differ, on every level of the pyramid
+RAW_IMAGES, RAW_TOLERANCE = 5, 1e-3  # images whose raw outputs are compared; largest difference allowed
+AP_TOLERANCE = 1e-3
+RUNNER = "run.py"  # what onnx_runner.py is called in the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """ONNX against PyTorch, both on the CPU in fp32."""
+
+    raw_images: int
+    raw: dict[str, float]  # output -> largest absolute difference
+    images: int  # of the run's validation images
+    pytorch: dict[str, float | None]  # segm_AP, bbox_AP
+    onnx: dict[str, float | None]
+
+    @property
+    def holds(self) -> bool:
+        """Every difference is within its tolerance; where one has no figure, the other has none either."""
+        near = [
+            a == b or (a is not None and b is not None and abs(a - b) <= AP_TOLERANCE)
+            for a, b in zip(self.pytorch.values(), self.onnx.values(), strict=True)
+        ]
+        return all(near) and all(value <= RAW_TOLERANCE for value in self.raw.values())  # NaN is not
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    role: str = "teacher",
+    checkpoint: str = "best",
+    onnx: bool = True,
+    images: int | None = None,
+) -> dict[str, Any]:
+    """Writes the folder ``out`` and returns its manifest. ``images`` caps the validation images that AP is compared on.
+
+    Raises ValueError where a package is missing, the segmentor has no graph, or the test view is not deterministic.
+    """
+    folder = choose_checkpoint(run, role, checkpoint)
+    predictor = Predictor.open(run, role=role, checkpoint=str(folder), device="cpu")
+    facts: dict[str, Any] = {
+        "segmentor": predictor.config.segmentor.name,
+        "role": role,
+        "run": run.resolve().name,
+        "step": json.loads((folder / "state.json").read_text())["step"],
+        "categories": predictor.categories,
+    }
+    if onnx:
+        facts["onnx"] = onnx_facts(predictor)
+    names = write_weights(predictor, out, role)
+    if not onnx:
+        return write_manifest(out, names, facts)
+    click.echo("writing the graph", err=True)
+    write_graph(predictor.segmentor, out / MODEL)
+    shutil.copyfile(onnx_runner.__file__, out / RUNNER)
+    write_manifest(out, [*names, MODEL], facts)  # the runner reads it
+    parity = compare(predictor, Detector(out), images)
+    facts["parity"] = asdict(parity) | {"holds": parity.holds}
+    return write_manifest(out, [*names, MODEL], facts)
+
+
+def onnx_facts(predictor: Predictor) -> dict[str, Any]:
+    """What the manifest says of the ONNX file. Raises ValueError where it cannot be made."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise ValueError(f"{error}; `pip install pais-ray[export]`, or use --format safetensors") from error
+    if not hasattr(predictor.segmentor, "graph"):
+        raise ValueError(f"segmentor {predictor.config.segmentor.name}: has no graph(); use --format safetensors")
+    modules = {"torch": torch, "onnx": onnx, "onnxscript": onnxscript, "onnxruntime": onnxruntime}
+    return {
+        "format": FORMAT,
+        "opset": OPSET,
+        "size": f"any, padded to multiples of {PAD} px",
+        "input": input_of(predictor.config),
+        "versions": {name: module.__version__ for name, module in modules.items()},
+    }
+
+
+def write_weights(predictor: Predictor, out: Path, role: str) -> list[str]:
+    """Weights and config, in the place of an earlier export; the names of the files."""
+    if (out / "state.json").exists():
+        raise ValueError(f"--out: {out} is a checkpoint of a run; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, MODEL, RUNNER, *(f"{r}.safetensors" for r in ROLES)):
+        (out / name).unlink(missing_ok=True)
+    names = [f"{role}.safetensors", "config.yaml"]
+    save_file({k: v.contiguous() for k, v in predictor.segmentor.state_dict().items()}, out / names[0])
+    (out / names[1]).write_text(dump(predictor.config))
+    return names
+
+
+def open_exported(folder: Path, device: str = "cpu") -> Predictor:
+    """The segmentor of an exported folder, from its safetensors and config. ValueError where a file is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no {MANIFEST}; give a folder that `pais-ray export` wrote") from error
+    config, categories = load(folder / "config.yaml"), manifest["categories"]
+    segmentor = registry.segmentor(config.segmentor.name)(len(categories), config.segmentor, pretrained=False)
+    load_segmentor(segmentor, folder, manifest["role"])
+    where = torch.device(device)
+    return Predictor(segmentor=segmentor.to(where).eval(), config=config, categories=categories, device=where)
+
+
+def input_of(config: Config) -> dict[str, int]:
+    """How the runner makes a view. ValueError where the run's own test view is drawn at random or changes colours."""
+    view = config.views.view("test")
+    short, last = view.short_side
+    if short != last or view.flip or view.colour or view.geometric or view.erase:
+        raise ValueError(
+            "views.test: expected one short_side and no flip, colour, geometric or erase; nothing to export"
+        )
+    return {"short_side": short, "long_side": view.long_side, "multiple": PAD}
+
+
+def write_graph(segmentor: nn.Module, path: Path) -> None:
+    """The segmentor's graph() as ONNX, for one image of any size."""
+    from onnxscript import opset18 as op
+
+    def stable_sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # Among equal values TopK gives the first one first.
+        count = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+        return op.TopK(values, count, axis=dim, largest=descending)
+
+    graph = segmentor.graph().eval()  # type: ignore[operator]
+    example = (torch.rand(1, 3, *EXAMPLE), torch.tensor([[EXAMPLE[0] - 10, EXAMPLE[1] - 10]]))
+    height, width = torch.export.Dim("height"), torch.export.Dim("width")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch and torchvision
+        names = list(graph(*example))
+        program = torch.onnx.export(
+            graph,
+            example,
+            input_names=["images", "size"],
+            output_names=names,
+            dynamic_shapes=({2: PAD * height, 3: PAD * width}, None),
+            opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
+
+
+def compare(predictor: Predictor, detector: Detector, images: int | None = None) -> Parity:
+    """Raw outputs on the first validation images, and AP on all of them, or the first ``images``; with a bar."""
+    dataset = predictor.validation()
+    records = dataset.records[:images]
+    precise = predictor.config.train.model_copy(update={"precision": "fp32"})
+    config = predictor.config.model_copy(update={"train": precise})
+    ids = [c["id"] for c in predictor.categories]
+    raw: dict[str, float] = {}
+    for record in records[:RAW_IMAGES]:
+        found = raw_differences(predictor.segmentor, detector, read_picture(record))
+        raw = {name: float(np.maximum(value, raw.get(name, 0.0))) for name, value in found.items()}  # NaN stays
+    truth = ground_truth.load_ground_truth(dataset.truth, [r.image_id for r in records])
+    ours = list(predict_records(predictor.segmentor, _bar(records, "PyTorch"), config, ids, predictor.device))
+    reader = Reader()
+    theirs = [e for r in _bar(records, "ONNX") for e in detector.results(read_picture(r, reader), r.image_id)]
+    return Parity(
+        raw_images=len(records[:RAW_IMAGES]),
+        raw=raw,
+        images=len(records),
+        pytorch=_average_precision(truth, ours),
+        onnx=_average_precision(truth, theirs),
+    )
+
+
+def raw_differences(segmentor: nn.Module, detector: Detector, image: np.ndarray) -> dict[str, float]:
+    """Largest absolute difference of each raw output on one image (H, W, 3) uint8."""
+    images, size = detector.view(image)
+    names = [output.name for output in detector.session.get_outputs()]
+    values = detector.session.run(names, {"images": images, "size": size})
+    found = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+    expected = segmentor.graph().heads(torch.from_numpy(images), torch.from_numpy(size), found)  # type: ignore[operator]
+    return {name: _largest(found[name] - value) for name, value in expected.items()}
+
+
+def parity_table(parity: dict[str, Any]) -> str:
+    """The manifest's ``parity`` as text."""
+    lines = [f"{'':34}{'PyTorch':>9}{'ONNX':>9}{'difference':>12}{'allowed':>9}"]
+    for name, value in parity["raw"].items():
+        where = f"{name}, {parity['raw_images']} images"
+        lines.append(f"{where:34}{'':18}{value:>12.1e}{RAW_TOLERANCE:>9g}")
+    for name, ours in parity["pytorch"].items():
+        theirs, where = parity["onnx"][name], f"{name.replace('_', ' ')}, {parity['images']} images"
+        if ours is None or theirs is None:
+            lines.append(
+                f"{where:34}{'-' if ours is None else f'{ours:.4f}':>9}{'-' if theirs is None else f'{theirs:.4f}':>9}"
+            )
+        else:
+            lines.append(f"{where:34}{ours:>9.4f}{theirs:>9.4f}{abs(ours - theirs):>12.1e}{AP_TOLERANCE:>9g}")
+    return "\n".join(lines)
+
+
+def _average_precision(truth: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float | None]:
+    scores = coco.score(truth, results)
+    return {f"{kind}_AP": scores[kind]["AP"] for kind in coco.IOU_TYPES}
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _bar(records: Iterable[Record], label: str) -> Iterator[Record]:
+    with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        yield from bar

@@ -1,0 +1,77 @@
+"""Name -> the one class its file defines. The folder is the registry: a new method is a new file.
+
+Torch-free until a class is asked for.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MARKS = {"segmentor": "Config", "method": "pseudo_labels"}  # what a class of that kind defines
+
+
+def segmentor_names() -> list[str]:
+    """What `segmentor.name` may be, from the folder listing."""
+    return _names("segmentors")
+
+
+def method_names() -> list[str]:
+    """What `method.name` may be, from the folder listing."""
+    return _names("methods")
+
+
+def segmentor(name: str) -> Any:
+    """The segmentor class ``name``, called with (number of classes, config); ``Config`` models its section.
+
+    ``name`` is a file in pais_ray/segmentors or a dotted module path. Raises ValueError on any other."""
+    return _load("segmentor", name)
+
+
+def method(name: str) -> Any:
+    """The method class ``name``, a frozen pydantic model, its own section's model.
+
+    ``name`` is a file in pais_ray/methods or a dotted module path. Raises ValueError on any other."""
+    return _load("method", name)
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """``; did you mean 'alpha'?`` where one of ``names`` is near, else nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(p.stem for p in (HERE / folder).glob("[!_]*.py"))
+
+
+def _load(kind: str, name: str) -> type[Any]:
+    names = _names(f"{kind}s")
+    if name not in names and "." not in name:
+        raise ValueError(
+            f"{kind}.name: no {kind} is called {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})"
+        )
+    path = f"pais_ray.modeling.{kind}s.{name}" if name in names else name
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not path.startswith(error.name or path):  # something else is missing: the file's own trouble
+            raise
+        raise ValueError(
+            f"{kind}.name: no module {name!r} to import; put it on PYTHONPATH, or use one of {', '.join(names)}"
+        ) from error
+    return _only_class(kind, module)
+
+
+def _only_class(kind: str, module: Any) -> type[Any]:
+    own = [c for n, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__ and n[0] != "_"]
+    found = [c for c in own if MARKS[kind] in vars(c)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{kind}.name: expected {module.__name__} to define one public class with `{MARKS[kind]}`, "
+            f"it defines {', '.join(c.__name__ for c in found) or 'none'}"
+        )
+    return found[0]

@@ -1,0 +1,171 @@
+"""A run's pseudo-labels against the truth that training did not see: tables and figures 1 and 6 of the paper."""
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pais_ray.augmentation.sample import Sample
+from pais_ray.augmentation.views import make_views
+from pais_ray.config.tree import Config
+from pais_ray.data.annotations import rle
+from pais_ray.data.annotations.records import LabeledRecord, annotated
+from pais_ray.data.annotations.splits import SplitManifest
+from pais_ray.data.sources.readers import read_labeled
+from pais_ray.evaluation import pseudo_labels
+from pais_ray.figures.audit import draw_audit
+from pais_ray.inference.predictor import Predictor, read_picture
+from pais_ray.structures.batch import Predictions, Targets
+from pais_ray.structures.masks import Masks
+
+SEEN_ABOVE = 0.05  # class score: below it a detection is noise, and there are a hundred an image
+TAUS_CLS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # with the paper's .35
+TAUS_IOU = (0.0, 0.3, 0.5, 0.7)  # with the paper's .30
+
+Json = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What the images so far have shown: sums and rows, no masks."""
+
+    rows: list[pseudo_labels.Row] = field(default_factory=list)  # a prediction each, with ``kept``
+    kept: dict[str, int] = field(default_factory=lambda: {"kept": 0, "truth": 0, "correct": 0})
+    truth_of_class: torch.Tensor  # (C,) instances
+    kept_of_class: torch.Tensor  # (C,)
+
+
+def audit(
+    run: Path,
+    out: Path,
+    *,
+    annotations: str | None = None,
+    images: str | None = None,
+    number: int = 200,
+    role: str = "teacher",
+    checkpoint: str = "best",
+    device: str | None = None,
+) -> Json:
+    """Looks at ``number`` images with a role of a run and writes predictions.csv, audit.json and audit.png to ``out``.
+
+    The images are the run's unlabeled ones, whose annotations training never saw, or those of ``annotations``.
+    """
+    predictor = Predictor.open(run, role=role, checkpoint=checkpoint, device=device)
+    if annotations is None:
+        records = hidden(run, predictor.config)
+    else:
+        records = annotated(predictor.validation(annotations, images))
+    chosen = random.Random(0).sample(records, min(number, len(records)))
+    findings = look(predictor, chosen)
+    report = {"run": str(run), "role": role, "images": len(chosen), **conclude(findings, predictor)}
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "predictions.csv").open("w", newline="") as file:
+        names = ["image_id", "class", "score", "iou_predicted", "iou_true", "class_correct", "matched", "kept"]
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(findings.rows)
+    (out / "audit.json").write_text(json.dumps(report, indent=1))
+    draw_audit(findings.rows, report, out / "audit.png")
+    return report
+
+
+def hidden(run: Path, config: Config) -> Sequence[LabeledRecord]:
+    """The run's unlabeled images with their annotations. Raises ValueError where there are none."""
+    if config.data.unlabeled is not None:
+        raise ValueError(
+            f"{run}: its unlabeled images are those of {config.data.unlabeled}, of which no truth is known; "
+            "give --annotations and --images of annotated ones"
+        )
+    ids = set(SplitManifest.from_json((run / "split.json").read_text()).split.unlabeled_ids)
+    records = annotated(read_labeled(*config.data.part("train"), config.data.limits()))
+    found = [record for record in records if record.image_id in ids]
+    if not found:
+        raise ValueError(
+            f"{run}: every image was labeled in training, or lies in shards; give --annotations and --images of others"
+        )
+    return found
+
+
+def look(predictor: Predictor, records: Sequence[LabeledRecord]) -> Findings:
+    """Predictions and truth of the images, one image in memory at a time."""
+    num_classes = len(predictor.categories)
+    findings = Findings(
+        truth_of_class=torch.zeros(num_classes, dtype=torch.int64),
+        kept_of_class=torch.zeros(num_classes, dtype=torch.int64),
+    )
+    method = predictor.config.method
+    for record in records:
+        predictions, truth, size = seen(predictor.segmentor, record, predictor.config, predictor.device)
+        keeps = method.keeps(predictions)
+        order = predictions.scores.argsort(descending=True, stable=True)
+        table = pseudo_labels.pseudo_label_table(predictions, truth, size, record.image_id)
+        for row, kept in zip(table, keeps[order].tolist(), strict=True):
+            if row["score"] > SEEN_ABOVE or kept:
+                findings.rows.append({**row, "kept": kept})
+        counts = pseudo_labels.precision_recall([predictions[keeps]], [truth], [size])
+        for name in findings.kept:
+            findings.kept[name] += int(counts[name] or 0)
+        findings.truth_of_class += pseudo_labels.class_counts([truth], num_classes)
+        findings.kept_of_class += pseudo_labels.class_counts([predictions[keeps]], num_classes)
+    return findings
+
+
+def seen(
+    segmentor: torch.nn.Module, record: LabeledRecord, config: Config, device: torch.device
+) -> tuple[Predictions, Targets, tuple[int, int]]:
+    """The predictions, the truth and the size (H, W) px of a record's test view, on the CPU."""
+    image = torch.from_numpy(read_picture(record)).permute(2, 0, 1).contiguous()
+    views = make_views([Sample(image=image, image_id=record.image_id, row=0, slot=0)], config.views, 0, "test", device)
+    masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
+    whole = Targets(
+        boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
+    )
+    with torch.no_grad():
+        found = segmentor.predict(views)[0].to("cpu")  # type: ignore[operator]
+    height, width = views.sizes[0].tolist()
+    return found, whole.warp(views.matrix[0].cpu(), views.sizes[0].cpu()), (height, width)
+
+
+def conclude(findings: Findings, predictor: Predictor) -> Json:
+    """The content of audit.json, without what names the run."""
+    rows, counts = findings.rows, findings.kept
+    columns = {name: pseudo_labels.column(rows, name) for name in ("score", "iou_predicted", "iou_true", "matched")}
+    return {
+        "kept": {
+            **counts,
+            "precision": counts["correct"] / counts["kept"] if counts["kept"] else None,
+            "recall": counts["correct"] / counts["truth"] if counts["truth"] else None,
+        },
+        "mask_iou": pseudo_labels.calibration(columns["iou_predicted"], columns["iou_true"]),
+        "score": pseudo_labels.calibration(columns["score"], columns["matched"]),
+        "thresholds": pseudo_labels.threshold_grid(rows, TAUS_CLS, TAUS_IOU),
+        "classes": [
+            {"name": category["name"], "truth": int(true), "kept": int(kept)}
+            for category, true, kept in zip(
+                predictor.categories, findings.truth_of_class, findings.kept_of_class, strict=True
+            )
+        ],
+    }
+
+
+def summary(report: Json) -> str:
+    """What a person wants to know first."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    kept, iou, score = report["kept"], report["mask_iou"], report["score"]
+    return "\n".join(
+        [
+            f"{report['images']} images, {report['role']}: {kept['kept']} pseudo-labels of {kept['truth']} instances",
+            f"precision {number(kept['precision'])}, recall {number(kept['recall'])} (right class, mask IoU of .5)",
+            f"predicted mask IoU: Pearson {number(iou['pearson'])} with the true one, "
+            f"calibration error {number(iou['ece'])}, bias {number(iou['bias'])}",
+            f"class score: calibration error {number(score['ece'])}, bias {number(score['bias'])}",
+        ]
+    )

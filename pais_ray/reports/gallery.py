@@ -1,0 +1,67 @@
+"""What runs see on the same validation images, beside the ground truth: the paper's Fig. 5. No Ray."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pais_ray.data.annotations.records import LabeledRecord, annotated
+from pais_ray.data.annotations.rle import decode_rle
+from pais_ray.figures import instances
+from pais_ray.inference.predictor import Predictor, draw_results, read_picture
+
+DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
+
+
+def of_run(root: Path, images: int) -> np.ndarray:
+    """The picture (H, W, 3) uint8 of a run's best teacher: ground truth | predictions, a line an image."""
+    predictor = Predictor.open(root, device="cpu")  # the GPUs that this process sees may be other runs'
+    return gallery({"teacher at its best": predictor}, choose(annotated(predictor.validation()), images))
+
+
+def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) -> np.ndarray:
+    """The same for the best checkpoint of ``role`` of several runs. Raises ValueError where they are not scored on
+    the same images."""
+    names = [root.name for root in roots]
+    titles = names if len(set(names)) == len(names) else [str(root) for root in roots]
+    predictors = {title: Predictor.open(root, role=role) for title, root in zip(titles, roots, strict=True)}
+    datasets = {name: predictor.validation() for name, predictor in predictors.items()}
+    first, dataset = next(iter(datasets.items()))
+    for name, other in datasets.items():
+        if other.sha256 != dataset.sha256:
+            raise ValueError(f"{name} and {first} have other validation annotations; compare them without --out")
+    return gallery(predictors, choose(annotated(dataset), images), draw_above)
+
+
+def choose(records: Sequence[LabeledRecord], count: int) -> list[LabeledRecord]:
+    """``count`` of the images with an instance, evenly spread over them: the same ones for every run."""
+    filled = [record for record in records if len(record.labels)] or list(records)
+    places = np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)
+    return [filled[i] for i in places]
+
+
+def gallery(
+    predictors: Mapping[str, Predictor], records: Sequence[LabeledRecord], draw_above: float = DRAW_ABOVE
+) -> np.ndarray:
+    """A picture (H, W, 3) uint8: ground truth and one column for each of ``predictors`` under its title. All of them
+    know the same categories; instances that score below ``draw_above`` are not drawn."""
+    names = {c["id"]: c["name"] for c in next(iter(predictors.values())).categories}
+    columns = [[truth(record, list(names.values())) for record in records]]
+    for title, predictor in predictors.items():
+        of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for result in predictor.results(records, title):
+            if result["score"] >= draw_above:
+                of_image[result["image_id"]].append(result)
+        columns.append([draw_results(record, of_image[record.image_id], names) for record in records])
+    titles = ["ground truth", *predictors]
+    head = [instances.captioned(column[0], title) for column, title in zip(columns, titles, strict=True)]
+    cells = head + [column[i] for i in range(1, len(records)) for column in columns]
+    return instances.grid(cells, columns=len(columns))
+
+
+def truth(record: LabeledRecord, names: Sequence[str]) -> np.ndarray:
+    """The image (H, W, 3) uint8 with its annotations drawn over it."""
+    masks = decode_rle(record.rles, record.height, record.width).astype(bool)
+    return instances.overlay(read_picture(record), record.boxes, record.labels, None, masks, names)

@@ -1,0 +1,90 @@
+"""The command line as scripts use it: exit codes, JSON, one clear line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from pais_ray.cli import main
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_help_does_not_import_what_costs_seconds():
+    code = "import sys; from pais_ray.cli import main; main(['--help'], standalone_mode=False); "
+    code += "sys.exit(bool({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "evaluate", "predict", "export", "show"):
+        assert verb in done.stdout
+
+
+def test_a_pipe_that_nobody_reads_leaves_work_and_exit_code_as_they_are():
+    code = "import sys; from pais_ray.cli.options import echo; [echo('x' * 99999) for _ in range(3)]; sys.exit(7)"
+    unread, pipe = os.pipe()
+    os.close(unread)
+    done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_show_gives_config_schedule_and_arithmetic(tmp_path):
+    out = tmp_path / "show.json"
+    done = call("show", "coco", "mask_rcnn", "pais", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    assert "batch 4 of reference 16: lr 0.01 -> 0.0025 (linear), steps 220000 -> 880000" in done.output
+    shown = json.loads(out.read_text())
+    assert shown["config"]["method"]["lambda_unlabeled"] == 1.5
+    assert shown["schedule"]["steps"] == 880000
+
+
+def test_show_prints_the_papers_knet():
+    done = call("show", "coco", "knet", "pais")
+    assert done.exit_code == 0, done.output
+    for line in ("lambda_unlabeled: 0.3", "tau_cls: 0.35", "tau_iou: 0.3", "alpha: 4.0", "beta: 4.0"):
+        assert f"\n  {line}\n" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["coco", "mask_rcnn", "pais", "method.alhpa=2"], "method.alhpa: no such setting; did you mean 'alpha'?"),
+        (["coco", "mask_rcnn", "pais", "train.steps=many"], "train.steps: "),
+        (["coco", "mask_rccn", "pais"], "mask_rccn: no such config; did you mean 'mask_rcnn'?"),
+        (["quickstart", "run.storage_path=s3://bucket/runs"], "run.storage_path: "),
+        (["quickstart", "data.train=nowhere.json", "data.val=nowhere.json", "data.images=."], "nowhere.json"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_code_2(words, line):
+    done = call("train", *words)
+    assert done.exit_code == 2
+    errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert "Traceback" not in done.output
+
+
+def test_evaluate_scores_any_results_file(shared_data, tmp_path):
+    reference = shared_data / "eval_reference"
+    for kind in ("segm", "bbox"):
+        out = tmp_path / f"{kind}.json"
+        done = call(
+            "evaluate",
+            *("--annotations", str(reference / "instances_val2014_100.json")),
+            *("--predictions", str(reference / f"instances_val2014_fake{kind}100_results.json")),
+            *("--json", str(out)),
+        )
+        assert done.exit_code == 0, done.output
+        expected = {"segm": 0.320, "bbox": 0.505}[kind]  # published
+        assert json.loads(out.read_text())[kind]["AP"] == pytest.approx(expected, abs=5e-4)
+
+
+def test_evaluate_needs_something_to_evaluate(tmp_path):
+    assert call("evaluate").exit_code == 2
+    assert call("evaluate", "--annotations", str(tmp_path / "none.json"), "--predictions", "x").exit_code == 2
+    assert call("predict", str(tmp_path), "--out", str(tmp_path / "o")).exit_code == 2

@@ -1,0 +1,140 @@
+"""Laws of the step plan: rows are a pure function of (seed, g), passes are whole, world sizes do not matter."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pais_ray.data.stream.plan import StepPlan, rows_here, rows_of
+
+
+def make(seed=0, num_labeled=5, num_unlabeled=7, labeled=1, unlabeled=3):
+    return StepPlan(
+        seed=seed, num_labeled=num_labeled, num_unlabeled=num_unlabeled, labeled=labeled, unlabeled=unlabeled
+    )
+
+
+def in_shards(groups, unlabeled=3, lanes=1, seed=0):
+    """A plan without labeled images, whose unlabeled ones lie in row groups of these sizes."""
+    return StepPlan(
+        seed=seed,
+        num_labeled=0,
+        num_unlabeled=sum(groups),
+        labeled=0,
+        unlabeled=unlabeled,
+        unlabeled_groups=tuple(groups),
+        lanes=lanes,
+    )
+
+
+def walk(plan, rows):
+    return [tuple(np.concatenate(plan.row(g)).tolist()) for g in rows]
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
+    assert walk(make(seed=4), range(50)) == walk(make(seed=4), range(50))
+    assert walk(make(seed=4), range(50)) != walk(make(seed=5), range(50))
+
+
+def test_the_order_is_fixed_for_good():
+    # A change of this order breaks the resume of every run made before it.
+    assert walk(make(), range(4)) == [(3, 4, 5, 1), (2, 6, 2, 0), (1, 3, 2, 1), (0, 4, 6, 0)]
+
+
+@given(
+    num_labeled=st.integers(1, 9),
+    num_unlabeled=st.integers(1, 20),
+    labeled=st.integers(1, 4),
+    unlabeled=st.integers(0, 5),
+)
+def test_every_pass_holds_every_image_once(num_labeled, num_unlabeled, labeled, unlabeled):
+    plan = make(3, num_labeled, num_unlabeled, labeled, unlabeled)
+    passes = 3
+    rows = range(passes * num_labeled * num_unlabeled)
+    for part, size in ((0, num_labeled), (1, num_unlabeled)):
+        drawn = np.concatenate([plan.row(g)[part] for g in rows])
+        for start in range(0, len(drawn) - size + 1, size):
+            assert sorted(drawn[start : start + size]) == list(range(size))
+
+
+def test_passes_are_reshuffled():
+    plan = make(num_labeled=50, labeled=50, unlabeled=0)
+    assert plan.row(0)[0].tolist() != plan.row(1)[0].tolist()
+
+
+@given(per_step=st.integers(1, 9), groups=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=6))
+def test_over_any_sequence_of_world_sizes_steps_see_the_same_rows(per_step, groups):
+    g_next, seen = 0, []
+    for world, steps in groups:
+        world = min(world, per_step)
+        ranks = [rows_of(g_next, steps, per_step, world, rank) for rank in range(world)]
+        for step in range(steps):
+            taken = []
+            for rank, rows in enumerate(ranks):
+                here = rows_here(per_step, world, rank)
+                assert here in (per_step // world, -(-per_step // world))
+                assert len(rows) == here * steps
+                taken += [rows[step * here + i] for i in range(here)]
+            assert sorted(taken) == list(range(g_next, g_next + per_step))
+            seen += taken
+            g_next += per_step
+    assert Counter(seen) == Counter(range(g_next))
+
+
+def test_rows_that_divide_evenly_are_dealt_in_turns():
+    assert [list(rows_of(10, 2, 4, 2, rank)) for rank in range(2)] == [[10, 12, 14, 16], [11, 13, 15, 17]]
+    assert [list(rows_of(0, 2, 3, 2, rank)) for rank in range(2)] == [[1, 4], [0, 2, 3, 5]]  # the first round lacks one
+    with pytest.raises(ValueError, match=r"3 workers cannot share 2 rows"):
+        rows_of(0, 1, 2, 3, 0)
+
+
+def test_an_empty_part_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"batch.unlabeled=3: the data set has no unlabeled images"):
+        make(num_unlabeled=0)
+
+
+shard_plans = st.builds(
+    in_shards,
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    unlabeled=st.integers(1, 5),
+    lanes=st.integers(1, 9),
+    seed=st.integers(0, 3),
+)
+
+
+@given(plan=shard_plans)
+def test_every_pass_over_shards_holds_every_image_once_over_all_lanes_together(plan):
+    size, passes = plan.num_unlabeled, 4
+    drawn = np.concatenate([plan.row(g)[1] for g in range(-(-passes * size // plan.unlabeled))])
+    for start in range(0, passes * size, size):
+        assert sorted(drawn[start : start + size]) == list(range(size))
+
+
+@given(plan=shard_plans)
+def test_each_lane_walks_a_pass_group_after_group(plan):
+    size, lanes = plan.num_unlabeled, plan.lanes
+    group_of = np.repeat(np.arange(len(plan.unlabeled_groups)), plan.unlabeled_groups)
+    walked = [[] for _ in range(lanes)]  # groups that each lane visits in the second pass, one after the other
+    for g in range(-(-2 * size // plan.unlabeled)):
+        for slot, image in enumerate(plan.row(g)[1]):
+            group = group_of[image]
+            if size <= g * plan.unlabeled + slot < 2 * size and walked[g % lanes][-1:] != [group]:
+                walked[g % lanes].append(group)
+    assert all(len(groups) == len(set(groups)) for groups in walked), "a lane comes back to a group"
+    assert sum(map(len, walked)) <= len(plan.unlabeled_groups) + lanes - 1, "lanes share more groups than their ends"
+
+
+@given(size=st.integers(1, 30), unlabeled=st.integers(1, 5), lanes=st.integers(1, 5))
+def test_plain_files_have_the_same_order_in_any_number_of_lanes(size, unlabeled, lanes):
+    plain = make(1, 1, size, 0, unlabeled)
+    laned = StepPlan(seed=1, num_labeled=1, num_unlabeled=size, labeled=0, unlabeled=unlabeled, lanes=lanes)
+    assert walk(plain, range(40)) == walk(laned, range(40))
+
+
+def test_the_order_of_shards_is_fixed_for_good():
+    plan = in_shards([3, 3, 3, 2], unlabeled=2, lanes=2)
+    rows = [plan.row(g)[1].tolist() for g in range(11)]
+    # As above: no run made before it could go on.
+    assert rows == [[5, 4], [0, 1], [3, 8], [2, 10], [7, 6], [9, 1], [6, 8], [2, 0], [7, 3], [10, 9], [4, 5]]

@@ -1,0 +1,200 @@
+"""Laws of `pais-ray validate`: usage, caps, and what malformed files may cost."""
+
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pais_ray.cli import main
+from pais_ray.data.annotations.coco import read_coco
+from pais_ray.data.validation.entries import parsed_bytes
+from pais_ray.data.validation.rules import DataError, Limits
+from tests.support.malformed import (
+    CORPUS,
+    H,
+    W,
+    annotation,
+    call,
+    tree,
+    written,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_wrong_usage_is_exit_code_2(folder):
+    path = written(folder, tree())
+    for arguments in (
+        [],
+        ["--annotations", folder / "none.json"],
+        ["--annotations", folder],
+        ["--annotations", path, "--images", folder / "none"],
+        ["--annotations", path, "--images", path],
+        ["--annotations", path, "coco"],
+        ["--annotations", path, "--frobnicate"],
+        ["--annotations", path, "--max-pixels", 0],
+        ["--annotations", path, "--max-pixels", 10**10],
+        ["--annotations", path, "--fix", path],
+        ["--images", folder],
+        ["quickstart"],
+        ["data.train=nowhere.json", "data.val=nowhere.json", "data.images=."],
+        ["data.max_pixels=many"],
+        ["coco", "--fix", folder / "copy.json"],
+    ):
+        done = call(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert "Traceback" not in done.output
+    (folder / "link.json").symlink_to(path)
+    assert call("--annotations", path, "--fix", folder / "link.json").exit_code == 2
+    assert call("--annotations", path, "--json", folder / "link.json").exit_code == 2
+    assert call("--annotations", path, "--json", path / "out.json").exit_code == 2
+    assert call("--annotations", path, "--json", folder / "a.json", "--fix", folder / "a.json").exit_code == 2
+    assert json.loads(path.read_text()) == tree()
+
+
+@pytest.mark.parametrize("option", ["--json", "--fix"])
+@pytest.mark.parametrize("name", ["x" * 300, "set.json/x.json"])
+def test_what_cannot_be_written_is_wrong_usage(folder, option, name):
+    path = written(folder, tree()).rename(folder / "set.json")
+    done = call("--annotations", path, option, folder / name)
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("option", ["--json", "--fix"])
+def test_no_name_makes_the_source_a_file_aside(folder, option):
+    """OUT.part is a file like any other: where it is the source, writing OUT leaves it as it was."""
+    path, out = written(folder, tree()).rename(folder / "out.json.part"), folder / "out.json"
+    before = path.read_bytes()
+    out.write_text("older")
+    (folder / "link.json").symlink_to(out)
+    assert call("--annotations", path, option, folder / "link.json").exit_code == 0
+    assert path.read_bytes() == before
+    assert (folder / "link.json").is_symlink()
+    assert out.read_text() != "older"
+    assert out.stat().st_mode == path.stat().st_mode, "as the umask has it"
+    assert not [file.name for file in folder.iterdir() if file.name.endswith(".partial")]
+
+
+def test_what_is_no_plain_file_is_written_to(folder):
+    (folder / "null.json").symlink_to("/dev/null")
+    assert call("--annotations", written(folder, tree()), "--json", folder / "null.json").exit_code == 0
+    assert (folder / "null.json").is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("flag", "setting", "value", "rule"),
+    [
+        ("--max-pixels", "max_pixels", H * W - 1, "image-pixels"),
+        ("--max-instances", "max_instances", 1, "image-instances"),
+        ("--max-json-gib", "max_json_gib", 1e-6, "file-size"),
+    ],
+)
+def test_caps_are_settings_that_their_message_names(folder, flag, setting, value, rule):
+    path, out = written(folder, tree()), folder / "out.json"
+    assert call("--annotations", path, flag, value, "--json", out).exit_code == 1
+    found = json.loads(out.read_text())["findings"]
+    assert {finding["rule"] for finding in found} >= {rule}
+    finding = next(f for f in found if f["rule"] == rule)
+    assert f"{setting} = " in finding["message"]
+    assert flag in finding["remedy"]
+    assert f"data.{setting}" in finding["remedy"]
+    with pytest.raises(DataError, match=rule):
+        read_coco(str(path), str(folder), Limits(**{setting: value}))
+    words = [f"data.train={path}", f"data.val={path}", f"data.images={folder}", f"data.{setting}={value:.7f}"]
+    if setting != "max_json_gib":
+        words[-1] = f"data.{setting}={value}"
+    done = CliRunner().invoke(main, ["train", "quickstart", *words, f"run.storage_path={folder / 'runs'}"])
+    assert done.exit_code == 2
+    assert f"[{rule}]" in done.output
+
+
+def limited(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`validate` in a process that may have 2 GiB of addresses and half a minute."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
+    code += "from pais_ray.cli import main; main(['validate', *sys.argv[1:]])"
+    command = [sys.executable, "-c", code, "--annotations", str(path), *map(str, arguments)]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sound",
+        "polygon far out",
+        "polygon with NaN",
+        "polygon that zigzags",
+        "RLE bomb",
+        "RLE too long",
+        "nested deeply",
+    ],
+)
+def test_bombs_stay_within_two_gib(folder, name):
+    content, rule = CORPUS[name]
+    done = limited(written(folder, content), "--json", folder / "out.json", "--fix", folder / "copy.json")
+    assert done.returncode == (1 if rule else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert rule in done.stdout
+
+
+def test_a_large_file_is_refused_by_its_size_and_what_does_not_fit_by_name(folder):
+    path = folder / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(9 << 30)  # takes no room on the disk
+    done = limited(path)
+    assert (done.returncode, "file-size" in done.stdout) == (1, True), done.stderr
+    path.write_bytes(b'{"images":[' + b'{"":0},' * 12_000_000 + b"{}]}")  # 84 MB that become 3 GiB
+    done = limited(path)
+    assert (done.returncode, "file-size" in done.stdout) == (1, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        b"{}",
+        b'{"":0}',
+        b'{"a":{"b":1}}',
+        b"[]",
+        b"[[]]",
+        b"1.5",
+        b"300",
+        b'"ab"',
+        b'"\xf0\x9f\x90\xb1"',
+        b"[1.5,2.5,3.5]",
+        None,
+    ],
+)
+def test_the_estimate_of_memory_bounds_what_parsing_takes(unit):
+    count = 50_000
+    data = b"[" + b",".join([unit] * count) + b"]" if unit else json.dumps({str(i): i for i in range(count)}).encode()
+    tracemalloc.start()
+    parsed = json.loads(data)
+    taken = tracemalloc.get_traced_memory()[1] + len(data)
+    tracemalloc.stop()
+    assert len(parsed) == count
+    assert taken <= parsed_bytes(data) <= 8 * taken
+
+
+def test_long_thin_images_are_no_way_around_the_cap_of_an_outline(folder):
+    """An image of one row lets coordinates reach hundreds of millions of pixels."""
+    wide = 50_000_000
+    content = annotation(segmentation=[[0, 0, 9 * wide, 0, 9 * wide, 1, 0, 1]])
+    content["images"][0] |= {"height": 1, "width": wide}
+    done = limited(written(folder, content))
+    assert done.returncode == 1
+    assert "polygon-outline" in done.stdout
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_the_data(folder):
+    pipe = folder / "pipe.json"
+    os.mkfifo(pipe)
+    done = call("--annotations", pipe)
+    assert done.exit_code == 1
+    assert "file-read" in done.output

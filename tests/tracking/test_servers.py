@@ -1,0 +1,151 @@
+"""MLflow as it is deployed: many writers, a server that is killed, PostgreSQL and an S3-compatible store behind it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pais_ray.cli import main
+from pais_ray.config.tree import compose, dump
+from pais_ray.inference.serving import registry
+from pais_ray.tracking import tracker as tracker_module
+from pais_ray.tracking.record import read_run_id
+from pais_ray.tracking.settings import TrackingConfig, tracking_uri
+from pais_ray.tracking.tracker import Tracker, sync
+from tests.support.mlflow_runs import client, history, opened, tiny_run, write_checkpoint, write_row
+from tests.support.servers import mlflow_server, postgres
+
+WRITERS, ROWS = 8, 20
+
+
+def test_eight_writers_on_a_new_sqlite_store_lose_nothing(tmp_path):
+    """Real processes, forked from one that has paid for the import; all of them find no database."""
+    work = f"""
+import os, sys
+from pathlib import Path
+import pais_ray.tracking.mirror
+from pais_ray.tracking.settings import TrackingConfig
+from pais_ray.tracking.tracker import Tracker
+from tests.support.mlflow_runs import opened, write_row
+
+def write(name):
+    root = opened(Path({str(tmp_path)!r}), name)
+    tracker = Tracker(TrackingConfig(), root)
+    for step in range({ROWS}):
+        write_row(root, step, **{{f"loss/{{i}}": step + i / 10 for i in range(10)}})
+        tracker.changed()
+    tracker.close("FINISHED", timeout=120)
+
+writers = []
+for i in range({WRITERS}):
+    if not (pid := os.fork()):
+        write(f"writer_{{i}}")
+        os._exit(0)
+    writers.append(pid)
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in writers]))
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no writer had anything to warn of"
+    uri = tracking_uri(TrackingConfig(), tmp_path)
+    [experiment] = [e for e in client(uri).search_experiments() if e.name == "pais_ray"]
+    runs = client(uri).search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == [f"writer_{i}" for i in range(WRITERS)]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        for i in range(10):
+            expected = [(step, step + i / 10) for step in range(ROWS)]
+            assert history(uri, run.info.run_id, f"loss/{i}") == expected
+
+
+def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkeypatch):
+    """The deployment of docs/compare.md: `mlflow server` before PostgreSQL and an S3-compatible store."""
+    import boto3
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # else its absence is warned of
+    with postgres(tmp_path) as database, mlflow_server(tmp_path, database, f"s3://{bucket}/runs") as server:
+        config = TrackingConfig(uri=server.url)
+        roots = [
+            tiny_run(tiny_coco, tmp_path / "runs", name, ap, f"tracking.uri={server.url}")
+            for name, ap in (("a", 0.2), ("b", 0.3))
+        ]
+        (roots[0] / "figures" / "curves.png").write_bytes(b"a picture")
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 1, "checkpoints": 0}
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
+        (roots[0] / "mlflow_run_id").unlink()  # found again by its key
+        assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
+        store = client(server.url)
+        ids = [read_run_id(root) for root in roots]
+        for run_id, ap in zip(ids, (0.2, 0.3), strict=True):
+            assert history(server.url, run_id, "teacher/segm_AP") == [(2, ap)]
+            assert store.get_run(run_id).inputs.dataset_inputs[0].dataset.digest
+        versions = [registry.register(root, "shapes") for root in roots]
+        registry.promote(server.url, "shapes")
+        assert str(store.get_registered_model("shapes").aliases["champion"]) == "2"
+        with pytest.raises(registry.Refused, match="worse"):
+            registry.promote(server.url, "shapes", versions[0].version)
+        keys = [entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]]
+        for name in ("figures/curves.png", "config.yaml", "teacher.safetensors", "MLmodel"):
+            assert any(key.startswith("runs/") and key.endswith(name) for key in keys)
+        copy = store.download_artifacts(ids[0], "figures/curves.png", str(tmp_path))
+        assert Path(copy).read_bytes() == b"a picture"
+
+
+def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker_module, "LOOK_EVERY", 0.1)
+    server = mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))
+    config = TrackingConfig(uri=server.url)
+
+    def train(root: Path, steps: range) -> None:
+        for step in steps:
+            write_row(root, step, loss=float(step))
+        write_row(root, steps[-1], **{"teacher/segm_AP": steps[-1] / 10})
+        write_checkpoint(root, steps[-1])
+        (root / "figures").mkdir(exist_ok=True)
+        (root / "figures" / f"{steps[-1]}.png").write_bytes(b"png")
+        tracker.changed()
+
+    def there(upto: int, checkpoints: int) -> bool:
+        run_id = read_run_id(root)
+        if run_id is None or history(server.url, run_id, "loss") != [(i, float(i)) for i in range(1, upto + 1)]:
+            return False
+        run = client(server.url).get_run(run_id)
+        figures = client(server.url).list_artifacts(run_id, "figures")
+        return len(run.outputs.model_outputs if run.outputs else []) == len(figures) == checkpoints
+
+    def wait_for(upto: int, checkpoints: int) -> None:
+        while not there(upto, checkpoints):  # the test's own timeout bounds it
+            tracker.changed()
+            time.sleep(0.05)
+
+    try:
+        root = opened(tmp_path / "runs", "run", config)  # the server is not up yet
+        assert read_run_id(root) is None
+        (root / "config.yaml").write_text(dump(compose(["quickstart", f"tracking.uri={server.url}"])))
+        tracker = Tracker(config, root)
+        train(root, range(1, 4))
+        server.start()
+        wait_for(3, 1)
+        server.kill()
+        train(root, range(4, 7))
+        server.start()
+        wait_for(6, 2)
+        server.kill()
+        train(root, range(7, 10))
+        tracker.close("FINISHED")
+        failed = CliRunner().invoke(main, ["sync", str(root)])
+        assert failed.exit_code == 1
+        server.start()
+        done = CliRunner().invoke(main, ["sync", str(root)])
+        assert done.exit_code == 0, done.output
+        assert "sent 4 metric values, 1 figures and papers, 1 checkpoints" in done.output
+        assert there(9, 3)
+        assert client(server.url).get_run(read_run_id(root)).info.status == "FINISHED"
+        again = CliRunner().invoke(main, ["sync", str(root)])
+        assert "MLflow lacks nothing" in again.output
+        assert there(9, 3)
+    finally:
+        server.kill()

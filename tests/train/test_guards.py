@@ -1,0 +1,216 @@
+"""Laws of the guards: a healthy run hears nothing, a sick one hears it once, and the verdict needs no other rank."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+
+from pais_ray.config.sections import GuardConfig
+from pais_ray.files import console
+from pais_ray.train.driver import launch, progress
+from pais_ray.train.driver.monitor import Monitor
+from pais_ray.train.driver.supervisor import Watch
+from pais_ray.train.driver.watchdog import describe, stuck
+from pais_ray.train.guards import Guards
+from pais_ray.train.worker.loop import Worker
+
+
+@pytest.fixture
+def guards():
+    return Guards(GuardConfig(kept_low=0.5, kept_high=10, kept_steps=100, teacher_gap=0.1, zero_loss_steps=40))
+
+
+def test_a_spike_is_far_above_the_median_and_a_new_level_is_not(guards):
+    assert [guards.gradient(1.0 + 0.1 * (i % 3)) for i in range(30)] == [None] * 30
+    assert "50" in guards.gradient(55.0)
+    assert guards.gradient(math.inf) is None  # skipped steps are told elsewhere
+    told = [guards.gradient(55.0) for _ in range(120)]
+    assert told[0] is not None
+    assert told[-1] is None
+
+
+def test_the_first_steps_are_no_spikes(guards):
+    assert [guards.gradient(n) for n in (0.001, 100.0, 1.0)] == [None] * 3
+
+
+@pytest.mark.parametrize(("kept", "words"), [(0.1, "hardly any"), (30.0, "too many")])
+def test_a_collapse_is_told_once_in_so_many_steps(guards, kept, words):
+    told = [guards.pseudo_labels(kept, 25) for _ in range(8)]
+    assert [t is not None for t in told] == [False, False, False, True] * 2
+    assert words in told[3]
+    assert "100 steps" in told[3]
+
+
+def test_a_teacher_within_its_band_starts_the_count_anew(guards):
+    for _ in range(3):
+        assert [guards.pseudo_labels(k, 30) for k in (0.1, 0.2, 5.0)] == [None] * 3
+    assert guards.pseudo_labels(None, 1000) is None  # a method without pseudo-labels
+
+
+def test_a_teacher_below_the_student(guards):
+    assert guards.teacher(0.30, 0.35) is None
+    assert guards.teacher(None, 0.35) is None
+    assert "0.200" in guards.teacher(0.20, 0.35)
+
+
+def test_labeled_images_without_an_instance_end_the_run_in_time(guards):
+    """Background is still learned: class and objectness are not zero."""
+    zero = {"labeled/class": 0.7, "labeled/objectness": 0.2, "labeled/mask": 0.0, "unlabeled/mask": 3.0}
+    assert guards.labeled_loss(zero, 30) is None
+    assert guards.labeled_loss({**zero, "labeled/mask": 0.2}, 30) is None
+    assert guards.labeled_loss(zero, 30) is None
+    assert "60 steps" in guards.labeled_loss(zero, 30)
+    assert guards.labeled_loss({"labeled/mask": math.nan}, 1000) is None  # that is another trouble
+    assert guards.labeled_loss({"labeled/class": 0.0}, 1000) is None  # no such terms to judge by
+
+
+def beat(rank, **changes):
+    return {"rank": rank, "pid": 1, "node": "n", "step": 7, "stage": "step", "age": 1.0, "silent": 0.5, **changes}
+
+
+LIMITS = GuardConfig(step_s=60, evaluate_s=600)
+
+
+def test_nobody_hangs_within_the_limits_of_the_stage():
+    assert stuck([], LIMITS) is None
+    assert stuck([beat(0, age=59), beat(1, stage="evaluate", age=300)], LIMITS) is None
+
+
+def test_those_that_wait_for_a_longer_stage_wait_as_long_as_it_may_last():
+    late = beat(1, age=300)
+    assert stuck([beat(0, stage="save", age=310, step=6), late], LIMITS) is None
+    assert stuck([beat(0, stage="first_batch", age=310), late], LIMITS) is None
+    assert stuck([beat(0, stage="evaluate", age=601, step=6), late], LIMITS)["rank"] == 0  # beyond its own limit
+    assert stuck([beat(0, stage="save", age=3, step=8), late], LIMITS)["rank"] == 1  # nobody waits for what is ahead
+
+
+def test_a_stop_is_not_taken_back_by_who_asks_for_a_checkpoint():
+    monitor = Monitor.__ray_metadata__.modified_class()
+    for wish in ("save", "stop", "save", ""):
+        monitor.request(wish)
+    assert monitor.beat(beat(0, attempt=1.0)) == "stop"
+
+
+class Trainer:
+    """Stands for Ray's: raises the errors one after the other, then trains."""
+
+    def __init__(self, errors):
+        self.errors, self.names = list(errors), []
+
+    def __call__(self, run_config):
+        self.names.append(run_config.name)
+        return self
+
+    def fit(self):
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+DIED = ray.train.ControllerError(ray.exceptions.ActorDiedError())
+MET = ray.train.ControllerError(ray.exceptions.RayTaskError("f", "...", RuntimeError("connection closed by peer")))
+WRONG = ray.train.ControllerError(ray.exceptions.RayTaskError("f", "...", ImportError("no module of that name")))
+
+
+def test_a_worker_that_dies_while_the_group_is_made_costs_one_of_the_failures(tmp_path):
+    told = []
+    trainer = Trainer([DIED, MET])
+    launch.fit_again(trainer, tmp_path, 2, told.append)
+    assert len(told) == 2
+    assert len(set(trainer.names)) == 3
+    with pytest.raises(ray.train.ControllerError):
+        launch.fit_again(Trainer([DIED, MET, DIED]), tmp_path, 2, told.append)
+    launch.fit_again(Trainer([DIED] * 20), tmp_path, -1, told.append)
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
+    trainer = Trainer([WRONG])
+    with pytest.raises(ray.train.ControllerError):
+        launch.fit_again(trainer, tmp_path, -1, pytest.fail)
+    assert len(trainer.names) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "stopped", "asked", "in_row", "done"),
+    [
+        (4, False, False, 0, ["collect 3", "save", "evaluate"]),
+        (2, False, False, 0, ["collect 1", "save"]),
+        (2, False, False, 1, ["collect 1"]),  # amid a bad streak
+        (3, False, True, 0, ["save", "collect 2"]),
+        (4, False, True, 0, ["save", "collect 3", "collect 3", "save", "evaluate"]),
+        (4, True, False, 0, ["save and wait", "collect 4"]),  # the next start evaluates
+        (8, False, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
+        (8, True, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
+    ],
+)
+def test_what_is_saved_and_evaluated_after_a_step_and_in_which_order(step, stopped, asked, in_row, done):
+    rank = Worker.__new__(Worker)
+    rank.state = SimpleNamespace(step=step, skipped_in_row=in_row)
+    rank.config = SimpleNamespace(train=SimpleNamespace(eval_every=4, checkpoint_every=2))
+    rank.job = SimpleNamespace(schedule=SimpleNamespace(steps=8))
+    made = []
+    rank.evaluate = lambda: made.append("evaluate")
+    rank.collect_scores = lambda up_to: made.append(f"collect {up_to}")
+    rank.save = lambda at_end: made.append("save and wait" if at_end else "save")
+    rank.keep(8, stopped, asked)
+    assert made == done
+
+
+def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
+    waiting = beat(0, age=70)
+    assert stuck([waiting, beat(1, age=70, silent=65)], LIMITS)["rank"] == 1  # its process stands still
+    assert stuck([waiting, beat(1, age=69, step=6)], LIMITS)["rank"] == 1  # it never reached the step
+    assert stuck([waiting, beat(1, age=72)], LIMITS)["rank"] == 1  # it is in it for longest
+    text = describe(beat(1, age=70, silent=65), tmp_path)
+    assert "rank 1 hangs: stage 'step' of step 7 for 70 s, without a sign of life for 65 s" in text
+
+
+class Group:
+    """Stands for the monitor: hears wishes, knows no rank."""
+
+    def __init__(self):
+        self.wishes = []
+        for name, answer in (("drain", []), ("pulse", []), ("silence", None)):
+            setattr(self, name, SimpleNamespace(remote=lambda *_, answer=answer: answer))
+        self.request = SimpleNamespace(remote=self.wishes.append)
+
+
+def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path, monkeypatch):
+    """SIGTERM, twice, while the run waits for room; and training that does not come back."""
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setattr(launch, "NOBODY_S", 0.2)
+    monkeypatch.setattr(launch.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(launch, "fit_again", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(Watch, "look", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    said, group = [], Group()
+    watch = Watch(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
+    assert launch.follow(None, watch, tmp_path, 8, threading.Event())
+    assert group.wishes == ["stop"]
+    assert [row["text"].split(";")[0] for row in said] == [
+        launch.STOPPING,
+        "there is no worker to make another checkpoint",
+        "stopped before the first checkpoint",
+    ]
+
+
+def test_what_nobody_can_read_ends_no_run(monkeypatch):
+    """A log file on a full disk, a closed pipe, a terminal that lacks a letter."""
+    for name in ("/dev/full", os.devnull):
+        with open(name, "w", encoding="ascii") as out:
+            monkeypatch.setattr(console.sys, "stdout", out)
+            console.say("step 10: Größe")
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                out.close()
+        monkeypatch.setattr(console.sys, "stdout", out)
+        console.say("closed")
+        monkeypatch.undo()
+
+
+def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():
+    row = {"step": 7, "last": 16, "eta": 9.0, "lr": 0.1, "time/img_per_s": 1.0, "time/data_wait_share": 0.0}
+    assert "7/16 | no loss, skipped" in progress.progress_line(row)
