@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/augment.py
 
-Both turn uint8 pictures of 480 x 640 px into strong views (scale jitter around 1, flip, one of nine colour
+Both turn uint8 pictures of 480 x 640 px into strong views (scale jitter around 1, flip, one of nine color
 operations, one of four geometric ones, erasing) on one thread. Kornia's probabilities are those of the
-draws here, 1/9 for each colour operation; it computes every operation on every picture all the same.
+draws here, 1/9 for each color operation; it computes every operation on every picture all the same.
 Prints ms an image (median of the rounds, which alternate) and the ratio, to be at most 0.25.
 """
 
@@ -24,7 +24,7 @@ BATCH, ROUNDS, SIZE = 4, 15, (480, 640)
 
 
 def kornia_pipeline() -> torch.nn.Module:
-    colour = [
+    color = [
         K.RandomAutoContrast(p=1 / 9),
         K.RandomEqualize(p=1 / 9),
         K.RandomSolarize((0.1, 0.9), (0.0, 0.0), p=1 / 9),
@@ -43,7 +43,7 @@ def kornia_pipeline() -> torch.nn.Module:
     erase = [K.RandomErasing((0.0025, 0.04), (1.0, 1.0), p=0.5) for _ in range(4)]
     resized = K.RandomAffine(0.0, scale=(0.75, 1.25), p=1.0)
     return K.AugmentationSequential(
-        resized, K.RandomHorizontalFlip(p=0.5), *colour, *geometric, *erase, data_keys=["input"]
+        resized, K.RandomHorizontalFlip(p=0.5), *color, *geometric, *erase, data_keys=["input"]
     )
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (BATCH, 3, 30, 40)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
-    strong = ViewConfig(short_side=(360, 600), colour=True, geometric=True, erase=True)
+    strong = ViewConfig(short_side=(360, 600), color=True, geometric=True, erase=True)
     config = AugmentConfig(strong=strong)
     theirs = kornia_pipeline()
 

@@ -53,7 +53,7 @@ class Files(Dataset):
 
 
 def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -> list[Record]:
-    """JPEGs of coloured noise over a smooth ground; beyond ``distinct`` they are links to earlier ones."""
+    """JPEGs of colored noise over a smooth ground; beyond ``distinct`` they are links to earlier ones."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     records = []

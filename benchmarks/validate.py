@@ -61,8 +61,8 @@ def outline(rng: random.Random, width: int, height: int) -> dict[str, object]:
         lengths = [radius * rng.uniform(0.7, 1) for _ in turns]
         points = [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(lengths, turns, strict=True)]
         polygons.append([round(value, 2) for point in points for value in point])
-        neighbours = zip(lengths, lengths[1:] + lengths[:1], strict=True)
-        area += 0.5 * math.sin(2 * math.pi / count) * sum(a * b for a, b in neighbours)
+        neighbors = zip(lengths, lengths[1:] + lengths[:1], strict=True)
+        area += 0.5 * math.sin(2 * math.pi / count) * sum(a * b for a, b in neighbors)
     xs = [v for p in polygons for v in p[0::2]]
     ys = [v for p in polygons for v in p[1::2]]
     box = [min(xs), min(ys), round(max(xs) - min(xs), 2), round(max(ys) - min(ys), 2)]

@@ -1,6 +1,6 @@
-"""Pixel operations of one view: resize, warp, colour, erase. Images are (3, H, W) float in [0, 1], RGB.
+"""Pixel operations of one view: resize, warp, color, erase. Images are (3, H, W) float in [0, 1], RGB.
 
-Nothing here is random: views.py draws, this file obeys. Colour operations are Kornia functionals chosen for
+Nothing here is random: views.py draws, this file obeys. Color operations are Kornia functionals chosen for
 PIL's meaning of the words (the paper's code calls PIL); tests compare each with PIL.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pais_ray.structures import geometry
 
-Colour = Literal[
+Color = Literal[
     "identity",
     "autocontrast",
     "equalize",
@@ -24,7 +24,7 @@ Colour = Literal[
     "sharpness",
     "posterize",
 ]
-COLOURS: tuple[Colour, ...] = get_args(Colour)
+COLORS: tuple[Color, ...] = get_args(Color)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -52,8 +52,8 @@ def warp(image: Tensor, matrix: Tensor, fill: float) -> Tensor:
     return moved[0].add_(fill).clamp_(0.0, 1.0)
 
 
-def colour(image: Tensor, name: Colour, level: int) -> Tensor:
-    """One colour operation at an integer ``level`` of 1..9 (method 3; PIL's meaning of each word)."""
+def color(image: Tensor, name: Color, level: int) -> Tensor:
+    """One color operation at an integer ``level`` of 1..9 (method 3; PIL's meaning of each word)."""
     factor = 0.18 * level + 0.1
     match name:
         case "identity":
@@ -75,7 +75,7 @@ def colour(image: Tensor, name: Colour, level: int) -> Tensor:
             return enhance.sharpness(image, factor)
         case "posterize":
             return enhance.posterize(_to_levels(image), 4 - int(0.4 * level))
-    raise ValueError(f"colour: no operation named {name!r}; expected one of {', '.join(COLOURS)}")
+    raise ValueError(f"color: no operation named {name!r}; expected one of {', '.join(COLORS)}")
 
 
 def erase(image: Tensor, patches: tuple[tuple[int, int, int, int], ...], fill: tuple[float, float, float]) -> Tensor:

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Kind = Literal["labeled", "weak", "strong", "test"]
 
-Step = Literal["colour", "geometric", "erase"]
+Step = Literal["color", "geometric", "erase"]
 
 Preset = Literal["coco", "coco_knet", "cityscapes", "plain"]
 
@@ -23,7 +23,7 @@ Floats = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class ViewConfig(BaseModel):
-    """The pipeline of one stream: resize, flip, then what is switched on of colour, geometric, erase."""
+    """The pipeline of one stream: resize, flip, then what is switched on of color, geometric, erase."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,11 +36,11 @@ class ViewConfig(BaseModel):
         default=None,
         description="albumentations preset at decode time, labeled stream only; the paper's Cityscapes",
     )
-    colour: bool = Field(default=False, description="always one of nine colour operations")
-    colour_level: Ints = Field(default=(1, 9), description="uniform integer; paper's code randint(1, 10)")
+    color: bool = Field(default=False, description="always one of nine color operations")
+    color_level: Ints = Field(default=(1, 9), description="uniform integer; paper's code randint(1, 10)")
     geometric: bool = Field(default=False, description="always one of translate-x, translate-y, rotate, shear")
     translate: float = Field(default=0.1, ge=0, le=1, description="+- share of the side; paper's code 10 %")
-    rotate: float = Field(default=30.0, ge=0, le=180, description="+- degrees about the centre; paper's code 30")
+    rotate: float = Field(default=30.0, ge=0, le=180, description="+- degrees about the center; paper's code 30")
     shear: float = Field(default=30.0, ge=0, lt=90, description="+- degrees, factor tanh(radians); paper's code 30")
     fill: float = Field(
         default=125 / 255, ge=0, le=1, description="outside the picture, all channels; paper's code 125"
@@ -67,9 +67,9 @@ class ViewConfig(BaseModel):
 
 
 _COCO = {
-    "labeled": ViewConfig(colour=True),
+    "labeled": ViewConfig(color=True),
     "weak": ViewConfig(),
-    "strong": ViewConfig(colour=True, geometric=True, erase=True),
+    "strong": ViewConfig(color=True, geometric=True, erase=True),
     "test": ViewConfig(short_side=(800, 800), flip=0.0),
 }
 
@@ -79,7 +79,7 @@ _CUTOUT: dict[str, Any] = {
     "erase": True,
     "erase_count": (1, 5),
     "erase_holes": ((0, 0), (60, 30), (120, 60), (200, 100), (300, 150), (400, 200)),
-    # The paper's code cuts out zeros after normalisation: the mean colour before it.
+    # The paper's code cuts out zeros after normalization: the mean color before it.
     "erase_fill": (0.485, 0.456, 0.406),
 }
 
@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, ViewConfig]] = {
     "cityscapes": {
         "labeled": ViewConfig(photometric="cityscapes", **_STREET, **_CUTOUT),
         "weak": ViewConfig(**_STREET),
-        "strong": ViewConfig(colour=True, geometric=True, **_STREET, **_CUTOUT),
+        "strong": ViewConfig(color=True, geometric=True, **_STREET, **_CUTOUT),
         "test": ViewConfig(short_side=(1024, 1024), long_side=2048, flip=0.0),
     },
     # The supervised baseline without the semi-supervised augmentation (no dagger): one scale and a flip.

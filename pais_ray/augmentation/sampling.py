@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from pais_ray.augmentation.pixel_ops import COLOURS, Colour
+from pais_ray.augmentation.pixel_ops import COLORS, Color
 from pais_ray.augmentation.presets import AugmentConfig, Kind, Step, ViewConfig
 from pais_ray.augmentation.sample import Sample
 from pais_ray.structures import geometry
@@ -20,7 +20,7 @@ class Plan:
     size: tuple[int, int]  # (h, w) of the view, before padding
     flip: bool
     steps: tuple[Step, ...]  # in the order of application
-    colour: tuple[Colour, int]  # operation and level
+    color: tuple[Color, int]  # operation and level
     moved: Tensor  # (3, 3) float64, the geometric operation: view px -> view px
     patches: tuple[tuple[int, int, int, int], ...]  # x1, y1, x2, y2 px of the view
     matrix: Tensor  # (3, 3) float64: original px -> view px, all of the above composed
@@ -41,7 +41,7 @@ def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
     view = (max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5)))
     flip = bool(rng.random() < config.flip)
     steps = _draw_order(config, rng)
-    name, level = COLOURS[rng.integers(len(COLOURS))], int(rng.integers(*config.colour_level, endpoint=True))
+    name, level = COLORS[rng.integers(len(COLORS))], int(rng.integers(*config.color_level, endpoint=True))
     moved = _draw_move(config, view, rng) if config.geometric else geometry.identity()
     patches = _draw_patches(config, view, rng) if config.erase else ()
     matrix = geometry.scale(view[1] / width, view[0] / height)
@@ -51,7 +51,7 @@ def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
         size=view,
         flip=flip,
         steps=steps,
-        colour=(name, level),
+        color=(name, level),
         moved=moved,
         patches=patches,
         matrix=moved @ matrix,
@@ -59,7 +59,7 @@ def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
 
 
 def _draw_order(config: ViewConfig, rng: np.random.Generator) -> tuple[Step, ...]:
-    steps: list[Step] = ["colour", "geometric", "erase"]
+    steps: list[Step] = ["color", "geometric", "erase"]
     shuffled = [steps[i] for i in rng.permutation(3)]
     if config.order == "erase_last":
         shuffled.sort(key=lambda step: step == "erase")  # stable: the other two stay shuffled
@@ -100,6 +100,6 @@ def _draw_patches(
 
 
 def plan(samples: list[Sample], config: AugmentConfig, seed: int, kind: Kind) -> list[Plan]:
-    """One plan a sample; each depends on its own row, slot and size only, never on its neighbours."""
+    """One plan a sample; each depends on its own row, slot and size only, never on its neighbors."""
     view = config.view(kind)
     return [draw(view, (s.image.shape[1], s.image.shape[2]), view_seed(seed, s.row, s.slot, kind)) for s in samples]

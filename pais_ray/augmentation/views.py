@@ -44,8 +44,8 @@ def _picture(image: Tensor, plan: Plan, config: ViewConfig) -> Tensor:
     if plan.flip:
         view = view.flip(-1)
     for step in plan.steps:
-        if step == "colour":
-            view = pixel_ops.colour(view, *plan.colour)
+        if step == "color":
+            view = pixel_ops.color(view, *plan.color)
         elif step == "geometric":
             view = pixel_ops.warp(view, plan.moved, config.fill)
         else:

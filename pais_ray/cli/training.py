@@ -15,10 +15,10 @@ from pais_ray.cli.options import FAILED, WORDS, echo, json_option, same_command,
 @json_option
 @verb
 def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
-    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose
 
-    spelt = spell_out(words or ("quickstart",))
+    spelt = expand_words(words or ("quickstart",))
     for line in (*spelt.found, *spelt.chosen):
         echo(line)
     config = compose(spelt.words)
@@ -41,10 +41,10 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
 @json_option
 @verb
 def show(words: tuple[str, ...], json_path: str | None) -> None:
-    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose, dump, run_schedule
 
-    spelt = spell_out(words)
+    spelt = expand_words(words)
     for line in (*spelt.found, *spelt.chosen):
         echo(f"# {line}")
     config = compose(spelt.words)

@@ -31,7 +31,7 @@ def config_dirs() -> list[Path]:
     return [d for d in (here.parent / "configs", here / "configs") if d.is_dir()]
 
 
-class Spelt(NamedTuple):
+class ResolvedWords(NamedTuple):
     """Words without data=FOLDER, and what to tell people of it."""
 
     words: list[str]
@@ -39,13 +39,13 @@ class Spelt(NamedTuple):
     chosen: list[str]  # a line on segmentor and method, where they are the DEFAULTS
 
 
-def spell_out(words: Sequence[str], search: Sequence[Path] | None = None) -> Spelt:
+def expand_words(words: Sequence[str], search: Sequence[Path] | None = None) -> ResolvedWords:
     """``words`` with data=FOLDER replaced by the settings that it stands for. What other words say of data wins,
-    wherever they stand. Raises ConfigError, and DataError where the folder is not recognised."""
+    wherever they stand. Raises ConfigError, and DataError where the folder is not recognized."""
     sources = [word.removeprefix(DATA) for word in words if word.startswith(DATA)]
     rest = [word for word in words if not word.startswith(DATA)]
     if not sources:
-        return Spelt(rest, [], [])
+        return ResolvedWords(rest, [], [])
     if len(sources) > 1:
         raise ConfigError(f"data: expected one folder, got {', '.join(sources)}; name parts as data.train and so on")
     folders = config_dirs() if search is None else list(search)
@@ -58,13 +58,13 @@ def spell_out(words: Sequence[str], search: Sequence[Path] | None = None) -> Spe
     missing = [name for section, name in DEFAULTS.items() if not any(_name_of(tree, section) for tree in trees)]
     settings = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in found.settings.items()]
     chosen = [f"no other words, so these: {' '.join(missing)}"] if missing else []
-    return Spelt([*missing, *settings, *rest], found.lines, chosen)
+    return ResolvedWords([*missing, *settings, *rest], found.lines, chosen)
 
 
 def resolve(words: Sequence[str], search: Sequence[Path] | None = None) -> Tree:
     """The settings that ``words`` spell, merged but not yet typed. Raises ConfigError, see also ``spell_out``."""
     folders = config_dirs() if search is None else list(search)
-    words = spell_out(words, folders).words
+    words = expand_words(words, folders).words
     overrides = [w for w in words if "=" in w]
     files = [(w, _read(w, folders)) for w in words if "=" not in w]
     last: Tree = {}

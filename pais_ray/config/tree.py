@@ -78,7 +78,7 @@ class Config(Section):
 def compose(words: Sequence[str], search: Sequence[Path] | None = None) -> Config:
     """The Config that ``words`` spell: names of files in ``search`` (config_dirs() unless given) or paths to
     .yaml, left to right, then `a.b=value` overrides; data=FOLDER stands for the settings that its layout implies.
-    Raises ConfigError, or DataError where the folder is not recognised."""
+    Raises ConfigError, or DataError where the folder is not recognized."""
     return build(resolve(words, search))
 
 
@@ -105,7 +105,7 @@ def run_schedule(config: Config) -> Schedule:
     return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
 
 
-def rows_a_step(schedule: Schedule, config: Config) -> int:
+def rows_per_step(schedule: Schedule, config: Config) -> int:
     """Global rows of an optimizer step: the run's, whatever number of ranks shares them."""
     return schedule.images_per_step // (config.batch.labeled + config.batch.unlabeled)
 

@@ -2,7 +2,7 @@
 
 It differs from COCO's: instances below 100 px and groups are ignore regions, as the void labels are; one prediction
 an object is right, the best scored one; every detection counts; precision is not made monotone, and the area under
-the curve takes the precision of each distinct score times half the recall between its neighbours.
+the curve takes the precision of each distinct score times half the recall between its neighbors.
 Law: the figures of the official evaluation to 1e-4.
 """
 

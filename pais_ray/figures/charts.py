@@ -15,7 +15,7 @@ MOST_MARKS = 5  # different values that are all written at an axis; of more, the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class TrialPoint:
     """One configuration of a search and what it came to."""
 
     params: Mapping[str, object]  # every one has the same settings
@@ -57,8 +57,8 @@ def curves(metrics: Sequence[Mapping[str, object]], path: Path | str) -> None:
     _save_figure(figure, path)
 
 
-def parallel_coordinates(tried: Sequence[Tried], log: Collection[str], path: Path | str) -> None:
-    """An axis a setting and one for the AP, a line a configuration, coloured by its AP; the best one thick,
+def parallel_coordinates(tried: Sequence[TrialPoint], log: Collection[str], path: Path | str) -> None:
+    """An axis a setting and one for the AP, a line a configuration, colored by its AP; the best one thick,
     those stopped early thin and dashed. Settings named in ``log`` have logarithmic axes."""
     from matplotlib.figure import Figure
 
@@ -89,7 +89,7 @@ def parallel_coordinates(tried: Sequence[Tried], log: Collection[str], path: Pat
     _save_figure(figure, path)
 
 
-def parameter_scatter(tried: Sequence[Tried], log: Collection[str], path: Path | str) -> None:
+def parameter_scatter(tried: Sequence[TrialPoint], log: Collection[str], path: Path | str) -> None:
     """AP over each setting: finished configurations filled, with their spread over seeds; those stopped early,
     whose AP is of an earlier step, hollow."""
     from matplotlib.figure import Figure
@@ -158,7 +158,7 @@ def _axis(values: Sequence[object], log: bool) -> tuple[list[float], list[tuple[
 
 
 def _shades(values: Sequence[float]) -> list[object]:
-    """Colours from dark (the lowest) to bright."""
+    """Colors from dark (the lowest) to bright."""
     from matplotlib import colormaps
 
     low, high = min(values), max(values)

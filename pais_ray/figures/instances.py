@@ -26,7 +26,7 @@ Color = tuple[int, int, int]
 
 FILL = 0.4  # opacity of a mask
 
-GREY: Color = (150, 150, 150)
+GRAY: Color = (150, 150, 150)
 
 READABLE = 512  # px: shorter pictures are enlarged by a whole factor, so that tags can be read
 
@@ -67,7 +67,7 @@ def pseudo_label_panel(
 ) -> np.ndarray:
     """A picture (H, W, 3) uint8, a line an image, written to ``path`` as PNG where one is given.
 
-    Left the weak view: pseudo-labels in colour, the best ``max_dropped`` dropped predictions in dashed grey,
+    Left the weak view: pseudo-labels in color, the best ``max_dropped`` dropped predictions in dashed gray,
     each with class, class score c and predicted mask IoU s. Right the strong view with the pseudo-labels
     warped to it.
     """
@@ -126,7 +126,7 @@ def save(image: np.ndarray, path: Path | str) -> None:
 
 
 def color(index: int) -> Color:
-    """The colour of instance ``index``: neighbours in the list are far apart in hue."""
+    """The color of instance ``index``: neighbors in the list are far apart in hue."""
     hue = (0.58 + index * 0.61803398875) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6, 0.95)[index % 3], (1.0, 0.95, 0.8)[index // 3 % 3])
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -153,8 +153,8 @@ def _draw(
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(10, round(max(height, width) / 45)))
     for box, tag in reversed(list(zip(dropped[0] * factor, dropped[1], strict=True))):
-        _dashed(pen, box, GREY, thickness)
-        _tag(pen, box, tag, GREY, font, (height, width))
+        _dashed(pen, box, GRAY, thickness)
+        _tag(pen, box, tag, GRAY, font, (height, width))
     boxes = boxes * factor
     for i in reversed(range(len(boxes))):
         pen.rectangle(_corners(boxes[i]), outline=color(i), width=thickness)

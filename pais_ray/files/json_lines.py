@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class Tail:
+class JsonlReader:
     """New whole lines of a file that grows, and that is written anew where a run goes back to a checkpoint."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ def metric_rows(root: Path, up_to: float = float("inf")) -> list[dict[str, Any]]
     return rows
 
 
-class Lines:
+class JsonlWriter:
     """An append-only file of JSON lines that outlives trouble with storage: what cannot be written waits."""
 
     def __init__(self, path: Path) -> None:

@@ -48,7 +48,7 @@ class BackboneConfig(BaseModel):
         preset = given.get("preset", "r50")
         both = {**(cls.PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
         weights = both.get("weights", "imagenet")
-        if weights is None:  # frozen statistics of nothing would normalise nothing
+        if weights is None:  # frozen statistics of nothing would normalize nothing
             return {"norm": "group", "frozen_stages": -1, **both}
         return {**both, "norm": "frozen_bn"} if weights in NAMED and "norm" not in given else both
 
@@ -68,7 +68,7 @@ class BackboneConfig(BaseModel):
         return self
 
 
-class NormalisePixels(nn.Module):
+class NormalizePixels(nn.Module):
     """RGB in [0, 1] -> ImageNet statistics, zero in the padding. Not part of a checkpoint."""
 
     mean: Tensor
@@ -161,7 +161,7 @@ def load_weights(
 ) -> None:
     """Loads a ResNet classifier's state or one of the whole ``model``.
 
-    Layers under ``class_layers``, whose size is the number of classes, stay as initialised where that number
+    Layers under ``class_layers``, whose size is the number of classes, stay as initialized where that number
     differs; ``heads`` where ``state`` is a classifier; ``optional`` ones where it has none of them. Anything
     else must fit, else ValueError.
     """

@@ -1,6 +1,6 @@
-"""Weighted losses with an explicit normaliser: pure functions, no module, no state.
+"""Weighted losses with an explicit normalizer: pure functions, no module, no state.
 
-Weights are constants (teacher outputs or ones), given per sample; a normaliser says what the weighted sum is
+Weights are constants (teacher outputs or ones), given per sample; a normalizer says what the weighted sum is
 divided by. Wherever nothing is left to divide by, the loss is zero and keeps its graph.
 
 Legend: R samples (RoIs, anchors, kernels), P positives among them, C classes.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from pais_ray.structures.batch import Normaliser
+from pais_ray.structures.batch import Normalizer
 
 # Released code: keeps 0 / 0 out of the IoU of two empty masks, and out of their dice.
 IOU_EPSILON = 1e-6
@@ -21,32 +21,32 @@ DICE_EPSILON = 1e-3
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # released K-Net, and RetinaNet
 
 
-def weighted_mean(values: Tensor, weight: Tensor, positive: Tensor, normaliser: Normaliser) -> Tensor:
-    """Sum of ``weight * values``, each (R,), divided as ``normaliser`` says; ``positive`` (R,) is bool.
+def weighted_mean(values: Tensor, weight: Tensor, positive: Tensor, normalizer: Normalizer) -> Tensor:
+    """Sum of ``weight * values``, each (R,), divided as ``normalizer`` says; ``positive`` (R,) is bool.
 
     `mean`: by R. `pos`: by the number of positives, without which the loss is zero. `pos_neg`: positives by
     their number plus negatives by theirs (Eq. 5). `weight_sum`: by the sum of the weights.
     """
     terms = values * weight
-    if normaliser == "mean":
+    if normalizer == "mean":
         return terms.sum() / max(len(terms), 1)
-    if normaliser == "pos":
+    if normalizer == "pos":
         return _divide(terms.sum(), positive.sum())
-    if normaliser == "pos_neg":
+    if normalizer == "pos_neg":
         pos, neg = positive.to(terms), (~positive).to(terms)
         return _divide((terms * pos).sum(), pos.sum()) + _divide((terms * neg).sum(), neg.sum())
-    if normaliser == "weight_sum":
+    if normalizer == "weight_sum":
         return _divide(terms.sum(), weight.sum())
-    raise ValueError(f"normaliser: expected mean, pos, pos_neg or weight_sum, got {normaliser!r}")
+    raise ValueError(f"normalizer: expected mean, pos, pos_neg or weight_sum, got {normalizer!r}")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor, positive: Tensor, normaliser: Normaliser) -> Tensor:
-    """Softmax cross-entropy of ``logits`` (R, C) and ``labels`` (R,), weighted and normalised."""
-    return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), weight, positive, normaliser)
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor, positive: Tensor, normalizer: Normalizer) -> Tensor:
+    """Softmax cross-entropy of ``logits`` (R, C) and ``labels`` (R,), weighted and normalized."""
+    return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), weight, positive, normalizer)
 
 
-def focal(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Normaliser) -> Tensor:
-    """Sigmoid focal loss of ``logits`` (R, C), summed over the classes of a sample, weighted and normalised.
+def focal(logits: Tensor, labels: Tensor, weight: Tensor, normalizer: Normalizer) -> Tensor:
+    """Sigmoid focal loss of ``logits`` (R, C), summed over the classes of a sample, weighted and normalized.
 
     ``labels`` (R,) are classes, or C for background: there is no such logit, all C are zero then. `mean` and
     `pos` both divide by the number of positives, at least one (K-Net's own, released code); the others as
@@ -56,9 +56,9 @@ def focal(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Normaliser
     wanted = F.one_hot(labels, num_classes + 1)[:, :num_classes].to(logits)
     values = sigmoid_focal_loss(logits, wanted, FOCAL_ALPHA, FOCAL_GAMMA, reduction="none").sum(dim=1)
     positive = labels < num_classes
-    if normaliser in ("mean", "pos"):
+    if normalizer in ("mean", "pos"):
         return (values * weight).sum() / positive.sum().clamp(min=1)
-    return weighted_mean(values, weight, positive, normaliser)
+    return weighted_mean(values, weight, positive, normalizer)
 
 
 def dice(logits: Tensor, targets: Tensor, weight: Tensor, count: int) -> Tensor:
@@ -117,11 +117,11 @@ def mask_iou(iou_logits: Tensor, mask_logits: Tensor, mask_targets: Tensor) -> T
     return binary_cross_entropy(iou_logits, target, torch.ones_like(target), len(target))
 
 
-def same_normaliser(normalisers: Iterable[Normaliser]) -> Normaliser:
-    """The normaliser all targets of a call share; ValueError where they differ."""
-    found = set(normalisers)
+def same_normalizer(normalizers: Iterable[Normalizer]) -> Normalizer:
+    """The normalizer all targets of a call share; ValueError where they differ."""
+    found = set(normalizers)
     if len(found) != 1:
-        raise ValueError(f"Targets.normaliser: expected one for all images of a call, got {sorted(found)}")
+        raise ValueError(f"Targets.normalizer: expected one for all images of a call, got {sorted(found)}")
     return found.pop()
 
 

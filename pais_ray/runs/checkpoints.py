@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what is wrong with it and what to do."""
 
 
-class StorageLost(RuntimeError):
+class StorageLostError(RuntimeError):
     """The last checkpoint of a run could not be written."""
 
 
@@ -131,9 +131,9 @@ class Writer:
                     time.sleep(PAUSE_S * 2**attempt)
                 continue
             self.written.append(snapshot.step)
-            treasured = snapshot.awaited | {int(best["step"]) for best in snapshot.state["best"].values()}
+            protected_steps = snapshot.awaited | {int(best["step"]) for best in snapshot.state["best"].values()}
             try:
-                retain(self.root, self.keep, treasured, snapshot.step)
+                retain(self.root, self.keep, protected_steps, snapshot.step)
             except OSError as error:
                 self.tell(f"old checkpoints could not be looked through ({error})", {"event": "retention_failed"})
             return None
@@ -249,10 +249,10 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted((root / "checkpoints").glob("step_*"))
 
 
-def retain(root: Path, keep: int, treasured: Collection[int], step: int) -> None:
+def retain(root: Path, keep: int, protected_steps: Collection[int], step: int) -> None:
     """Deletes all but the last ``keep`` checkpoints until ``step`` and those of the steps ``treasured``. Later ones are
     not this run's any more: they were passed over as damaged, and are written again."""
-    kept = {checkpoint_folder(root, t) for t in treasured}
+    kept = {checkpoint_folder(root, t) for t in protected_steps}
     made = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
     for folder in made[:-keep]:
         if folder not in kept:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pais_ray.config.identity import changed_identity, flatten
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.tree import Config, dump, load, rows_a_step, run_schedule
+from pais_ray.config.tree import Config, dump, load, rows_per_step, run_schedule
 from pais_ray.data.annotations import splits
 from pais_ray.files import atomic
 from pais_ray.files.console import say
@@ -49,7 +49,7 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
 
 def check_workers(config: Config, schedule: Schedule) -> None:
     """Refuses more workers than a step of this run has rows."""
-    rows = rows_a_step(schedule, config)
+    rows = rows_per_step(schedule, config)
     if config.scaling.most > rows:
         raise ConfigError(
             f"scaling.num_workers: a step of this run has {rows} rows to share, as it began with, and "

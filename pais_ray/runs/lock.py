@@ -16,12 +16,12 @@ LOCK_FILE = ".lock"
 LOCK_S = 5.0  # for a driver that was killed to be gone
 
 
-class HeldError(ConfigError):
+class RunLockedError(ConfigError):
     """Another process has the run directory."""
 
 
 @contextlib.contextmanager
-def held(root: Path) -> Iterator[None]:
+def lock_run(root: Path) -> Iterator[None]:
     """The directory for one driver: two would write over each other's checkpoints. The system lets go of it with the
     process, however that ends. Raises HeldError where another one has it; a file system without locks has none."""
     root.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def held(root: Path) -> Iterator[None]:
                     break
             if time.monotonic() > until:
                 file.seek(0)
-                raise HeldError(
+                raise RunLockedError(
                     f"{root}: in the hands of another process ({file.read() or 'unknown'}); wait for its end or stop "
                     "it, or choose another name"
                 )

@@ -14,7 +14,7 @@ from pais_ray.config.overlays import ConfigError, resolve
 from pais_ray.config.tree import Config, dump, load, run_schedule
 from pais_ray.search import asha, samplers
 from pais_ray.search.space import Choice, Params, Space, check_space, compose_with, read_space
-from pais_ray.search.trials import LEDGER, Ledger
+from pais_ray.search.trials import LEDGER, TrialStore
 
 PAPERS = "search.json"
 KINDS = ("grid", "random", "optuna")
@@ -56,7 +56,7 @@ class Plan:
     def trial_root(self, trial: str) -> Path:
         return self.root / "trials" / trial
 
-    def propose(self, ledger: Ledger) -> tuple[Params, int] | None:
+    def propose(self, ledger: TrialStore) -> tuple[Params, int] | None:
         """The next trial, a configuration and its seed, or None where none may start now. Further seeds of what is
         known come before what is new: means teach Optuna, and are there when the time is up."""
         if self.kind != "optuna":
@@ -75,7 +75,7 @@ class Plan:
                 return params, seed
         return None
 
-    def next_seed(self, ledger: Ledger, params: Params) -> int | None:
+    def next_seed(self, ledger: TrialStore, params: Params) -> int | None:
         """The seed of a configuration's next trial, where it may start now: rungs judge the first one alone, so the
         others wait until that one finished."""
         missing = self.missing(ledger, params)
@@ -83,11 +83,11 @@ class Plan:
         waits = self.rungs and first is not None and first.state != "finished"
         return None if waits or not missing else missing[0]
 
-    def missing(self, ledger: Ledger, params: Params) -> list[int]:
+    def missing(self, ledger: TrialStore, params: Params) -> list[int]:
         """The seeds of a configuration that have no trial yet."""
         return [seed for seed in self.seeds if not ledger.has(params, seed)]
 
-    def has_to_come(self, ledger: Ledger) -> bool:
+    def has_to_come(self, ledger: TrialStore) -> bool:
         """Whether further seeds wait for a first one that runs."""
         return any(t.state == "running" and self.missing(ledger, t.params) for t in ledger.trials)
 
@@ -201,13 +201,13 @@ def burns_in(config: Config, step: int) -> bool:
     return weight(step) == 0 and weight(sys.maxsize) > 0
 
 
-def warm_start(plan: Plan, ledger: Ledger, base: Config, folder: Path) -> int:
+def warm_start(plan: Plan, ledger: TrialStore, base: Config, folder: Path) -> int:
     """Takes up the trials of the search in ``folder`` that differ from this one's in nothing but what it searches
     over, and returns how many. ``base`` has the data paths that trials get. Raises ConfigError where none fits."""
     if not (folder / PAPERS).exists():
         raise ConfigError(f"--warm-start {folder}: not the folder of a search")
     taken, reasons = 0, set()
-    for trial in Ledger(folder / LEDGER).trials:
+    for trial in TrialStore(folder / LEDGER).trials:
         root = Path(trial.folder or folder.absolute() / "trials" / trial.id)
         if trial.state not in ("finished", "stopped"):
             continue

@@ -13,7 +13,7 @@ from pais_ray.figures import charts
 from pais_ray.files.atomic import replace_text
 from pais_ray.search.plan import Plan
 from pais_ray.search.space import Params, Range, short_names
-from pais_ray.search.trials import Ledger, Standing
+from pais_ray.search.trials import Standing, TrialStore
 
 FIGURES = ("parallel.png", "parameters.png")
 
@@ -64,7 +64,7 @@ def overlay_of(best: Standing, plan: Plan, configurations: int) -> str:
     )
 
 
-def to_json(plan: Plan, ledger: Ledger, stopped: str | None) -> dict[str, Any]:
+def to_json(plan: Plan, ledger: TrialStore, stopped: str | None) -> dict[str, Any]:
     """The content of results.json and ``--json``."""
     standings = ledger.standings()
     best = best_of(standings)
@@ -81,7 +81,7 @@ def to_json(plan: Plan, ledger: Ledger, stopped: str | None) -> dict[str, Any]:
     }
 
 
-def write(plan: Plan, ledger: Ledger, result: dict[str, Any]) -> None:
+def write(plan: Plan, ledger: TrialStore, result: dict[str, Any]) -> None:
     """table.txt, results.json, results.csv (a row a trial), and as soon as there is a score best.yaml and figures/."""
     standings = ledger.standings()
     files = {
@@ -97,7 +97,7 @@ def write(plan: Plan, ledger: Ledger, result: dict[str, Any]) -> None:
     names = short_names(list(plan.space))
     log = {names[path] for path, d in plan.space.items() if isinstance(d, Range) and d.kind == "loguniform"}
     tried = [
-        charts.Tried(
+        charts.TrialPoint(
             params={names[path]: value for path, value in s.params.items()},
             ap=s.ap,
             spread=s.spread,
@@ -123,7 +123,7 @@ def _row(standing: Standing) -> dict[str, Any]:
     }
 
 
-def _csv(plan: Plan, ledger: Ledger) -> str:
+def _csv(plan: Plan, ledger: TrialStore) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "configuration", "seed", "state", "step", "teacher/segm_AP", *plan.space])

@@ -12,21 +12,21 @@ from pais_ray.search import report
 from pais_ray.search.asha import goes_on
 from pais_ray.search.plan import Plan
 from pais_ray.search.space import Params, compose_with
-from pais_ray.search.trials import Ledger, Trial
+from pais_ray.search.trials import Trial, TrialStore
 from pais_ray.tracking.record import Status
 
 METRIC = "teacher/segm_AP"
 TABLE_LINES = 8
 
 
-class Control:
+class TrialScheduler:
     """Decides for Tune. ``settings`` are those of every trial beside what is searched over; ``close`` ends a trial's
     tracking (trial, status); ``say`` prints. Tune's thread calls ``next`` and ``heard``, another one ``progress``."""
 
     def __init__(
         self,
         plan: Plan,
-        ledger: Ledger,
+        ledger: TrialStore,
         settings: Params,
         close: Callable[[Trial, Status], None],
         say: Callable[[str], None],
@@ -98,7 +98,7 @@ class Control:
         own = {"run.name": trial.id, "train.seed": trial.seed, **trial.params}
         return compose_with(self.plan.words, {**self.settings, **own})
 
-    def heard(self, name: str, result: Mapping[str, Any]) -> bool:
+    def on_result(self, name: str, result: Mapping[str, Any]) -> bool:
         """Takes a trial's report; whether it must stop. What was recorded once at a step stands, and is not judged
         again: a resumed trial reports early steps once more."""
         with self.lock:

@@ -52,6 +52,6 @@ class Tracked:
 
 def add_tags(root: Path, tags: Mapping[str, str]) -> None:
     """Tags for the run at ``root``, as far as it is tracked; the next look at it brings them to MLflow."""
-    card = record.Card.read(root)
+    card = record.RunRecord.read(root)
     if card is not None:
         card.model_copy(update={"tags": {**card.tags, **tags}}).write(root)

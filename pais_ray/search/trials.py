@@ -44,7 +44,7 @@ class Standing:
     trials: tuple[Trial, ...]
 
 
-class Ledger:
+class TrialStore:
     """The trials of the search at ``path``, oldest first."""
 
     def __init__(self, path: Path) -> None:

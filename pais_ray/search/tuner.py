@@ -26,14 +26,14 @@ from pais_ray.files.console import say
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs import describe
 from pais_ray.runs.checkpoints import CheckpointError, checkpoints
-from pais_ray.runs.lock import HeldError, held
+from pais_ray.runs.lock import RunLockedError, lock_run
 from pais_ray.runs.prepare import Data, prepare
 from pais_ray.search import report
 from pais_ray.search.plan import Options, Plan, make_plan, value_at, warm_start
-from pais_ray.search.scheduler import METRIC, Control
+from pais_ray.search.scheduler import METRIC, TrialScheduler
 from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracking import Tracked
-from pais_ray.search.trials import LEDGER, Ledger, Standing
+from pais_ray.search.trials import LEDGER, Standing, TrialStore
 from pais_ray.tracking import record
 from pais_ray.tracking.settings import tracking_uri
 from pais_ray.train.driver import launch, resources
@@ -53,14 +53,14 @@ def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
     plan = make_plan(words, options)
     prepared, data = prepare(plan.base)  # here, once: trials find the generated data set in its place
     plan.check_same()
-    with held(plan.root):
+    with lock_run(plan.root):
         return carry_out(plan, words, options, prepared, data)
 
 
 def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Config, data: Data) -> dict[str, Any]:
     """The search from its ledger to its results."""
     paths = data_paths(prepared)
-    ledger = Ledger(plan.root / LEDGER)
+    ledger = TrialStore(plan.root / LEDGER)
     if options.warm_start:
         taken = warm_start(plan, ledger, as_written(plan, prepared), Path(options.warm_start))
         say(f"{taken} trials taken up from {options.warm_start}")
@@ -80,7 +80,7 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
             "tracking.uri": tracking_uri(plan.base.tracking, plan.root.parent),
         }
         tracked = Tracked(plan, describe.tags(prepared, data.manifest.split, data.facts), data.facts)
-        control = Control(plan, ledger, settings, tracked.close_trial, say, options.minutes)
+        control = TrialScheduler(plan, ledger, settings, tracked.close_trial, say, options.minutes)
         result = conclude(control, tracked, lambda: follow(tuner(control, tracked, concurrent), control))
         if options.retrain and control.halt is None:
             result["retrained"] = retrain(plan, words, ledger)
@@ -108,7 +108,7 @@ def share(config: Config, wanted: int | None, ours: bool) -> tuple[int, Params]:
     return count, {"scaling.cpus_per_worker": cpus, "train.threads_per_worker": threads}
 
 
-def conclude(control: Control, tracked: Tracked, work: Any) -> dict[str, Any]:
+def conclude(control: TrialScheduler, tracked: Tracked, work: Any) -> dict[str, Any]:
     """Does the work and, however it ends, writes down what came out."""
     plan = control.plan
     for trial in control.own():  # stopped, and the search was killed before its run was closed
@@ -133,7 +133,7 @@ def conclude(control: Control, tracked: Tracked, work: Any) -> dict[str, Any]:
     return result
 
 
-def tuner(control: Control, tracked: Tracked, concurrent: int) -> tune.Tuner:
+def tuner(control: TrialScheduler, tracked: Tracked, concurrent: int) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: nothing, what there is to say we say
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -157,7 +157,7 @@ def tuner(control: Control, tracked: Tracked, concurrent: int) -> tune.Tuner:
     )
 
 
-def follow(tuner: tune.Tuner, control: Control) -> None:
+def follow(tuner: tune.Tuner, control: TrialScheduler) -> None:
     """Runs Tune in a thread of its own (in the main one it would take Ctrl-C for itself), with a table now and then.
     Raises what Tune raised."""
     outcome: dict[str, BaseException] = {}
@@ -200,7 +200,7 @@ class Unsaved:
 class Suggest(Unsaved, Searcher):
     """Tune's searcher: asks for the next trial."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: TrialScheduler) -> None:
         super().__init__()
         self.control = control
 
@@ -218,25 +218,25 @@ class Judge(Unsaved, FIFOScheduler):
     """Tune's scheduler: hands on what trials report. It stops none: Tune would end a trial's process, and with it the
     owner of its workers, whose CPUs Ray (2.60) may then keep reserved until the search ends. Trials stop themselves."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: TrialScheduler) -> None:
         super().__init__()
         self.control = control
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self.control.heard(trial.config["trial"], result)
+        self.control.on_result(trial.config["trial"], result)
         return str(self.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         if trial.status == Trial.ERROR:  # Tune tries it again; what it gives up is still RUNNING or PENDING here (2.60)
             return
         lines = str(trial.get_error()).strip().splitlines()
-        self.control.heard(trial.config["trial"], {"failed": lines[-1] if lines else "its process died"})
+        self.control.on_result(trial.config["trial"], {"failed": lines[-1] if lines else "its process died"})
 
 
 class Halt(Unsaved, tune.Stopper):
     """Tune's stopper: ends the whole search."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: TrialScheduler) -> None:
         self.control = control
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -259,10 +259,10 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
                 reported = row["step"]
                 # Returns when Tune has taken it, and the verdict stands in the ledger.
                 tune.report({"step": reported, METRIC: UNDEFINED if row[METRIC] is None else row[METRIC]})
-                if Ledger(root.parent.parent / LEDGER).trial(root.name).state == "stopped":
+                if TrialStore(root.parent.parent / LEDGER).trial(root.name).state == "stopped":
                     stop.set()
 
-    def heard(row: dict[str, Any]) -> None:
+    def report(row: dict[str, Any]) -> None:
         if row.get("role") == "teacher":
             report_new()
 
@@ -272,10 +272,10 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
         return
     try:
         config = load(root / "config.yaml")
-        result = launch.train(config, tags={"search": search}, parent=parent, heard=heard, stop=stop)
+        result = launch.train(config, tags={"search": search}, parent=parent, on_event=report, stop=stop)
     except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
         tune.report({"failed": str(error)})
-    except HeldError:  # by this trial's process on a node that is being given up: Tune tries again
+    except RunLockedError:  # by this trial's process on a node that is being given up: Tune tries again
         raise
     except ValueError as error:
         tune.report({"wrong_input": str(error)})
@@ -300,7 +300,7 @@ def data_paths(config: Config) -> Params:
     return {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
 
 
-def retrain(plan: Plan, words: tuple[str, ...], ledger: Ledger) -> dict[str, Any]:
+def retrain(plan: Plan, words: tuple[str, ...], ledger: TrialStore) -> dict[str, Any]:
     """Trains WORDS, at their own length, with the best settings, as the run NAME-best; or resumes it."""
     best = report.best_of(ledger.standings())
     if best is None:

@@ -1,6 +1,6 @@
 """The tensors that every layer exchanges: views, predictions, targets, masks."""
 
-from pais_ray.structures.batch import Batch, Normaliser, Predictions, Targets, Views
+from pais_ray.structures.batch import Batch, Normalizer, Predictions, Targets, Views
 from pais_ray.structures.masks import Masks
 
-__all__ = ["Batch", "Masks", "Normaliser", "Predictions", "Targets", "Views"]
+__all__ = ["Batch", "Masks", "Normalizer", "Predictions", "Targets", "Views"]

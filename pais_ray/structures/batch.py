@@ -16,7 +16,7 @@ from torch import Tensor
 from pais_ray.structures import geometry
 from pais_ray.structures.masks import Masks
 
-Normaliser = Literal["mean", "pos", "pos_neg", "weight_sum"]
+Normalizer = Literal["mean", "pos", "pos_neg", "weight_sum"]
 
 T = TypeVar("T", "Predictions", "Targets", "Views")
 
@@ -61,7 +61,7 @@ class Targets:
     mask_weight: Tensor = None  # type: ignore[assignment]  # (N,)
     proposal_weight: Tensor = None  # type: ignore[assignment]  # (N,) 0 keeps a box out of the RPN's loss
     negative_weight: float = 1.0  # of every background sample in the class loss
-    normaliser: Normaliser = "mean"  # what the weighted sums are divided by, see losses.py
+    normalizer: Normalizer = "mean"  # what the weighted sums are divided by, see losses.py
 
     def __post_init__(self) -> None:
         num = len(self.boxes)

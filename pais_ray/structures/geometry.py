@@ -1,6 +1,6 @@
 """3x3 matrices between pixel frames, and boxes and points carried by them.
 
-Coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1) and its centre is
+Coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1) and its center is
 (j + 0.5, i + 0.5), so a flip is x -> W - x. Matrices act on column vectors (x, y, 1) and are named by
 direction: ``weak_to_strong``. Boxes are (N, 4) XYXY in pixels.
 """

@@ -27,7 +27,7 @@ class Model:
     times: set[int]  # ms, of the evaluations that it has the scores of
 
 
-class Ranking:
+class LoggedModels:
     """The logged models of one run. ``on`` is the data set of the scores, ``tags`` are the run's."""
 
     def __init__(self, client: MlflowClient, run: Any, root: Path, tags: dict[str, str], on: Dataset | None) -> None:

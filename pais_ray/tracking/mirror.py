@@ -19,9 +19,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
-from pais_ray.files.json_lines import Row, Tail, milliseconds
-from pais_ray.tracking.logged_models import Ranking, clean
-from pais_ray.tracking.record import RUN_ID, Card, read_run_id, without_secrets
+from pais_ray.files.json_lines import JsonlReader, Row, milliseconds
+from pais_ray.tracking.logged_models import LoggedModels, clean
+from pais_ray.tracking.record import RUN_ID, RunRecord, read_run_id, without_secrets
 
 # Of the run directory, or of a search's; figures/ go as they are.
 PAPERS = ("config.yaml", "split.json", "data.json", "best.yaml", "results.json", "results.csv", "table.txt")
@@ -39,7 +39,7 @@ class Mirror:
     """The image of one run directory. Every method raises what MLflow raises, and may be called again."""
 
     def __init__(self, uri: str, experiment: str, root: Path) -> None:
-        card = Card.read(root)
+        card = RunRecord.read(root)
         if card is None:
             raise ValueError(f"{root}: no run was opened there")
         self.root, self.sent = root, Counter[str](metrics=0, artifacts=0, checkpoints=0)
@@ -55,12 +55,12 @@ class Mirror:
         self._describe(run, card)
         self._known: dict[str, set[tuple[int, int]]] = {}  # what the store had before: metric -> steps and times
         self._old = set(run.data.metrics)  # metrics whose history nobody has asked for yet
-        self._tails: dict[Path, Tail] = {}
+        self._tails: dict[Path, JsonlReader] = {}
         self._figures: dict[str, tuple[int, int | None]] | None = None  # name -> size and, of those sent here, time
         self._papers: list[tuple[int, int]] | None = None
         self._digest = run.data.tags.get(PAPERS_TAG)
         on = card.datasets.get("validation")
-        self._ranking = Ranking(self.client, run, root, self._tags, on and _dataset("validation", on).dataset)
+        self._ranking = LoggedModels(self.client, run, root, self._tags, on and _dataset("validation", on).dataset)
         self._status = str(run.info.status)
         self._send_status()
 
@@ -94,7 +94,7 @@ class Mirror:
         found = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
         return found[0] if found else None
 
-    def _describe(self, run: Any, card: Card) -> None:
+    def _describe(self, run: Any, card: RunRecord) -> None:
         """Parameters, tags and data sets, as far as the store lacks them."""
         params = {clean(key): _short(value) for key, value in card.params.items()}
         changed = {f"resumed.{k}": v for k, v in params.items() if run.data.params.get(k, v) != v}
@@ -112,7 +112,7 @@ class Mirror:
 
     def _send_metrics(self) -> None:
         for path in [self.root / "metrics.jsonl", *sorted(self.root.glob("system_metrics/*.jsonl"))]:
-            tail = self._tails.setdefault(path, Tail(path))
+            tail = self._tails.setdefault(path, JsonlReader(path))
             rows = tail.read()
             if path.name == "metrics.jsonl":
                 self._ranking.take(rows, anew=tail.anew)
@@ -167,7 +167,7 @@ class Mirror:
             self._figures[path.name] = state
 
     def _send_status(self) -> None:
-        card = Card.read(self.root)
+        card = RunRecord.read(self.root)
         if card is None or card.status == self._status:
             return
         if card.status == "RUNNING":
@@ -216,7 +216,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     return str(found.experiment_id)
 
 
-def _parent(card: Card) -> dict[str, str]:
+def _parent(card: RunRecord) -> dict[str, str]:
     return {MLFLOW_PARENT_RUN_ID: card.parent} if card.parent else {}
 
 

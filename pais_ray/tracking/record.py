@@ -18,7 +18,7 @@ SECRET_KEYS = r"(?:password|passwd|token|secret|access_key|api_key|signature)"
 SECRET = re.compile(rf"://[^/@]*:[^@]*@|^https?://[^/@]+@|[?&][^=&]*{SECRET_KEYS}=", re.IGNORECASE)
 
 
-class Card(BaseModel):
+class RunRecord(BaseModel):
     """What MLflow is told of a run when it is opened, kept in the run directory for whoever opens it."""
 
     key: str  # finds the run where the answer to its creation was lost
@@ -30,7 +30,7 @@ class Card(BaseModel):
     status: Status = "RUNNING"
 
     @classmethod
-    def read(cls, root: Path) -> "Card | None":
+    def read(cls, root: Path) -> "RunRecord | None":
         path = root / CARD
         return cls.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -47,7 +47,7 @@ def read_run_id(root: Path) -> str | None:
 
 def is_open(root: Path) -> bool:
     """Whether the run at ``root`` was opened and nobody has noted its end."""
-    card = Card.read(root)
+    card = RunRecord.read(root)
     return card is not None and card.status == "RUNNING"
 
 

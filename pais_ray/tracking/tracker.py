@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pais_ray.tracking.record import CARD, Card, Status, read_run_id, without_secrets
+from pais_ray.tracking.record import CARD, RunRecord, Status, read_run_id, without_secrets
 from pais_ray.tracking.settings import TrackingConfig, tracking_uri
 
 LOOK_EVERY = 5.0  # s between two looks at the directory that nobody asked for
@@ -47,8 +47,8 @@ def open_run(
         return None
     root = storage.absolute() / run_name
     root.mkdir(parents=True, exist_ok=True)
-    before = Card.read(root)
-    card = Card(
+    before = RunRecord.read(root)
+    card = RunRecord(
         key=before.key if before else uuid.uuid4().hex,
         name=run_name,
         params={key: without_secrets(str(value)) for key, value in params.items()},
@@ -69,7 +69,7 @@ def sync(config: TrackingConfig, root: Path) -> dict[str, int]:
 
     Raises ValueError where the run was not tracked, and what MLflow raises.
     """
-    if not config.enabled or Card.read(root) is None:
+    if not config.enabled or RunRecord.read(root) is None:
         raise ValueError(f"{root}: expected a tracked run, got no {CARD}; train it with tracking.enabled=true")
     mirror = _mirror(config, root)
     mirror.update()
@@ -99,7 +99,7 @@ class Tracker:
         if not self._config.enabled or self._closing.is_set():
             return
         try:
-            card = Card.read(self._root)
+            card = RunRecord.read(self._root)
             if card is not None and status is not None:
                 card.model_copy(update={"status": status}).write(self._root)
         except (OSError, ValueError) as error:

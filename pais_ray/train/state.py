@@ -41,7 +41,7 @@ class TrainState:
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    step: int = 0  # optimiser steps made
+    step: int = 0  # optimizer steps made
     g_next: int = 0  # the next global row; independent of the number of workers
     skipped: int = 0
     skipped_in_row: int = 0

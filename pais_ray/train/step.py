@@ -1,4 +1,4 @@
-"""One optimiser step: Algorithm 1 of the paper, top to bottom. Read this first.
+"""One optimizer step: Algorithm 1 of the paper, top to bottom. Read this first.
 
 Free of Ray: a list of batches drives it in a notebook. Under DDP every rank calls it with its own batches.
 """
@@ -91,7 +91,7 @@ def train_step(
         except torch.OutOfMemoryError:
             fits = False
         if last:  # before the backward pass whose all-reduce would wait for ever for a rank that has no loss
-            fits = not anywhere(not fits, settings.ranks)
+            fits = not any_rank(not fits, settings.ranks)
         most = int(values.pop("pseudo/most", 0))
         if total is not None and fits:
             try:
@@ -102,7 +102,7 @@ def train_step(
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0.0) + torch.as_tensor(value).detach() * share
     if not fits:
-        return skip_step(state, lr, stop=anywhere(stop, settings.ranks))
+        return skip_step(state, lr, stop=any_rank(stop, settings.ranks))
 
     state.scaler.unscale_(state.optimizer)
     limit = float("inf") if settings.clip_norm is None else settings.clip_norm
@@ -247,7 +247,7 @@ def agree(metrics: Metrics, stop: bool, *, grad_matters: bool) -> tuple[bool, bo
     return bool(bad_anywhere), bool(stop_anywhere), largest
 
 
-def anywhere(flag: bool, ranks: Any) -> bool:
+def any_rank(flag: bool, ranks: Any) -> bool:
     """Whether any rank says so. On the CPU and over a group of its own: it does not wait for the device."""
     if ranks is None:
         return flag

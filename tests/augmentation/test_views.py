@@ -38,7 +38,7 @@ def polygons(seed, size=SIZE, count=5):
 
 
 def fill(polygon, size):
-    """Bool (h, w): pixel centres inside, by counting the edges crossed to the left."""
+    """Bool (h, w): pixel centers inside, by counting the edges crossed to the left."""
     ys, xs = np.mgrid[0 : size[0], 0 : size[1]] + 0.5
     inside = np.zeros(size, dtype=bool)
     for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -55,7 +55,7 @@ def truth_in(shapes, matrix, size):
 
 
 def sample(seed=0, size=SIZE, row=0, slot=0, count=5):
-    """A smooth picture with polygons of flat colours, and their truth."""
+    """A smooth picture with polygons of flat colors, and their truth."""
     rng = np.random.default_rng(seed)
     shapes = polygons(seed, size, count)
     masks = np.stack([fill(s, size) for s in shapes]) if count else np.zeros((0, *size), bool)
@@ -144,7 +144,7 @@ def test_a_chain_of_all_operations_carries_the_truth(resolution):
 
 
 def test_the_pixels_of_the_weak_view_warped_are_those_of_the_strong_view():
-    config = SMALL.model_copy(update={"strong": SMALL.strong.model_copy(update={"colour": False, "erase": False})})
+    config = SMALL.model_copy(update={"strong": SMALL.strong.model_copy(update={"color": False, "erase": False})})
     flips = 0
     for seed in range(10):
         one = sample(seed)
@@ -152,11 +152,11 @@ def test_the_pixels_of_the_weak_view_warped_are_those_of_the_strong_view():
         matrix = (strong.matrix[0] @ geometry.invert(weak.matrix[0])).double()
         flips += bool(matrix[0, 0] < 0)
         (h, w), (weak_h, weak_w) = strong.sizes[0].tolist(), weak.sizes[0].tolist()
-        # OpenCV counts from pixel centres, this project from pixel corners.
-        centres = (geometry.translate(-0.5, -0.5) @ matrix @ geometry.translate(0.5, 0.5))[:2].numpy()
+        # OpenCV counts from pixel centers, this project from pixel corners.
+        centers = (geometry.translate(-0.5, -0.5) @ matrix @ geometry.translate(0.5, 0.5))[:2].numpy()
         pixels = weak.images[0, :, :weak_h, :weak_w].permute(1, 2, 0).numpy()
-        carried = cv2.warpAffine(pixels, centres, (w, h), flags=cv2.INTER_LINEAR)
-        inside = cv2.warpAffine(np.ones((weak_h, weak_w), np.float32), centres, (w, h)) > 0.999
+        carried = cv2.warpAffine(pixels, centers, (w, h), flags=cv2.INTER_LINEAR)
+        inside = cv2.warpAffine(np.ones((weak_h, weak_w), np.float32), centers, (w, h)) > 0.999
         off = np.abs(carried - strong.images[0, :, :h, :w].permute(1, 2, 0).numpy())[inside]
         assert inside.mean() > 0.4
         assert off.mean() < 0.002, seed  # a flip or a warp off by one px gives .003 to .012
@@ -173,7 +173,7 @@ def test_boxes_follow_masks():
         for box, mask in zip(carried, truth_in(shapes, strong.matrix, strong.size), strict=True):
             if mask.any():
                 tight = tight_box(mask)
-                assert (box[:2] <= tight[:2] + 0.5).all()  # the centre of the first pixel inside
+                assert (box[:2] <= tight[:2] + 0.5).all()  # the center of the first pixel inside
                 assert (box[2:] >= tight[2:] - 0.5).all()
 
 
@@ -266,7 +266,7 @@ def test_the_seed_of_a_view_never_changes_between_versions():
     assert len({sampling.view_seed(*name) for name in names}) == len(names)
 
 
-def test_an_image_does_not_notice_its_neighbours():
+def test_an_image_does_not_notice_its_neighbors():
     one, other = sample(0, slot=1), sample(1, size=(120, 300), slot=2)
     alone = views.make_views([one], SMALL, 5, "strong", "cpu")
     both = views.make_views([other, one], SMALL, 5, "strong", "cpu")
@@ -288,7 +288,7 @@ def test_weak_and_strong_draw_scale_and_flip_independently():
 
 def test_draws_cover_what_the_paper_names():
     plans = [sampling.draw(AugmentConfig().strong, (480, 640), seed) for seed in range(600)]
-    assert {p.colour for p in plans} == {(c, n) for c in pixel_ops.COLOURS for n in range(1, 10)}
+    assert {p.color for p in plans} == {(c, n) for c in pixel_ops.COLORS for n in range(1, 10)}
     shorts = [min(p.size) for p in plans]
     assert 400 <= min(shorts) < 420
     assert max(max(p.size) for p in plans) == 1333  # 4:3 pictures meet the cap at a short side of 1000
@@ -327,10 +327,10 @@ def test_the_order_of_the_strong_operations(preset, orders):
     assert len(seen) == orders
     assert preset == "coco_knet" or all(steps[-1] == "erase" for steps in seen)
     assert sampling.draw(config.weak, SIZE, 0).steps == ()
-    assert sampling.draw(config.labeled, SIZE, 0).steps == ("colour",)
+    assert sampling.draw(config.labeled, SIZE, 0).steps == ("color",)
 
 
-# ---- colour and erase -----------------------------------------------------------------------------------
+# ---- color and erase -----------------------------------------------------------------------------------
 
 
 def pil(name, level, image):
@@ -349,12 +349,12 @@ def pil(name, level, image):
 
 
 @pytest.mark.parametrize("level", [1, 4, 9])
-@pytest.mark.parametrize("name", pixel_ops.COLOURS)
-def test_colour_operations_mean_what_pil_means(name, level):
+@pytest.mark.parametrize("name", pixel_ops.COLORS)
+def test_color_operations_mean_what_pil_means(name, level):
     noise = np.random.default_rng(0).normal(0, 6, (*SIZE, 3))
     picture = sample().image.permute(1, 2, 0).numpy() * 0.7 + 30 + noise
     picture = picture.clip(0, 255).astype(np.uint8)
-    ours = pixel_ops.colour(torch.from_numpy(picture).permute(2, 0, 1).float() / 255, name, level) * 255
+    ours = pixel_ops.color(torch.from_numpy(picture).permute(2, 0, 1).float() / 255, name, level) * 255
     theirs = torch.from_numpy(np.array(pil(name, level, Image.fromarray(picture)))).permute(2, 0, 1)
     # PIL rounds to whole levels: its gray, its mean (times up to 1.72) and its result.
     torch.testing.assert_close(ours, theirs.float(), atol=2.0, rtol=0)
@@ -363,19 +363,19 @@ def test_colour_operations_mean_what_pil_means(name, level):
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "equalize"])
-def test_a_flat_picture_keeps_its_colour(name):
+def test_a_flat_picture_keeps_its_color(name):
     flat = torch.full((3, 8, 8), 100 / 255)
-    torch.testing.assert_close(pixel_ops.colour(flat, name, 5), flat)
+    torch.testing.assert_close(pixel_ops.color(flat, name, 5), flat)
 
 
 def test_posterize_does_not_fall_a_step_on_what_resizing_left():
     almost = torch.full((3, 8, 8), (128 - 1e-3) / 255)
-    torch.testing.assert_close(pixel_ops.colour(almost, "posterize", 9), torch.full((3, 8, 8), 128 / 255))
+    torch.testing.assert_close(pixel_ops.color(almost, "posterize", 9), torch.full((3, 8, 8), 128 / 255))
 
 
-def test_the_unknown_colour_names_the_known_ones():
+def test_the_unknown_color_names_the_known_ones():
     with pytest.raises(ValueError, match="no operation named 'hue'; expected one of identity, autocontrast"):
-        pixel_ops.colour(torch.zeros(3, 4, 4), "hue", 1)
+        pixel_ops.color(torch.zeros(3, 4, 4), "hue", 1)
 
 
 def test_erasing_paints_the_patches_and_nothing_else():
@@ -411,7 +411,7 @@ def test_a_preset_gives_what_is_not_named():
     assert (config.strong.flip, config.strong.order, config.strong.erase) == (0.0, "random", True)
     assert config.weak == presets.PRESETS["coco_knet"]["weak"]
     assert AugmentConfig(preset="plain").labeled.short_side == (800, 800)
-    assert not AugmentConfig(preset="plain").labeled.colour
+    assert not AugmentConfig(preset="plain").labeled.color
     assert AugmentConfig(preset="cityscapes").labeled.photometric == "cityscapes"
 
 

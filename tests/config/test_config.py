@@ -71,7 +71,7 @@ def test_paper_for_mask_rcnn():
     config = compose(["coco", "mask_rcnn", "pais"])
     method, reference = config.method, config.optim.reference
     assert (method.tau_cls, method.tau_iou, method.alpha, method.beta) == (0.35, 0.30, 4, 4)
-    assert (method.lambda_unlabeled, method.ema, method.normaliser) == (1.5, 0.999, "pos_neg")
+    assert (method.lambda_unlabeled, method.ema, method.normalizer) == (1.5, 0.999, "pos_neg")
     assert (config.optim.name, reference.lr, reference.batch, reference.steps) == ("sgd", 0.01, 16, 220_000)
     assert (config.batch.labeled, config.batch.unlabeled) == (1, 3)
 
@@ -80,7 +80,7 @@ def test_paper_for_knet():
     config = compose(["coco", "knet", "pais"])
     method, optim, reference = config.method, config.optim, config.optim.reference
     assert (method.tau_cls, method.tau_iou, method.alpha, method.beta) == (0.35, 0.30, 4, 4)
-    assert (method.lambda_unlabeled, method.ema, method.normaliser) == (0.3, 0.999, "pos_neg")
+    assert (method.lambda_unlabeled, method.ema, method.normalizer) == (0.3, 0.999, "pos_neg")
     assert method.unlabeled_weights == {"mask_iou": 0, "semantic": 0}
     assert (optim.name, optim.weight_decay, optim.backbone_lr_factor, optim.clip_norm) == ("adamw", 0.05, 0.25, 1)
     assert (reference.lr, reference.batch, reference.steps, reference.warmup) == (1e-4, 16, 220_000, 1000)
@@ -118,14 +118,14 @@ def test_released_knet():
     config = compose(["coco", "knet", "pais_released"])
     method = config.method
     assert (method.class_scale, method.class_cap, method.mask_scale) == (12, 0.5, 2.5)
-    assert (method.negative_weight, method.normaliser, method.lambda_unlabeled) == (0.1225, "pos", 1.0)
+    assert (method.negative_weight, method.normalizer, method.lambda_unlabeled) == (0.1225, "pos", 1.0)
     assert (config.batch.labeled, config.batch.unlabeled, config.views.preset) == (1, 2, "coco_knet")
 
 
 def test_daggers_absence_is_plain_views():
-    assert compose(["coco", "mask_rcnn", "supervised"]).views.labeled.colour
+    assert compose(["coco", "mask_rcnn", "supervised"]).views.labeled.color
     plain = compose(["coco", "mask_rcnn", "supervised_plain"])
-    assert not plain.views.labeled.colour
+    assert not plain.views.labeled.color
     assert plain.views.labeled.short_side == (800, 800)
 
 
@@ -191,7 +191,7 @@ def test_another_preset_over_a_dumped_config_starts_its_section_anew(tmp_path):
     path.write_text(dump(compose(["quickstart"])))
     config = compose([str(path), "segmentor.preset=r50", "views.preset=plain"])
     assert (config.segmentor.backbone, config.segmentor.fpn_channels) == ("resnet50", 256)
-    assert not config.views.labeled.colour
+    assert not config.views.labeled.color
 
 
 def test_another_preset_starts_its_section_anew_but_keeps_what_came_with_it():
@@ -367,7 +367,7 @@ def test_flat_values_are_scalars():
 def test_every_setting_is_explained():
     sections = {n: f.annotation for n, f in Config.model_fields.items() if n not in ("segmentor", "method")}
     own = [n for n in sections if sections[n].__module__ in ("pais_ray.config.sections", "pais_ray.modeling.optim")]
-    assert set(own) == {"data", "batch", "optim", "train", "scaling", "run"}
+    assert set(own) == {"data", "batch", "optim", "train", "guards", "scaling", "run"}
     bare = [f"{n}.{k}" for n in own for k, f in sections[n].model_fields.items() if not f.description]
     assert bare == ["optim.reference"]
 

@@ -187,7 +187,7 @@ def eight_bits(root):
     Image.fromarray(scene().astype(np.uint8)).save(path)
 
 
-def colours(root):
+def colors(root):
     shutil.copy(
         root / "leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png",
         root / "gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png",
@@ -227,7 +227,7 @@ def object_of(**changes):
         (no_images, "cityscapes-layout", "leftImg8bit/train: expected the images of"),
         (other_size, "image-size", "the image has 30 x 80 px, its annotation 60 x 80"),
         (eight_bits, "cityscapes-ids", "expected 16 bits a pixel"),
-        (colours, "image-mode", "got mode RGB"),
+        (colors, "image-mode", "got mode RGB"),
         (train_ids, "cityscapes-ids", "got a pixel of 11000"),
         (unknown_label_id, "cityscapes-ids", "got a pixel of 255"),
         (cut_off, "image-decodes", "ulm_000000_000019_gtFine_instanceIds.png"),

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pais_ray.cli import main
-from pais_ray.config.overlays import ConfigError, spell_out
+from pais_ray.config.overlays import ConfigError, expand_words
 from pais_ray.config.tree import compose, compose_data, dump, load
 from pais_ray.data.annotations.splits import read_manifest
 from pais_ray.data.sources.discover import detect
@@ -285,7 +285,7 @@ def test_what_is_said_beside_it_wins(photos):
 
 
 def test_alone_it_is_the_papers_method_and_says_so(photos, tmp_path):
-    spelt = spell_out([f"data={photos}"])
+    spelt = expand_words([f"data={photos}"])
     assert spelt.chosen == ["no other words, so these: mask_rcnn pais"]
     config = compose([f"data={photos}"])
     assert (config.segmentor.name, config.method.name, config.data.labeled) == ("mask_rcnn", "pais", 1.0)
@@ -295,14 +295,14 @@ def test_alone_it_is_the_papers_method_and_says_so(photos, tmp_path):
 
 
 def test_other_words_choose_and_their_own_data_give_way(photos):
-    knet = spell_out([f"data={photos}", "knet"])
+    knet = expand_words([f"data={photos}", "knet"])
     assert knet.chosen == ["no other words, so these: pais"]
     config = compose([f"data={photos}", "quickstart"])
-    assert spell_out([f"data={photos}", "quickstart"]).chosen == []
+    assert expand_words([f"data={photos}", "quickstart"]).chosen == []
     assert (config.data.train, config.data.labeled, config.data.image_size) == (f"{photos}/labels.json", 1.0, 128)
     coco_word = compose([f"data={photos}", "coco"])
     assert (coco_word.data.val, coco_word.data.val_images) == (None, None)
-    assert spell_out(["quickstart"]) == (["quickstart"], [], [])
+    assert expand_words(["quickstart"]) == (["quickstart"], [], [])
 
 
 def test_without_unlabeled_images_the_error_offers_both_ways(shared_data):

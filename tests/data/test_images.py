@@ -99,7 +99,7 @@ def test_alpha_is_dropped_not_composited():
     assert (got == gray).all()
 
 
-def test_palette_with_transparency_keeps_its_colours():
+def test_palette_with_transparency_keeps_its_colors():
     image = Image.fromarray(picture()).quantize(16)
     plain = np.asarray(image.convert("RGB"))
     for transparency in (3, bytes(range(0, 160, 10))):

@@ -93,7 +93,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 def mutate(draw: st.DrawFn, content: dict) -> None:
-    """One change somewhere down the tree: replaced, removed, doubled, or swapped with a neighbour."""
+    """One change somewhere down the tree: replaced, removed, doubled, or swapped with a neighbor."""
     parent: dict | list = content
     while True:
         keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))

@@ -148,10 +148,10 @@ def test_a_decoder_that_dies_takes_only_its_picture_with_it(folder, monkeypatch)
 
 
 def data_set(folder: Path, same: bool) -> list[str]:
-    for part, colour in (("train", 0), ("val", 0 if same else 99)):
+    for part, color in (("train", 0), ("val", 0 if same else 99)):
         (folder / part).mkdir()
         for i in range(2):
-            Image.new("RGB", (W, H), (colour, i, 7)).save(folder / part / f"{i}.png")
+            Image.new("RGB", (W, H), (color, i, 7)).save(folder / part / f"{i}.png")
         (folder / f"{part}.json").write_text(json.dumps(tree()))
     words = [f"data.{part}={folder / part}.json" for part in ("train", "val")]
     return [*words, f"data.train_images={folder / 'train'}", f"data.val_images={folder / 'val'}"]

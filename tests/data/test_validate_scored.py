@@ -125,7 +125,7 @@ def test_each_malformed_file_ends_in_its_rule_in_report_and_reading(folder, name
 
 def test_mutated_files_end_in_findings_and_reading_refuses_the_same(folder):
     records = [Record(image_id=i, path=f"{i}.png", height=H, width=W) for i in range(2)]
-    known = {i: scored_masks.Known((H, W), f"{i}.png") for i in range(2)}
+    known = {i: scored_masks.ImageInfo((H, W), f"{i}.png") for i in range(2)}
     path = folder / "masks.json"
 
     @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -14,7 +14,7 @@ from pais_ray.files import atomic
 from pais_ray.structures.batch import Predictions, Targets
 from pais_ray.structures.masks import Masks
 
-GREY = np.full((96, 128, 3), 128, dtype=np.uint8)
+GRAY = np.full((96, 128, 3), 128, dtype=np.uint8)
 
 
 def instances(*boxes, size=(96, 128)):
@@ -24,24 +24,24 @@ def instances(*boxes, size=(96, 128)):
     return np.array(boxes, dtype=np.float32).reshape(-1, 4), masks
 
 
-def draw(boxes, masks, image=GREY, readable=0):
+def draw(boxes, masks, image=GRAY, readable=0):
     num = len(boxes)
     return instances_module.overlay(
         image, boxes, np.zeros(num, int), np.linspace(0.9, 0.5, num), masks, ["cat"], readable
     )
 
 
-def test_overlay_tints_the_mask_in_its_colour_and_leaves_the_rest():
+def test_overlay_tints_the_mask_in_its_color_and_leaves_the_rest():
     boxes, masks = instances((20, 40, 60, 80), (80, 50, 120, 90))
-    before = GREY.copy()
+    before = GRAY.copy()
     picture = draw(boxes, masks)
-    assert (before == GREY).all()
-    assert picture.shape == GREY.shape
+    assert (before == GRAY).all()
+    assert picture.shape == GRAY.shape
     assert picture.dtype == np.uint8
     for i, (x, y) in enumerate([(40, 60), (100, 70)]):
         tint = (128 * 0.6 + np.array(instances_module.color(i)) * 0.4).astype(np.uint8)
         assert (picture[y, x] == tint).all()
-    masks[0, :, :30] = False  # apart from the box, whose border has the same colour
+    masks[0, :, :30] = False  # apart from the box, whose border has the same color
     assert (draw(boxes, masks)[60, 30] == instances_module.color(0)).all(), "the outline is opaque"
     assert (draw(boxes, masks)[60, 28] == 128).all()
     assert (picture[92:, :70] == 128).all()
@@ -68,15 +68,15 @@ def test_small_pictures_are_enlarged_so_that_tags_can_be_read():
 )
 def test_any_box_is_drawn_without_complaint(box):
     masks = np.zeros((1, 96, 128), dtype=bool)
-    assert draw(np.array([box], dtype=np.float32), masks).shape == GREY.shape
+    assert draw(np.array([box], dtype=np.float32), masks).shape == GRAY.shape
 
 
 def test_nothing_to_draw_gives_the_picture_back():
     boxes, masks = instances()
-    assert (draw(boxes, masks) == GREY).all()
+    assert (draw(boxes, masks) == GRAY).all()
 
 
-def test_colours_differ():
+def test_colors_differ():
     chosen = np.array([instances_module.color(i) for i in range(30)]).astype(int)
     distance = np.abs(chosen[:, None] - chosen[None]).sum(-1) + 1000 * np.eye(30, dtype=int)
     assert distance.min() > 20
@@ -95,7 +95,7 @@ def test_overlay_is_fast():
     assert time.process_time() - started < 0.5  # 0.05 s where nothing else runs; matplotlib takes more than 1 s
 
 
-def test_panel_shows_kept_in_colour_and_dropped_in_grey(tmp_path):
+def test_panel_shows_kept_in_color_and_dropped_in_gray(tmp_path):
     boxes, masks = instances((20, 40, 60, 80), (80, 50, 120, 90))
     image = np.full((96, 128, 3), (0, 0, 255), dtype=np.uint8)
     soft = Masks.full(torch.from_numpy(masks))
@@ -130,8 +130,8 @@ def test_panel_shows_kept_in_colour_and_dropped_in_grey(tmp_path):
     assert (right[60 * factor, 40 * factor] == tint).all()
     assert (weak[70 * factor, 100 * factor] == (0, 0, 255)).all(), "dropped masks are not filled"
     dropped_border = weak[89 * factor : 90 * factor, 80 * factor : 120 * factor].reshape(-1, 3)
-    assert (dropped_border == instances_module.GREY).all(axis=1).any()
-    assert not (right.reshape(-1, 3) == instances_module.GREY).all(axis=1).any()
+    assert (dropped_border == instances_module.GRAY).all(axis=1).any()
+    assert not (right.reshape(-1, 3) == instances_module.GRAY).all(axis=1).any()
 
 
 def test_grid_places_images_line_by_line():
@@ -173,7 +173,7 @@ def test_curves_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(atomic.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        instances_module.save(GREY, path)
+        instances_module.save(GRAY, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
 
@@ -184,8 +184,8 @@ def test_no_metrics_yet_is_a_picture_that_says_so(tmp_path):
 
 
 def test_saved_pictures_are_read_back(tmp_path):
-    instances_module.save(GREY, tmp_path / "a.png")
-    instances_module.save(GREY, tmp_path / "a.jpg")
+    instances_module.save(GRAY, tmp_path / "a.png")
+    instances_module.save(GRAY, tmp_path / "a.jpg")
     for name, kind in (("a.png", "PNG"), ("a.jpg", "JPEG")):
         with Image.open(tmp_path / name) as file:
             assert file.format == kind

@@ -60,14 +60,14 @@ def rectangles(boxes, labels, **weights):
     return Targets(boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), masks=Masks.full(masks), **weights)
 
 
-def scene(first=1.0, second=1.0, negative=1.0, normaliser="mean"):
+def scene(first=1.0, second=1.0, negative=1.0, normalizer="mean"):
     """Two instances in the first image and one in the second; each of the first has a weight of its own."""
     pair, one = torch.tensor([first, second]), torch.tensor([first])
 
     def weights(w):
         return {"class_weight": w, "box_weight": w, "mask_weight": w}
 
-    shared = {"negative_weight": negative, "normaliser": normaliser}
+    shared = {"negative_weight": negative, "normalizer": normalizer}
     return [
         rectangles([[4, 4, 40, 44], [50, 10, 92, 60]], [0, 2], **weights(pair), **shared),
         rectangles([[10, 6, 60, 46]], [1], **weights(one), **shared),
@@ -120,10 +120,10 @@ def test_each_weight_counts_exactly_its_own_instances(network, views):
             assert background[name] == 0, name
 
 
-@pytest.mark.parametrize("normaliser", ["mean", "pos", "pos_neg"])
-def test_twice_the_weight_is_twice_the_loss(network, views, normaliser):
-    once = values(run(network, views, scene(0.3, 0.8, 0.5, normaliser)))
-    twice = values(run(network, views, scene(0.6, 1.6, 1.0, normaliser)))
+@pytest.mark.parametrize("normalizer", ["mean", "pos", "pos_neg"])
+def test_twice_the_weight_is_twice_the_loss(network, views, normalizer):
+    once = values(run(network, views, scene(0.3, 0.8, 0.5, normalizer)))
+    twice = values(run(network, views, scene(0.6, 1.6, 1.0, normalizer)))
     for name in once:
         assert twice[name] == pytest.approx((1 + (name in WEIGHTED)) * once[name], rel=1e-5), name
 
@@ -147,13 +147,13 @@ def test_eq_5_averages_background_apart(network, views):
 
 
 @pytest.mark.parametrize(
-    ("case", "normaliser"),
+    ("case", "normalizer"),
     [
         *[("none", n) for n in ("mean", "pos", "pos_neg", "weight_sum")],
         *[(c, "pos_neg") for c in ("second_empty", "first_empty", "no_proposal", "weightless")],
     ],
 )
-def test_every_parameter_gets_a_gradient(network, views, case, normaliser):
+def test_every_parameter_gets_a_gradient(network, views, case, normalizer):
     full = scene()
     targets = {
         "none": [nothing(), nothing()],
@@ -162,7 +162,7 @@ def test_every_parameter_gets_a_gradient(network, views, case, normaliser):
         "no_proposal": [dataclasses.replace(t, proposal_weight=torch.zeros(len(t))) for t in full],
         "weightless": scene(0, 0, 0),
     }[case]
-    targets = [dataclasses.replace(t, normaliser=normaliser) for t in targets]
+    targets = [dataclasses.replace(t, normalizer=normalizer) for t in targets]
     network.zero_grad(set_to_none=True)
     losses = run(network, views, targets)
     assert all(v.isfinite() for v in losses.values()), values(losses)
@@ -191,9 +191,9 @@ def test_losses_have_the_same_names_whatever_the_targets(network, views):
     assert set(run(network, views, [nothing(), nothing()])) == set(run(network, views, scene()))
 
 
-def test_one_normaliser_a_call(network, views):
-    targets = [scene()[0], scene(normaliser="pos")[1]]
-    with pytest.raises(ValueError, match="normaliser"):
+def test_one_normalizer_a_call(network, views):
+    targets = [scene()[0], scene(normalizer="pos")[1]]
+    with pytest.raises(ValueError, match="normalizer"):
         network(views, targets)
 
 

@@ -163,7 +163,7 @@ def tiny(**settings):
     return network
 
 
-def squares(normaliser="mean", weight=1.0, negative=1.0):
+def squares(normalizer="mean", weight=1.0, negative=1.0):
     masks = torch.zeros(2, 64, 96, dtype=torch.uint8)
     masks[0, 8:32, 8:40], masks[1, 20:60, 50:90] = 1, 1
     boxes = torch.tensor([[8.0, 8, 40, 32], [50, 20, 90, 60]])
@@ -175,7 +175,7 @@ def squares(normaliser="mean", weight=1.0, negative=1.0):
         class_weight=weights,
         mask_weight=weights,
         negative_weight=negative,
-        normaliser=normaliser,
+        normalizer=normalizer,
     )
 
 
@@ -213,13 +213,13 @@ def test_unit_weights_are_the_plain_supervised_loss():
         assert found[name].item() == pytest.approx(expected, rel=1e-4), name
 
 
-@pytest.mark.parametrize("normaliser", ["mean", "pos", "pos_neg"])
-def test_weights_of_zero_remove_exactly_the_positives(normaliser):
+@pytest.mark.parametrize("normalizer", ["mean", "pos", "pos_neg"])
+def test_weights_of_zero_remove_exactly_the_positives(normalizer):
     network, images = tiny(), torch.rand(1, 3, 64, 96)
-    without = network(images, [squares(normaliser, weight=0.0)])
+    without = network(images, [squares(normalizer, weight=0.0)])
     assert without["mask"] == 0
-    only_positives = network(images, [squares(normaliser, negative=0.0)])
-    whole = network(images, [squares(normaliser)])
+    only_positives = network(images, [squares(normalizer, negative=0.0)])
+    whole = network(images, [squares(normalizer)])
     assert without["class"].item() == pytest.approx((whole["class"] - only_positives["class"]).item(), rel=1e-3)
 
 
@@ -228,7 +228,7 @@ def test_daloss_weighs_the_matched_row_and_its_mask():
     c, s = 0.8, 0.9
     truth, scores, ious = squares(), torch.full((2,), c), torch.full((2,), s)
     held = Predictions(boxes=truth.boxes, labels=truth.labels, scores=scores, ious=ious, masks=truth.masks)
-    target = PAIS(normaliser="mean", negative_weight=0.0).pseudo_labels(held)
+    target = PAIS(normalizer="mean", negative_weight=0.0).pseudo_labels(held)
     weighted = network(images, [target])
     plain = network(images, [squares(negative=0.0)])
     assert weighted["class"].item() == pytest.approx(c**4 * plain["class"].item(), rel=1e-4)
@@ -247,9 +247,9 @@ def test_points_estimate_the_same_losses():
 def test_logits_are_read_at_stride_4():
     masks = torch.randn(2, 3, 4, 6)
     assert read(masks, None).shape == (2, 3, 8 * 12)
-    middle = torch.zeros(2, 1, 2)  # the centre of the view
-    centre = masks[:, :, 1:3, 2:4].mean(dim=(2, 3))
-    torch.testing.assert_close(read(masks, middle)[..., 0], centre)
+    middle = torch.zeros(2, 1, 2)  # the center of the view
+    center = masks[:, :, 1:3, 2:4].mean(dim=(2, 3))
+    torch.testing.assert_close(read(masks, middle)[..., 0], center)
 
 
 def test_a_kernel_is_one_object_unless_asked_otherwise():

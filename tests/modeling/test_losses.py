@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from pais_ray.modeling import losses
 
-NORMALISERS = ["mean", "pos", "pos_neg", "weight_sum"]
+NORMALIZERS = ["mean", "pos", "pos_neg", "weight_sum"]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def sample():
     return logits, labels, weight
 
 
-def by_hand(logits, labels, weight, normaliser):
+def by_hand(logits, labels, weight, normalizer):
     """Sums in Python floats, one sample at a time."""
     pos = neg = num_pos = total_weight = 0.0
     for row, label, w in zip(logits.tolist(), labels.tolist(), weight.tolist(), strict=True):
@@ -36,28 +36,28 @@ def by_hand(logits, labels, weight, normaliser):
         "pos": (pos + neg) / num_pos,
         "pos_neg": pos / num_pos + neg / (num - num_pos),
         "weight_sum": (pos + neg) / total_weight,
-    }[normaliser]
+    }[normalizer]
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_cross_entropy_is_the_formula(sample, normaliser):
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_cross_entropy_is_the_formula(sample, normalizer):
     logits, labels, weight = sample
-    value = losses.cross_entropy(logits, labels, weight, labels > 0, normaliser)
-    assert value.item() == pytest.approx(by_hand(logits, labels, weight, normaliser), rel=1e-5)
+    value = losses.cross_entropy(logits, labels, weight, labels > 0, normalizer)
+    assert value.item() == pytest.approx(by_hand(logits, labels, weight, normalizer), rel=1e-5)
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("rows", [[], [0, 1], [2, 3, 5]], ids=["none", "negatives", "positives"])
-def test_classes_that_are_absent_leave_a_finite_loss_and_the_graph(sample, normaliser, rows):
+def test_classes_that_are_absent_leave_a_finite_loss_and_the_graph(sample, normalizer, rows):
     logits, labels, weight = (v[rows] for v in sample)
-    value = losses.cross_entropy(logits, labels, weight, labels > 0, normaliser)
+    value = losses.cross_entropy(logits, labels, weight, labels > 0, normalizer)
     (gradient,) = torch.autograd.grad(value, sample[0])
     assert value.isfinite()
     assert gradient.isfinite().all()
-    if normaliser == "pos" and not (labels > 0).any():
+    if normalizer == "pos" and not (labels > 0).any():
         assert value == 0
         assert (gradient == 0).all()
-    if normaliser == "pos_neg" and len(rows):
+    if normalizer == "pos_neg" and len(rows):
         # One side is absent, so what remains is the other's plain mean.
         expected = (F.cross_entropy(logits, labels, reduction="none") * weight).mean()
         torch.testing.assert_close(value, expected)
@@ -65,11 +65,11 @@ def test_classes_that_are_absent_leave_a_finite_loss_and_the_graph(sample, norma
 
 def test_weights_that_are_all_zero_give_zero(sample):
     logits, labels, weight = sample
-    for normaliser in NORMALISERS:
-        assert losses.cross_entropy(logits, labels, weight * 0, labels > 0, normaliser) == 0
+    for normalizer in NORMALIZERS:
+        assert losses.cross_entropy(logits, labels, weight * 0, labels > 0, normalizer) == 0
 
 
-def test_an_unknown_normaliser_is_refused(sample):
+def test_an_unknown_normalizer_is_refused(sample):
     logits, labels, weight = sample
     with pytest.raises(ValueError, match="expected mean, pos"):
         losses.cross_entropy(logits, labels, weight, labels > 0, "median")
@@ -141,8 +141,8 @@ def focal_by_hand(row, label):
     return total
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_focal_is_the_formula(normaliser):
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_focal_is_the_formula(normalizer):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     labels, weight = torch.tensor([3, 0, 2, 3, 1, 3]), torch.tensor([0.5, 0.9, 0.1, 0.5, 0.3, 0.5])
     terms = [w * focal_by_hand(r, y) for r, y, w in zip(logits.tolist(), labels, weight.tolist(), strict=True)]
@@ -152,8 +152,8 @@ def test_focal_is_the_formula(normaliser):
         "pos": (pos + neg) / 3,
         "pos_neg": pos / 3 + neg / 3,
         "weight_sum": (pos + neg) / 2.8,
-    }[normaliser]
-    assert losses.focal(logits, labels, weight, normaliser).item() == pytest.approx(expected, rel=1e-5)
+    }[normalizer]
+    assert losses.focal(logits, labels, weight, normalizer).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_focal_without_positives_still_teaches_the_background():

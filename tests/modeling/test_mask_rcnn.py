@@ -18,7 +18,7 @@ from pais_ray.structures.batch import Targets, Views
 from pais_ray.structures.masks import Masks
 
 HEIGHT, WIDTH = 64, 96
-NORMALISERS = ("mean", "pos", "pos_neg", "weight_sum")
+NORMALIZERS = ("mean", "pos", "pos_neg", "weight_sum")
 SIZES = [(64, 96), (50, 70)]
 SMALL = {
     "preset": "nano",
@@ -59,7 +59,7 @@ def targets():
 
 
 class Neutral(nn.Module):
-    """Stands where torchvision resizes and normalises: images come ready-made, boxes stay."""
+    """Stands where torchvision resizes and normalizes: images come ready-made, boxes stay."""
 
     def __init__(self, batch):
         super().__init__()
@@ -140,7 +140,7 @@ def test_predictions_are_those_of_torchvision(model, views):
 def test_pos_neg_is_eq_5_by_hand(model, views, targets):
     weights = [torch.tensor([0.2, 0.7, 0.4]), torch.tensor([0.9])]
     weighted = [
-        dataclasses.replace(t, class_weight=w, negative_weight=0.6, normaliser="pos_neg")
+        dataclasses.replace(t, class_weight=w, negative_weight=0.6, normalizer="pos_neg")
         for t, w in zip(targets, weights, strict=True)
     ]
     ours = run(model, views, weighted)["class"]
@@ -201,7 +201,7 @@ def test_proposal_weights_scale_the_boxes_of_the_rpn(model, views, targets):
 
 
 def test_boxes_are_averaged_over_all_sampled_rois_and_masks_over_positives(model, views, targets):
-    by = {n: run(model, views, [dataclasses.replace(t, normaliser=n) for t in targets]) for n in NORMALISERS}
+    by = {n: run(model, views, [dataclasses.replace(t, normalizer=n) for t in targets]) for n in NORMALIZERS}
     for losses in by.values():
         assert losses["box"] == by["mean"]["box"]
         assert losses["mask"] == by["mean"]["mask"]

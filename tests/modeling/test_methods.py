@@ -25,7 +25,7 @@ def test_defaults_are_the_paper_for_mask_rcnn():
     pais = PAIS()
     assert (pais.tau_cls, pais.tau_iou, pais.alpha, pais.beta) == (0.35, 0.30, 4.0, 4.0)
     assert (pais.lambda_labeled, pais.lambda_unlabeled, pais.ema) == (1.0, 1.5, 0.999)
-    assert (pais.normaliser, pais.burn_in, pais.negative_weight) == ("pos_neg", 0, 1.0)
+    assert (pais.normalizer, pais.burn_in, pais.negative_weight) == ("pos_neg", 0, 1.0)
 
 
 def test_keeps_what_is_over_both_thresholds():
@@ -40,7 +40,7 @@ def test_weights_are_eq_5():
     torch.testing.assert_close(targets.class_weight, torch.tensor([0.95**4, 0.80**4, 0.36**4]))
     torch.testing.assert_close(targets.mask_weight, torch.tensor([0.90**2, 0.31**2, 0.50**2]))
     assert targets.box_weight.tolist() == [1, 1, 1]
-    assert (targets.normaliser, targets.negative_weight) == ("pos_neg", 1.0)
+    assert (targets.normalizer, targets.negative_weight) == ("pos_neg", 1.0)
 
 
 def test_without_daloss_every_weight_is_exactly_one():
@@ -50,11 +50,11 @@ def test_without_daloss_every_weight_is_exactly_one():
 
 
 def test_released_knet_weights():
-    knet = PAIS(class_scale=12, class_cap=0.5, mask_scale=2.5, negative_weight=0.1225, normaliser="pos")
+    knet = PAIS(class_scale=12, class_cap=0.5, mask_scale=2.5, negative_weight=0.1225, normalizer="pos")
     targets = knet.pseudo_labels(predictions())
     torch.testing.assert_close(targets.class_weight, torch.tensor([0.75, 0.75, 12 * 0.36**4]))
     torch.testing.assert_close(targets.mask_weight, 2.5 * torch.tensor([0.9, 0.31, 0.5]) ** 4)
-    assert (targets.normaliser, targets.negative_weight) == ("pos", 0.1225)
+    assert (targets.normalizer, targets.negative_weight) == ("pos", 0.1225)
 
 
 def test_tau_proposal_keeps_boxes_out_of_the_proposal_loss():
@@ -123,7 +123,7 @@ def test_supervised_asks_for_nothing_unlabeled():
         {"tau_cls": 1.5},
         {"alpha": -1},
         {"lambda_unlabeled": None},
-        {"normaliser": "sum"},
+        {"normalizer": "sum"},
         {"ema": 2},
     ],
 )

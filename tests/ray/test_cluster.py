@@ -153,9 +153,9 @@ def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
     running = job("node_killed")
     wait_for(lambda: 3 in steps_logged(root), running.goes_on)
     first = time.monotonic() - started
-    held = {index: workers_on(three, index) for index in range(3)}
-    assert sorted(held.values()) == [0, 1, 1], held
-    victim = max(index for index in held if held[index])  # never 0, the head with the program
+    lock_run = {index: workers_on(three, index) for index in range(3)}
+    assert sorted(lock_run.values()) == [0, 1, 1], lock_run
+    victim = max(index for index in lock_run if lock_run[index])  # never 0, the head with the program
     assert victim
     at, killed = max(steps_logged(root)), time.monotonic()
     three.kill(victim)
@@ -183,8 +183,8 @@ def test_a_node_that_is_told_to_go_costs_no_failure(three, tiny_coco, tmp_path):
     more += ("train.eval_every=60", "train.checkpoint_every=60")  # there is none but what the notice asks for
     running = Submitted(three, "train", *words(tiny_coco, tmp_path, "drained", *more))
     wait_for(lambda: 3 in steps_logged(root), running.goes_on)
-    held = {index: workers_on(three, index) for index in range(len(three.running))}
-    victim = max(index for index in held if held[index])
+    lock_run = {index: workers_on(three, index) for index in range(len(three.running))}
+    victim = max(index for index in lock_run if lock_run[index])
     assert victim
     command = ["bash", "infra/drain_on_notice.sh", three.gcs, "30"]  # s: two steps and a checkpoint on a busy machine
     env = {**three.env, "NOTICE": "true", "NODE_ID": three.node_id(victim)}

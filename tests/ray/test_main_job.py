@@ -192,9 +192,9 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, preexec_fn=heed, **pipes)
     wait_for(lambda: 2 in steps_logged(root), lambda: driver.poll() is None)
     # Held still until the driver has asked for the stop: else a quick run ends before a slow machine's driver wakes.
-    held = train_workers()
+    lock_run = train_workers()
     try:
-        for worker in held:
+        for worker in lock_run:
             worker.suspend()
         driver.send_signal(signal.SIGINT)
         output = ""
@@ -203,7 +203,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
             assert line, output
             output += line
     finally:
-        for worker in held:
+        for worker in lock_run:
             worker.resume()
     output += driver.communicate()[0]
     assert driver.returncode == 0, output

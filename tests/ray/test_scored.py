@@ -65,10 +65,10 @@ def test_the_masks_of_the_file_are_learned_and_the_teacher_is_evaluated(undistur
 
 
 def test_a_run_is_evaluated_on_what_was_held_out(undisturbed, tmp_path):
-    held = json.loads((undisturbed / "split.json").read_text())["held_out_ids"]
+    lock_run = json.loads((undisturbed / "split.json").read_text())["held_out_ids"]
     truth = json.loads((undisturbed / "ground_truth.json").read_text())
-    assert sorted(image["id"] for image in truth["images"]) == held
-    assert len(held) == 3
+    assert sorted(image["id"] for image in truth["images"]) == lock_run
+    assert len(lock_run) == 3
     done = CliRunner().invoke(
         main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", f"{tmp_path}/e.json"]
     )

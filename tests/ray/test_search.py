@@ -18,7 +18,7 @@ from pais_ray.cli import main
 from pais_ray.config.tree import load
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs.checkpoints import checkpoints
-from pais_ray.search.trials import Ledger
+from pais_ray.search.trials import TrialStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 8
@@ -53,7 +53,7 @@ def killed(arguments: list[str], address: str, ledger: Path, event) -> None:
     env = {**os.environ, "RAY_ADDRESS": address}
     driver = subprocess.Popen([sys.executable, "-m", "pais_ray.cli", *arguments], env=env)
     try:
-        while not (ledger.exists() and event(Ledger(ledger).trials)):
+        while not (ledger.exists() and event(TrialStore(ledger).trials)):
             assert driver.poll() is None, "the search ended before it could be killed"
             time.sleep(0.05)
     finally:
@@ -79,13 +79,13 @@ def searched(cluster, tiny_coco, storage) -> Path:
     root = storage / "first"
     arguments = words(tiny_coco, storage, "--over", "method.tau_cls=0.05,0.5", "--name", "first")
     killed(arguments, cluster["address"], root / "trials.json", lambda trials: any(t.scores for t in trials))
-    before = Ledger(root / "trials.json")
+    before = TrialStore(root / "trials.json")
     made = {
         t.id: {c: (c / "manifest.json").stat().st_mtime_ns for c in checkpoints(root / "trials" / t.id)}
         for t in before.trials
     }
     output = tune(*arguments)
-    after = Ledger(root / "trials.json")
+    after = TrialStore(root / "trials.json")
     assert [t.id for t in after.trials] == [t.id for t in before.trials]
     for rung in (2, 4):
         now = after.rung(rung)
@@ -133,8 +133,8 @@ def test_a_trial_worse_than_an_earlier_searchs_is_stopped_at_the_rung(searched, 
     earlier.mkdir()
     for name in ("config.yaml", "search.json"):
         (earlier / name).write_text((searched / name).read_text())
-    ledger = Ledger(earlier / "trials.json")
-    ledger.trials = Ledger(searched / "trials.json").trials
+    ledger = TrialStore(earlier / "trials.json")
+    ledger.trials = TrialStore(searched / "trials.json").trials
     for trial in ledger.trials:
         trial.folder = str(searched / "trials" / trial.id)
         trial.scores = dict.fromkeys(trial.scores, 0.9)
@@ -142,7 +142,7 @@ def test_a_trial_worse_than_an_earlier_searchs_is_stopped_at_the_rung(searched, 
     over = ("--over", "method.tau_cls=0.05,0.3,0.5", "--name", "second", "--warm-start", str(earlier))
     output = tune(*words(tiny_coco, storage, *over))
     assert "2 trials taken up" in output
-    (trial,) = (t for t in Ledger(storage / "second" / "trials.json").trials if t.folder is None)
+    (trial,) = (t for t in TrialStore(storage / "second" / "trials.json").trials if t.folder is None)
     assert (trial.params, trial.state, sorted(trial.scores)) == ({"method.tau_cls": 0.3}, "stopped", [2])
     _, runs = children(storage, "second")
     assert runs[trial.id].info.status == "KILLED"
@@ -175,7 +175,7 @@ def test_ctrl_c_seeds_optuna_and_the_best_at_full_length(cluster, tiny_coco, sto
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
     assert json.loads((root / "results.json").read_text())["stopped"] == "Ctrl-C"
-    left = Ledger(root / "trials.json").trials
+    left = TrialStore(root / "trials.json").trials
     assert {t.state for t in left} <= {"waiting", "finished"}
     assert "waiting" in {t.state for t in left}
     parent, runs = children(storage, "third")
@@ -185,7 +185,7 @@ def test_ctrl_c_seeds_optuna_and_the_best_at_full_length(cluster, tiny_coco, sto
     command = shlex.split(output.split("go on with:")[1].strip().splitlines()[0])
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    trials = Ledger(root / "trials.json").trials
+    trials = TrialStore(root / "trials.json").trials
     assert {(t.point, t.seed) for t in trials} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert {t.state for t in trials} == {"finished"}
     assert all((t.scores, t.params) == (t.scores | o.scores, o.params) for t, o in zip(trials, left, strict=False))

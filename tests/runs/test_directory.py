@@ -16,7 +16,7 @@ from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import compose, dump, run_schedule
 from pais_ray.runs import directory, lock
 from pais_ray.runs.checkpoints import best_checkpoint, checkpoint_folder, checkpoints
-from pais_ray.runs.lock import held
+from pais_ray.runs.lock import lock_run
 from pais_ray.runs.prepare import prepare
 from pais_ray.train import errors
 from pais_ray.train.driver import resources
@@ -26,8 +26,8 @@ from tests.support.tiny import state_of
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pais_ray.runs.lock import held
-with held(Path(sys.argv[1])):
+from pais_ray.runs.lock import lock_run
+with lock_run(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -49,15 +49,15 @@ def other(tmp_path):
 def test_a_second_driver_is_refused_and_told_who_has_it(tmp_path, other, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_S", 0.0)
     words = rf"in the hands of another process \(pid {other.pid} on .* since 20"
-    with pytest.raises(ConfigError, match=words), held(tmp_path):
+    with pytest.raises(ConfigError, match=words), lock_run(tmp_path):
         pytest.fail("two drivers")
 
 
 def test_a_killed_driver_lets_go(tmp_path, other):
     os.kill(other.pid, signal.SIGKILL)
-    with held(tmp_path):  # waits for the end of the process
+    with lock_run(tmp_path):  # waits for the end of the process
         assert f"pid {os.getpid()} " in (tmp_path / lock.LOCK_FILE).read_text()
-    with held(tmp_path):  # and again, after an orderly end
+    with lock_run(tmp_path):  # and again, after an orderly end
         pass
 
 
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_holds_nothing_up(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
-    with held(tmp_path):
+    with lock_run(tmp_path):
         assert (tmp_path / lock.LOCK_FILE).exists()
 
 

@@ -24,9 +24,9 @@ from pais_ray.runs.prepare import prepare
 from pais_ray.search import report, samplers, tuner
 from pais_ray.search.asha import ETA, default_rungs, goes_on, parse_rungs
 from pais_ray.search.plan import Options, make_plan, warm_start
-from pais_ray.search.scheduler import METRIC, Control
+from pais_ray.search.scheduler import METRIC, TrialScheduler
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
-from pais_ray.search.trials import Ledger
+from pais_ray.search.trials import TrialStore
 from pais_ray.search.tuner import concurrent_trials
 
 WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=10")
@@ -41,9 +41,9 @@ def plan_of(tmp_path, *over, words=WORDS, **options):
 
 def control_of(plan, said=None):
     closed = []
-    control = Control(
+    control = TrialScheduler(
         plan,
-        Ledger(plan.root / "trials.json"),
+        TrialStore(plan.root / "trials.json"),
         {"run.storage_path": str(plan.root / "trials")},
         lambda trial, status: closed.append((trial.id, status)),
         (said if said is not None else []).append,
@@ -51,9 +51,9 @@ def control_of(plan, said=None):
     return control, closed
 
 
-def heard(control, trial, **aps):
+def on_result(control, trial, **aps):
     """Reports AP at steps, as `s10=0.1`; whether the trial must stop."""
-    return [control.heard(trial, {"step": int(s[1:]), METRIC: ap}) for s, ap in aps.items()][-1]
+    return [control.on_result(trial, {"step": int(s[1:]), METRIC: ap}) for s, ap in aps.items()][-1]
 
 
 def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
@@ -67,12 +67,12 @@ def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        heard(control, first.id, s30=0.1)
+        on_result(control, first.id, s30=0.1)
         assert control.next() is None
         assert control.waits()
     assert len([s for s in said if "cannot be written" in s]) == 1
     assert control.next().id == "001s0"
-    known = Ledger(control.plan.root / "trials.json")
+    known = TrialStore(control.plan.root / "trials.json")
     assert known.trial(first.id).scores == {30: 0.1}
     assert [t.state for t in known.trials] == ["running", "running"]
 
@@ -258,17 +258,17 @@ def test_trials_start_report_stop_and_finish(tmp_path):
     a, b, c = (control.next().id for _ in range(3))
     assert control.next() is None
     assert [t.params["method.tau_cls"] for t in control.ledger.trials] == [0.35, 0.5, 0.65]
-    assert not heard(control, a, s10=0.1, s20=0.15, s30=0.2)
-    assert not heard(control, b, s10=0.3)
-    assert heard(control, c, s10=0.2)
+    assert not on_result(control, a, s10=0.1, s20=0.15, s30=0.2)
+    assert not on_result(control, b, s10=0.3)
+    assert on_result(control, c, s10=0.2)
     assert closed == []
-    control.heard(c, {"finished": False})
+    control.on_result(c, {"finished": False})
     assert closed == [(c, "KILLED")], "when it writes no more"
     assert control.ledger.trial(c).state == "stopped"
     assert "AP 0.2000 at rung 10" in control.ledger.trial(c).why
     for trial, ap in ((a, 0.3), (b, 0.4)):
-        heard(control, trial, s90=ap)
-        control.heard(trial, {"finished": True})
+        on_result(control, trial, s90=ap)
+        control.on_result(trial, {"finished": True})
     ranked = control.ledger.standings()
     assert [(s.trials[0].id, s.state, s.ap) for s in ranked] == [
         (b, "finished", 0.4),
@@ -283,7 +283,7 @@ def test_rungs_survive_a_kill_and_late_results_stay_out_of_them(tmp_path):
     control, _ = control_of(plan)
     ids = [control.next().id for _ in range(3)]
     for trial, ap in zip(ids, (0.3, 0.2, 0.1), strict=True):
-        heard(control, trial, s10=ap)
+        on_result(control, trial, s10=ap)
     before = {step: control.ledger.rung(step) for step in plan.rungs}
     assert before == {10: dict(zip(ids, (0.3, 0.2, 0.1), strict=True)), 30: {}}
 
@@ -292,10 +292,10 @@ def test_rungs_survive_a_kill_and_late_results_stay_out_of_them(tmp_path):
     assert [t.state for t in again.ledger.trials] == ["waiting", "stopped", "stopped"]
     assert again.next().id == ids[0], "what was running goes on first"
     # It resumed from a checkpoint before the rung, and on other hardware its AP came out otherwise; then it is late.
-    assert not heard(again, ids[0], s10=0.05, s20=0.4, s40=0.9)
+    assert not on_result(again, ids[0], s10=0.05, s20=0.4, s40=0.9)
     assert {step: again.ledger.rung(step) for step in plan.rungs} == before
     fresh = again.next().id
-    assert not heard(again, fresh, s10=0.35), "judged against what was there at step 10, not against 0.4 or 0.9"
+    assert not on_result(again, fresh, s10=0.35), "judged against what was there at step 10, not against 0.4 or 0.9"
     assert closed == []
 
 
@@ -310,7 +310,7 @@ def test_a_half_written_ledger_is_never_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        heard(control, trial, s10=0.5)
+        on_result(control, trial, s10=0.5)
     assert (plan.root / "trials.json").read_text() == text
 
 
@@ -318,12 +318,12 @@ def test_failed_trials_are_tried_again_and_wrong_input_ends_the_search(tmp_path)
     plan = plan_of(tmp_path)
     control, closed = control_of(plan)
     trial = control.next().id
-    assert control.heard(trial, {"failed": "no finite loss"})
+    assert control.on_result(trial, {"failed": "no finite loss"})
     assert closed == [(trial, "FAILED")]
     assert not control.halts()
     assert control_of(plan)[0].next().id == trial
     other = control.next().id
-    control.heard(other, {"wrong_input": "a.jpg: truncated"})
+    control.on_result(other, {"wrong_input": "a.jpg: truncated"})
     assert control.halts()
     assert control.wrong_input == f"trial {other}: a.jpg: truncated"
 
@@ -331,11 +331,11 @@ def test_failed_trials_are_tried_again_and_wrong_input_ends_the_search(tmp_path)
 def test_what_a_process_dies_of_later_undoes_no_verdict(tmp_path):
     control, closed = control_of(plan_of(tmp_path))
     a, b = control.next().id, control.next().id
-    heard(control, a, s10=0.3, s90=0.3)
-    control.heard(a, {"finished": True})
-    assert heard(control, b, s10=0.1)
+    on_result(control, a, s10=0.3, s90=0.3)
+    control.on_result(a, {"finished": True})
+    assert on_result(control, b, s10=0.1)
     for trial in (a, b):
-        control.heard(trial, {"failed": "its process died"})
+        control.on_result(trial, {"failed": "its process died"})
     assert [t.state for t in control.ledger.trials] == ["finished", "stopped"]
     assert closed == [(b, "KILLED")], "nobody else ends its run"
 
@@ -362,14 +362,14 @@ def test_tune_gives_up_before_it_changes_a_trials_state():
 def test_the_time_budget_ends_the_search_and_what_ran_waits(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
     said: list[str] = []
-    control = Control(plan, Ledger(plan.root / "trials.json"), {}, lambda *_: None, said.append, minutes=60)
+    control = TrialScheduler(plan, TrialStore(plan.root / "trials.json"), {}, lambda *_: None, said.append, minutes=60)
     trial = control.next()
     assert not control.halts()
     control.deadline -= 3601
     assert control.halts()
     assert "time budget" in said[-1]
     assert [t.id for t in control.rest()] == [trial.id]
-    assert Ledger(plan.root / "trials.json").trial(trial.id).state == "waiting"
+    assert TrialStore(plan.root / "trials.json").trial(trial.id).state == "waiting"
 
 
 def test_a_search_told_otherwise_under_its_name_is_refused(tmp_path):
@@ -423,8 +423,8 @@ def test_a_killed_search_proposes_what_it_would_have(tmp_path, kind):
         control, _ = control_of(plan)
         for k in range(14):
             trial = control.next()
-            heard(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.45))
-            control.heard(trial.id, {"finished": True})
+            on_result(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.45))
+            control.on_result(trial.id, {"finished": True})
             if killed and k in (4, 11):
                 control, _ = control_of(plan)
         assert control.next() is None
@@ -439,8 +439,8 @@ def test_optuna_learns_where_the_best_is(tmp_path):
     control, _ = control_of(plan)
     for _ in range(30):
         trial = control.next()
-        heard(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.8))
-        control.heard(trial.id, {"finished": True})
+        on_result(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.8))
+        control.on_result(trial.id, {"finished": True})
     late = [t.params["method.tau_cls"] for t in control.ledger.trials[20:]]
     assert sum(abs(v - 0.8) for v in late) / 10 < 0.17
 
@@ -457,8 +457,8 @@ def finished_search(tmp_path, name, over, aps, **options):
     control, _ = control_of(plan)
     for ap in aps:
         trial = control.next()
-        heard(control, trial.id, s10=ap / 2, s90=ap)
-        control.heard(trial.id, {"finished": True})
+        on_result(control, trial.id, s10=ap / 2, s90=ap)
+        control.on_result(trial.id, {"finished": True})
     return plan
 
 
@@ -499,12 +499,12 @@ def test_a_warm_start_knows_the_split_of_a_manifest(tmp_path, tiny_coco):
     (tmp_path / "split.json").write_text(data.manifest.to_json())
     words = (*words, f"data.split={tmp_path}/split.json")
     first = finished_search(tmp_path, "first", ("method.tau_cls=0.35",), (0.1,), words=words)
-    for trial in Ledger(first.root / "trials.json").trials:
+    for trial in TrialStore(first.root / "trials.json").trials:
         path = first.trial_root(trial.id) / "config.yaml"
         path.write_text(dump(prepare(load(path))[0]))
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", words=words, name="wider")
     base = tuner.as_written(plan, prepare(plan.base)[0])
-    assert warm_start(plan, Ledger(plan.root / "trials.json"), base, first.root) == 1
+    assert warm_start(plan, TrialStore(plan.root / "trials.json"), base, first.root) == 1
 
 
 # How many at once
@@ -547,7 +547,7 @@ def test_the_arithmetic_on_machines_as_they_are():
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.randoms())
 def test_the_table_is_best_first_by_the_mean_over_seeds(aps, chance):
-    ledger = Ledger(Path("nowhere"))
+    ledger = TrialStore(Path("nowhere"))
     trials = [ledger.add({"method.tau_cls": point}, seed) for point in range(len(aps)) for seed in (0, 1)]
     for trial in trials:
         trial.scores, trial.state = {90: aps[trial.point][trial.seed]}, "finished"
@@ -567,9 +567,9 @@ def test_a_configuration_is_ranked_where_all_its_seeds_were(tmp_path):
     plan = plan_of(tmp_path, "method.tau_cls=0.35", seeds=2)
     control, _ = control_of(plan)
     a = control.next().id
-    heard(control, a, s10=0.2, s30=0.4, s90=0.9)
-    control.heard(a, {"finished": True})
-    heard(control, control.next().id, s10=0.1)
+    on_result(control, a, s10=0.2, s30=0.4, s90=0.9)
+    control.on_result(a, {"finished": True})
+    on_result(control, control.next().id, s10=0.1)
     (only,) = control.ledger.standings()
     assert (only.state, only.step, only.ap) == ("running", 10, pytest.approx(0.15))
     assert report.best_of([only]) is None
@@ -581,20 +581,20 @@ def test_the_first_seeds_verdict_is_its_configurations(tmp_path):
     control, _ = control_of(plan)
     a, b = control.next(), control.next()
     assert (a.seed, b.seed, a.point, b.point) == (0, 0, 0, 1), "other first seeds fill the places"
-    heard(control, a.id, s10=0.5, s30=0.5, s90=0.5)
-    control.heard(a.id, {"finished": True})
+    on_result(control, a.id, s10=0.5, s30=0.5, s90=0.5)
+    control.on_result(a.id, {"finished": True})
     again = control_of(plan)[0]  # killed here: what ran comes first, then what the ledger says may start
     assert [(t.point, t.seed) for t in (again.next(), again.next(), again.next())] == [(1, 0), (0, 1), (0, 2)]
-    assert heard(again, b.id, s10=0.4)
-    again.heard(b.id, {"finished": False})
+    assert on_result(again, b.id, s10=0.4)
+    again.on_result(b.id, {"finished": False})
     for trial in ("000s1", "000s2"):
-        assert not heard(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end, unjudged"
-        again.heard(trial, {"finished": True})
+        assert not on_result(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end, unjudged"
+        again.on_result(trial, {"finished": True})
     c = again.next()
     assert (c.point, c.seed) == (2, 0), "no further seed of what was stopped"
     assert again.next() is None
     assert again.waits(), "its other seeds may come"
-    assert heard(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
+    assert on_result(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
     assert again.ledger.rung(10) == {"000s0": 0.5, "001s0": 0.4, "002s0": 0.2}
     assert again.next() is None
     assert not again.waits()
@@ -617,8 +617,8 @@ def test_every_search_ends_with_a_best(tmp_path_factory, places, seeds, kind, ch
             break
         name = chance.choice(sorted(running))
         step = next(running[name], None)
-        if step is None or heard(control, name, **{f"s{step}": chance.random()}):
-            control.heard(name, {"finished": step is None})
+        if step is None or on_result(control, name, **{f"s{step}": chance.random()}):
+            control.on_result(name, {"finished": step is None})
             del running[name]
     assert not control.waits()
     best = report.best_of(control.ledger.standings())
@@ -633,7 +633,7 @@ def test_tune_asks_again_where_seeds_wait(tmp_path):
     suggest = tuner.Suggest(control)
     assert suggest.suggest("x") == {"trial": "000s0"}
     assert suggest.suggest("x") is None
-    control.heard("000s0", {"finished": True})
+    control.on_result("000s0", {"finished": True})
     assert suggest.suggest("x") == {"trial": "000s1"}
     assert suggest.suggest("x") == Searcher.FINISHED
 
@@ -642,7 +642,7 @@ def test_another_best_has_a_name_of_its_own(tmp_path):
     """NAME-best is of the first: with other settings it could not be resumed, however often one asks."""
     words = (*WORDS, f"run.storage_path={tmp_path}")
     plan = finished_search(tmp_path, "s", ("method.tau_cls=0.35,0.5",), (0.1, 0.2), rungs="none")
-    low, high = sorted(Ledger(plan.root / "trials.json").standings(), key=lambda s: s.point)
+    low, high = sorted(TrialStore(plan.root / "trials.json").standings(), key=lambda s: s.point)
     config = tuner.named_best("s-best", low, words)
     assert (config.run.name, config.method.tau_cls) == ("s-best", 0.35)
     assert tuner.named_best("s-best", high, words).run.name == "s-best", "nothing was made of it yet"
@@ -659,13 +659,13 @@ def test_another_best_has_a_name_of_its_own(tmp_path):
 def test_no_best_to_retrain_is_one_line(tmp_path):
     plan = plan_of(tmp_path)
     with pytest.raises(ConfigError, match="--retrain-best: no configuration finished"):
-        tuner.retrain(plan, plan.words, Ledger(plan.root / "trials.json"))
+        tuner.retrain(plan, plan.words, TrialStore(plan.root / "trials.json"))
 
 
 def test_the_files_of_a_search(tmp_path):
     over = ("method.tau_cls=0.35,0.5", "method.alpha=1,4", "optim.reference.milestones=[240,280]")
     plan = finished_search(tmp_path, "first", over, (0.1, 0.4, 0.3, 0.2), rungs="none")
-    ledger = Ledger(plan.root / "trials.json")
+    ledger = TrialStore(plan.root / "trials.json")
     result = report.to_json(plan, ledger, None)
     report.write(plan, ledger, result)
     figures = ("figures/parallel.png", "figures/parameters.png")
@@ -688,7 +688,7 @@ def test_the_files_of_a_search(tmp_path):
 
 def test_values_stand_under_their_names_whatever_order_they_came_in(tmp_path):
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,4")
-    ledger = Ledger(plan.root / "trials.json")
+    ledger = TrialStore(plan.root / "trials.json")
     ledger.add({"method.alpha": 4, "method.tau_cls": 0.5}, 0)
     report.write(plan, ledger, {})
     head, row = (plan.root / "results.csv").read_text().splitlines()

@@ -37,16 +37,16 @@ def test_a_product_acts_like_its_factors_in_turn():
     torch.testing.assert_close(geometry.transform_points(points, second @ first), in_turn)
 
 
-def test_flip_is_its_own_inverse_and_mirrors_pixel_centres():
+def test_flip_is_its_own_inverse_and_mirrors_pixel_centers():
     flip = geometry.flip_horizontal(7)
     assert torch.equal(flip @ flip, geometry.identity())
     image = torch.arange(14).reshape(2, 7)
-    for x in range(7):  # the centre of column x comes from the column that flip() puts there
+    for x in range(7):  # the center of column x comes from the column that flip() puts there
         (there,) = geometry.transform_points(torch.tensor([[x + 0.5, 0.5]]), flip)[:, 0].tolist()
         assert image.flip(1)[0, math.floor(there)] == image[0, x]
 
 
-def test_rotation_turns_clockwise_on_the_screen_about_its_centre():
+def test_rotation_turns_clockwise_on_the_screen_about_its_center():
     turn = geometry.rotate(90, (10.0, 20.0))
     points = torch.tensor([[10.0, 20.0], [15.0, 20.0], [10.0, 15.0]])
     there = geometry.transform_points(points, turn)
@@ -58,7 +58,7 @@ def test_shear_goes_along_x_then_along_y():
     torch.testing.assert_close(sheared, torch.tensor([[0.5, 1.125]]))  # x first: the new x moves y
 
 
-def test_about_keeps_its_centre():
+def test_about_keeps_its_center():
     center = torch.tensor([[3.0, 4.0]])
     for matrix in (geometry.rotate(33, (3.0, 4.0)), geometry.shear(0.3, -0.4, (3.0, 4.0))):
         torch.testing.assert_close(geometry.transform_points(center, matrix), center)

@@ -14,7 +14,7 @@ from pais_ray.config.sections import GuardConfig
 from pais_ray.files import console
 from pais_ray.train.driver import launch, progress
 from pais_ray.train.driver.monitor import Monitor
-from pais_ray.train.driver.supervisor import Watch
+from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.driver.watchdog import describe, stuck
 from pais_ray.train.guards import Guards
 from pais_ray.train.worker.loop import Worker
@@ -185,9 +185,9 @@ def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path
     monkeypatch.setattr(launch, "NOBODY_S", 0.2)
     monkeypatch.setattr(launch.ray, "get", lambda answer: answer)
     monkeypatch.setattr(launch, "fit_again", lambda *_: threading.Event().wait())
-    monkeypatch.setattr(Watch, "look", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Supervisor, "look", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     said, group = [], Group()
-    watch = Watch(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
+    watch = Supervisor(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
     assert launch.follow(None, watch, tmp_path, 8, threading.Event())
     assert group.wishes == ["stop"]
     assert [row["text"].split(";")[0] for row in said] == [

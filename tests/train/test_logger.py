@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from pais_ray.files import json_lines
-from pais_ray.files.json_lines import Lines, metric_rows
+from pais_ray.files.json_lines import JsonlWriter, metric_rows
 
 
 def steps(path):
@@ -19,7 +19,7 @@ def steps(path):
 
 @pytest.fixture
 def lines(tmp_path):
-    return Lines(tmp_path / "metrics.jsonl")
+    return JsonlWriter(tmp_path / "metrics.jsonl")
 
 
 def test_two_threads_lose_and_double_nothing(lines):

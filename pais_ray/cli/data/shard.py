@@ -41,14 +41,14 @@ def shard(
 
 def source_of(words: tuple[str, ...]) -> "Source":
     """The data set that ``words`` spell."""
-    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.shards.dataset import is_shards
     from pais_ray.data.shards.writer import Source
     from pais_ray.data.validation import entries
     from pais_ray.runs.prepare import read_data
 
-    spelt = spell_out(words)
+    spelt = expand_words(words)
     for line in spelt.found:
         echo(line)
     config = compose_data(spelt.words).model_copy(update={"pseudo_labels": None})

@@ -80,13 +80,13 @@ def draw_of_folder(
 ) -> "list[SplitManifest]":
     """The manifests of the data set in a folder: of the shares asked for, or of all labels. Where it has unlabeled
     images of its own, these are the unlabeled part, with what loses its labels."""
-    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.annotations.coco import read_unlabeled
     from pais_ray.data.annotations.splits import draw, manifest, with_left
     from pais_ray.data.sources.readers import read_labeled
 
-    spelt = spell_out([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
+    spelt = expand_words([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
     for line in spelt.found:
         echo(line)
     data = compose_data(spelt.words)

@@ -84,7 +84,7 @@ def check_targets(source: str | None, *targets: str | None) -> None:
 
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     """The parts of the data set that ``words`` spell, all of whose paths exist, its caps, and its scored masks."""
-    from pais_ray.config.overlays import spell_out
+    from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.annotations.splits import read_manifest
     from pais_ray.data.sources.readers import images_of
@@ -93,7 +93,7 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     from pais_ray.data.validation.rules import DataError
     from pais_ray.files.storage import is_url
 
-    spelt = spell_out(words)
+    spelt = expand_words(words)
     for line in spelt.found:
         echo(line)
     data = compose_data(spelt.words)

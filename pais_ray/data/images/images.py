@@ -35,7 +35,7 @@ _ORIENTATION = 0x0112
 def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Picture (H, W, 3) uint8 RGB, upright, of an encoded image.
 
-    Alpha is dropped, not composited: the colours under it are the photograph. 16-bit gray is scaled by its
+    Alpha is dropped, not composited: the colors under it are the photograph. 16-bit gray is scaled by its
     full range (65535 -> 255), not stretched to its content. Of several frames the first is taken.
     Raises DataError (a ValueError) that names ``where``, the rule and the remedy.
     """
@@ -66,7 +66,7 @@ def decode_values(data: bytes, where: str) -> np.ndarray:
             return np.array(image, dtype=np.uint8)
         if image.mode.startswith("I"):
             return np.array(image)
-        remedy = "give an image of labels, not of colours"
+        remedy = "give an image of labels, not of colors"
         raise DataError("image-mode", where, f"expected one channel of 8 or 16 bits, got mode {image.mode}", remedy)
 
 

@@ -24,7 +24,7 @@ MOST_FILES = 64  # JSON files looked into, the largest: other formats have one a
 PROBED = 8  # file names that tell whether a folder is that of a JSON's images
 
 PARTS = {  # words of names; the first one counts: `instances_train2017-unlabeled.json` is unlabeled
-    "unlabeled": ("unlabeled", "unlabelled"),
+    "unlabeled": ("unlabeled", "unlabeled"),
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -58,7 +58,7 @@ class JsonFile:
 
 def detect(source: str, given: Mapping[str, Any]) -> Found:
     """What ``source``, a folder, a COCO file or a URL of shards, holds; ``given`` are settings of `data:` that the
-    user decides. Raises DataError where nothing, or more than one thing, is recognised."""
+    user decides. Raises DataError where nothing, or more than one thing, is recognized."""
     if dataset.is_shards(storage.check_url(source)):
         return _found(f"shards in {source}", {"train": source}, {}, [])
     if os.path.isfile(source):

@@ -1,4 +1,4 @@
-"""Scored masks from elsewhere: COCO results of another model or of a labelling tool, as pseudo-labels. Torch-free.
+"""Scored masks from elsewhere: COCO results of another model or of a labeling tool, as pseudo-labels. Torch-free.
 
 Legend: N masks of one image; boxes are (N, 4) XYXY px of the upright image.
 """
@@ -44,7 +44,7 @@ SCORED = pa.struct(
 Json = Mapping[str, Any]
 
 
-class Known(NamedTuple):
+class ImageInfo(NamedTuple):
     """What the entries of an image are checked against."""
 
     size: tuple[int, int] | None  # upright height, width; None: unsound, which others have told
@@ -101,7 +101,7 @@ def read_scored(
     """
     with entries.no_collection():
         listed, sha256 = _read(path, limits)
-        known = {r.image_id: Known((r.height, r.width), name_of(r.path)) for r in unlabeled}
+        known = {r.image_id: ImageInfo((r.height, r.width), name_of(r.path)) for r in unlabeled}
         index = {category.id: category.index for category in categories}
         check_listing(path, known)
         own: dict[int, list[tuple[Json, str]]] = {image_id: [] for image_id in known}
@@ -122,7 +122,7 @@ def read_scored(
 
 def inspect_scored(
     path: str,
-    known: Mapping[int, Known],
+    known: Mapping[int, ImageInfo],
     categories: Collection[int],
     limits: Limits,
     report: Report,
@@ -152,7 +152,7 @@ def inspect_scored(
 
 
 def check_entry(
-    entry: Any, known: Mapping[int, Known], others: Collection[int], categories: Collection[int], where: str
+    entry: Any, known: Mapping[int, ImageInfo], others: Collection[int], categories: Collection[int], where: str
 ) -> int:
     """The image of an entry of which each value is sound; of ``others`` only the reference is looked at."""
     if not isinstance(entry, dict):
@@ -176,7 +176,7 @@ def check_entry(
     return image_id
 
 
-def check_listing(path: str, known: Mapping[int, Known]) -> None:
+def check_listing(path: str, known: Mapping[int, ImageInfo]) -> None:
     """Where `pais-ray predict` told which id was which file, they must be these files: ids are mere positions."""
     beside = os.path.join(os.path.dirname(path), LISTING)
     try:

@@ -130,12 +130,12 @@ class Scene:
     def paint(
         self,
         cover: np.ndarray,
-        colours: np.ndarray,
+        colors: np.ndarray,
         corner: tuple[int, int],
         label: str | None,
         crowd: bool = False,
     ) -> bool:
-        """Paints ``colours`` (h, w, 3) through ``cover`` (h, w) uint8 with its corner at (x, y); a thing with
+        """Paints ``colors`` (h, w, 3) through ``cover`` (h, w) uint8 with its corner at (x, y); a thing with
         label None is not annotated. False, and nothing is painted, where too little of another instance or of
         this one would be seen."""
         (x, y), (height, width) = corner, self.owner.shape
@@ -144,7 +144,7 @@ class Scene:
         if bottom <= top or right <= left:
             return False
         cover = cover[top - y : bottom - y, left - x : right - x]
-        colours = colours[top - y : bottom - y, left - x : right - x]
+        colors = colors[top - y : bottom - y, left - x : right - x]
         solid = cover >= 128
         area = int(solid.sum())
         window = self.owner[top:bottom, left:right]
@@ -156,7 +156,7 @@ class Scene:
             return False
         alpha = cover[:, :, None] / 255.0
         under = self.pixels[top:bottom, left:right]
-        under[:] = np.rint(alpha * colours + (1 - alpha) * under).astype(np.uint8)
+        under[:] = np.rint(alpha * colors + (1 - alpha) * under).astype(np.uint8)
         window[solid] = 0 if label is None else num
         if label is not None:
             self.labels.append(label)
@@ -268,7 +268,7 @@ def _add_crowd(scene: Scene, random: np.random.Generator, size: int) -> None:
     label = CLASSES[int(random.integers(len(CLASSES)))]
     reach = random.uniform(0.1, 0.18) * size
     side = 2 * math.ceil(reach + 0.05 * size + 4)  # no shape reaches over the border of this canvas
-    cover, colours = np.zeros((side, side, 1)), np.zeros((side, side, 3))
+    cover, colors = np.zeros((side, side, 1)), np.zeros((side, side, 3))
     for _ in range(int(random.integers(18, 34))):
         radius = random.uniform(0.022, 0.034) * size
         center = (side / 2 + random.uniform(-reach, reach, 2)).tolist()
@@ -276,14 +276,14 @@ def _add_crowd(scene: Scene, random: np.random.Generator, size: int) -> None:
         window = (slice(top, top + len(tiny)), slice(left, left + tiny.shape[1]))
         alpha = tiny[:, :, None] / 255.0
         under = cover[window] * (1 - alpha)
-        colour = look(label, random, tiny.shape, radius)
+        color = look(label, random, tiny.shape, radius)
         cover[window] = alpha + under
         share = np.divide(alpha, cover[window], out=np.zeros_like(alpha), where=alpha > 0)
-        colours[window] += share * (colour - colours[window])
+        colors[window] += share * (color - colors[window])
     solid = np.rint(cover[:, :, 0] * 255).astype(np.uint8)
     for _ in range(12):
         x, y = random.integers(-side // 8, size - side + side // 8, 2).tolist()
-        if scene.paint(solid, colours, (x, y), label, crowd=True):
+        if scene.paint(solid, colors, (x, y), label, crowd=True):
             return
 
 
@@ -298,8 +298,8 @@ def _add_pole(scene: Scene, random: np.random.Generator, size: int) -> None:
         bar = [place(end, along, (float(xs.mean()), float(ys.mean()))) for end in ends]
         cover = fill([bar], (0, 0), (size, size))
         hue = random.random()
-        colours = mix(hsv(hue, 0.2, 0.1), hsv(hue, 0.2, 0.3), texture("clouds", random, (size, size), 12.0))
-        if scene.paint(cover, colours, (0, 0), None):
+        colors = mix(hsv(hue, 0.2, 0.1), hsv(hue, 0.2, 0.3), texture("clouds", random, (size, size), 12.0))
+        if scene.paint(cover, colors, (0, 0), None):
             return
 
 

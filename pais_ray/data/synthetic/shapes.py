@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Point = tuple[float, float]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("plain", "stripes", "checks", "dots", "clouds", "rings")  # of each class
 CLASS_LOOK = 0.8  # how often a shape wears its class's hue and texture; otherwise any
-HUE_SPREAD = 0.07  # of the colour circle, either way; classes are 1/6 apart
+HUE_SPREAD = 0.07  # of the color circle, either way; classes are 1/6 apart
 OVERSAMPLING = 4  # of outlines, per side
 
 
@@ -39,7 +39,7 @@ def fill(loops: list[list[Point]], corner: tuple[int, int], shape: tuple[int, in
 
 
 def look(label: str, random: np.random.Generator, shape: tuple[int, ...], radius: float) -> np.ndarray:
-    """Colours (h, w, 3) of a shape: mostly the hue and texture of its class, sometimes any."""
+    """Colors (h, w, 3) of a shape: mostly the hue and texture of its class, sometimes any."""
     own = CLASSES.index(label)
     if random.random() < CLASS_LOOK:
         hue = own / len(CLASSES) + random.uniform(-HUE_SPREAD, HUE_SPREAD)
@@ -75,11 +75,11 @@ def texture(kind: str, random: np.random.Generator, shape: tuple[int, ...], scal
     return np.clip(0.5 + 0.15 * u, 0, 1)  # plain: a slow gradient
 
 
-def mix(dark: Colour, light: Colour, field: np.ndarray) -> np.ndarray:
+def mix(dark: Color, light: Color, field: np.ndarray) -> np.ndarray:
     return np.array(dark) + field[:, :, None] * (np.array(light) - np.array(dark))
 
 
-def hsv(hue: float, saturation: float, value: float) -> Colour:
+def hsv(hue: float, saturation: float, value: float) -> Color:
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return 255 * red, 255 * green, 255 * blue
 

@@ -11,7 +11,7 @@ from pais_ray.data.annotations.records import Record
 from pais_ray.data.images.images import upright_size
 from pais_ray.data.images.reader import name_of
 from pais_ray.data.shards import dataset
-from pais_ray.data.sources.scored_masks import Known, inspect_scored
+from pais_ray.data.sources.scored_masks import ImageInfo, inspect_scored
 from pais_ray.data.validation.entries import check_same_categories
 from pais_ray.data.validation.findings import Finding, Report
 from pais_ray.data.validation.inspect import Content, absent_categories, inspect_coco
@@ -57,7 +57,7 @@ def examine(
     report = Report()
     looks: list[Look] = []
     files: dict[str, Content] = {}
-    known: dict[int, Known] = {}  # images that scored masks may be of
+    known: dict[int, ImageInfo] = {}  # images that scored masks may be of
     classes: Collection[int] | None = None  # and their categories
     for part in parts:
         if dataset.is_shards(part.annotations):
@@ -78,7 +78,7 @@ def examine(
             paths = report.check(list_folder, part.images) or []
             jobs = [Job(path, path, None) for path in paths]
             if scored is not None:
-                known = {i: Known(_size_of(path, limits), os.path.basename(path)) for i, path in enumerate(paths)}
+                known = {i: ImageInfo(_size_of(path, limits), os.path.basename(path)) for i, path in enumerate(paths)}
         else:
             content = inspect_coco(part.annotations, part.images, limits, report, labels=part.labels)
             jobs = [
@@ -87,7 +87,7 @@ def examine(
                 if image.file is not None
             ]
             if part.name != "val":
-                known = {i: Known(image.size, _name(image.file)) for i, image in content.images.items()}
+                known = {i: ImageInfo(image.size, _name(image.file)) for i, image in content.images.items()}
             if part.labels:
                 files[part.name] = content
         mine = _looks(part, jobs, files, report, {look.job.path for look in looks})
@@ -119,13 +119,13 @@ def _looks(part: Part, jobs: list[Job], files: dict[str, Content], report: Repor
     return [Look(job, part.name == "val" or job.image_id in held_out) for job in jobs]
 
 
-def _known(records: Sequence[Record], limits: Limits, report: Report) -> dict[int, Known]:
+def _known(records: Sequence[Record], limits: Limits, report: Report) -> dict[int, ImageInfo]:
     """What scored masks of these images are checked against. Adds what is wrong with their headers."""
     known = {}
     for record, size in zip(records, look_up(records, limits), strict=True):
         if isinstance(size, DataError):
             report.add(size)
-        known[record.image_id] = Known(None if isinstance(size, DataError) else size, name_of(record.path))
+        known[record.image_id] = ImageInfo(None if isinstance(size, DataError) else size, name_of(record.path))
     return known
 
 

@@ -1,6 +1,6 @@
 """What may be wrong with a data set: one rule per fault, checked before any C call sees the data. Torch-free.
 
-A malformed polygon or run-length string makes pycocotools crash, hang or return uninitialised memory, so
+A malformed polygon or run-length string makes pycocotools crash, hang or return uninitialized memory, so
 every annotation passes here first. Each check raises the first rule that is broken, by name; `report.py` collects.
 """
 
@@ -123,7 +123,7 @@ def parse_counts(counts: str | bytes, where: str) -> np.ndarray:
 
     Each number is a chain of characters from 48 on, 5 bits each, lowest first; bit 6 says that another
     character follows and the top bit of the last one is the sign. From the fourth number on, a number is
-    the difference to the one before the last (run lengths of the same colour resemble each other).
+    the difference to the one before the last (run lengths of the same color resemble each other).
     """
     data = counts if isinstance(counts, bytes) else counts.encode("utf-8", "surrogatepass")
     bits = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48

@@ -144,12 +144,12 @@ def open_exported(folder: Path, device: str = "cpu") -> Predictor:
 
 
 def input_of(config: Config) -> dict[str, int]:
-    """How the runner makes a view. ValueError where the run's own test view is drawn at random or changes colours."""
+    """How the runner makes a view. ValueError where the run's own test view is drawn at random or changes colors."""
     view = config.views.view("test")
     short, last = view.short_side
-    if short != last or view.flip or view.colour or view.geometric or view.erase:
+    if short != last or view.flip or view.color or view.geometric or view.erase:
         raise ValueError(
-            "views.test: expected one short_side and no flip, colour, geometric or erase; nothing to export"
+            "views.test: expected one short_side and no flip, color, geometric or erase; nothing to export"
         )
     return {"short_side": short, "long_side": view.long_side, "multiple": PAD}
 

@@ -21,8 +21,8 @@ FORMAT = 1  # of what the manifest says of the model; a reader refuses what it d
 MANIFEST, MODEL = "manifest.json", "model.onnx"
 DETECTIONS = ["boxes", "labels", "scores", "ious", "masks", "windows"]  # outputs of every exported segmentor
 ON = 0.5  # a mask covers the pixels where it is above
-TINT = 0.5  # of a mask's colour over the picture
-HUE = 0.618  # turns between the colours of two neighbours: the golden ratio never comes back
+TINT = 0.5  # of a mask's color over the picture
+HUE = 0.618  # turns between the colors of two neighbors: the golden ratio never comes back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """The upright picture (H, W, 3) uint8 RGB of an image file; alpha is dropped, 16-bit gray scaled by its range."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
-        upright.info.pop("transparency", None)  # else Pillow mixes colours with it
+        upright.info.pop("transparency", None)  # else Pillow mixes colors with it
         if upright.mode.startswith("I"):
             gray = np.clip(np.asarray(upright).astype(np.int64), 0, 65535)
             upright = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
@@ -135,7 +135,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def paste(grids: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Masks (N, H, W) bool of soft ``grids`` (N, rows, columns), each stretched over its window (N, 4) px of an image
-    of ``size`` = (H, W): bilinear between the centres of cells, zero around the grid."""
+    of ``size`` = (H, W): bilinear between the centers of cells, zero around the grid."""
     height, width = size
     out = np.zeros((len(grids), height, width), bool)
     for mask, grid, (left, top, right, bottom) in zip(
@@ -154,7 +154,7 @@ def paste(grids: np.ndarray, windows: np.ndarray, size: tuple[int, int]) -> np.n
 
 def _between(start: int, stop: int, low: float, high: float, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """For the pixels start..stop of a side whose ``cells`` lie from ``low`` to ``high``: the last cell before each
-    pixel's centre, counted with one cell of border, and that cell's share."""
+    pixel's center, counted with one cell of border, and that cell's share."""
     at = (np.arange(start, stop) + 0.5 - low) / (high - low) * cells - 0.5
     at = at.clip(-1, cells)
     before = np.minimum(np.floor(at), cells - 1)
@@ -172,18 +172,18 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
 def draw(image: np.ndarray, found: Instances, names: Sequence[str]) -> Image.Image:
     """The image with its instances over it."""
     picture = image.astype(np.float32)
-    colours = [np.array(_colour(i)) for i in range(len(found.scores))]
-    for mask, colour in zip(found.masks, colours, strict=True):
-        picture[mask] = (1 - TINT) * picture[mask] + TINT * colour
+    colors = [np.array(_color(i)) for i in range(len(found.scores))]
+    for mask, color in zip(found.masks, colors, strict=True):
+        picture[mask] = (1 - TINT) * picture[mask] + TINT * color
     drawn = Image.fromarray(picture.astype(np.uint8))
     pen = ImageDraw.Draw(drawn)
-    for box, label, score, colour in zip(found.boxes, found.labels, found.scores, colours, strict=True):
-        pen.rectangle(box.tolist(), outline=tuple(colour))
+    for box, label, score, color in zip(found.boxes, found.labels, found.scores, colors, strict=True):
+        pen.rectangle(box.tolist(), outline=tuple(color))
         pen.text((box[0] + 2, box[1]), f"{names[label]} {score:.2f}", fill="white", stroke_width=1, stroke_fill="black")
     return drawn
 
 
-def _colour(index: int) -> tuple[int, ...]:
+def _color(index: int) -> tuple[int, ...]:
     return Image.new("HSV", (1, 1), (int(255 * (index * HUE % 1)), 200, 255)).convert("RGB").getpixel((0, 0))  # type: ignore[return-value]
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from pais_ray.structures.batch import Normaliser, Predictions, Targets
+from pais_ray.structures.batch import Normalizer, Predictions, Targets
 
 # Losses that pseudo-labels do not teach: the mask-IoU branch would confirm itself, the semantic map has no weights.
 LABELED_ONLY = {"mask_iou": 0.0, "semantic": 0.0}
@@ -35,7 +35,7 @@ class PAIS(BaseModel):
     )
     ema: float = Field(default=0.999, ge=0, le=1, description="decay of the teacher; paper 4.2")
     burn_in: int = Field(default=0, ge=0, description="steps without the unlabeled term; paper: none")
-    normaliser: Normaliser = Field(
+    normalizer: Normalizer = Field(
         default="pos_neg", description="what weighted sums are divided by; Eq. 5: 1/N_pos and 1/N_neg apart"
     )
     class_scale: float = Field(default=1.0, ge=0, description="times c^alpha; Eq. 5: 1, released K-Net: 12")
@@ -98,7 +98,7 @@ class PAIS(BaseModel):
             mask_weight=self.mask_scale * s**self.beta,
             proposal_weight=(c > tau_proposal).float(),
             negative_weight=self.negative_weight,
-            normaliser=self.normaliser,
+            normalizer=self.normalizer,
         )
 
 

@@ -53,7 +53,7 @@ class KNetGraph(nn.Module):
         """The raw outputs as the segmentor makes them, each stage after the masks of ``found``: a kernel sums up the
         cells where its last mask is on, and a logit that is zero but for its last bit switches a whole cell."""
         network = self.network
-        pyramid = list(network.backbone(network.normalise(_views(images, size))).values())[:4]
+        pyramid = list(network.backbone(network.normalize(_views(images, size))).values())[:4]
         first, _, features = network.kernel_head(*network.fusion(pyramid))
         kernels = network.kernel_head.kernels + group_features(found["masks_0"], features)
         outputs = [first]

@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
-from pais_ray.modeling.backbones import LEVELS, NormalisePixels
+from pais_ray.modeling.backbones import LEVELS, NormalizePixels
 from pais_ray.modeling.segmentors._mask_rcnn_heads import HALF_PIXEL, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures.batch import Views
 
@@ -26,10 +26,10 @@ class MaskRCNNGraph(nn.Module):
     """``forward`` is what is exported, ``heads`` what it is compared with."""
 
     def __init__(
-        self, normalise: NormalisePixels, backbone: nn.Module, rpn: WeightedRPN, roi_heads: WeightedRoIHeads
+        self, normalize: NormalizePixels, backbone: nn.Module, rpn: WeightedRPN, roi_heads: WeightedRoIHeads
     ) -> None:
         super().__init__()
-        self.normalise, self.backbone, self.rpn, self.roi_heads = normalise, backbone, rpn, roi_heads
+        self.normalize, self.backbone, self.rpn, self.roi_heads = normalize, backbone, rpn, roi_heads
 
     def forward(self, images: Tensor, size: Tensor) -> dict[str, Tensor]:
         """Detections, best first, and the raw outputs that ``heads`` has too, with the ``proposals`` (R, 4) between.
@@ -74,7 +74,7 @@ class MaskRCNNGraph(nn.Module):
         }
 
     def _features(self, images: Tensor, size: Tensor) -> dict[str, Tensor]:
-        features: dict[str, Tensor] = self.backbone(self.normalise(dataclasses.replace(Views.of(images), sizes=size)))
+        features: dict[str, Tensor] = self.backbone(self.normalize(dataclasses.replace(Views.of(images), sizes=size)))
         return features
 
     def _propose(self, images: Tensor, levels: list[Tensor], size: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from pais_ray.modeling import losses
 from pais_ray.structures.batch import Predictions, Targets
 from pais_ray.structures.masks import Masks
 
-# torchvision reads mask pixels with their centres at integers, ours are at halves (see geometry.py): its RoI
+# torchvision reads mask pixels with their centers at integers, ours are at halves (see geometry.py): its RoI
 # at ``box`` is ours at ``box + HALF_PIXEL``. It holds for mask targets and predicted masks, so they agree.
 HALF_PIXEL = 0.5
 
@@ -29,7 +29,7 @@ class WeightedRPN(RegionProposalNetwork):
     A matched anchor has its target's ``proposal_weight``, background has weight one. A target of weight zero
     is no target here: anchors on it are background unless another claims them (as in the released code, where
     boxes below the RPN's threshold are dropped). Both losses are divided by the number of sampled anchors,
-    whatever the normaliser, as in torchvision.
+    whatever the normalizer, as in torchvision.
     """
 
     smooth_l1_beta: float
@@ -116,11 +116,11 @@ class WeightedRoIHeads(RoIHeads):
     def losses(self, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """`class`, `box`, `mask` and `mask_iou` (unscaled) of the RoIs sampled from ``proposals``.
 
-        The normaliser acts on `class`. `mask` is divided by P under all. `box` is divided by R under all, as in
+        The normalizer acts on `class`. `mask` is divided by P under all. `box` is divided by R under all, as in
         torchvision and the released code: Eq. 5 writes 1/N_pos there too, but Mask R-CNN's box targets are scaled
         for 1/R, and P is so much smaller that the box term became two thirds of the whole loss.
         """
-        normaliser = targets[0].normaliser
+        normalizer = targets[0].normalizer
         # select_training_samples asks for masks but never reads them.
         plain = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks} for t in targets]
         rois, matched, labels, wanted = self.select_training_samples(proposals, plain)
@@ -138,7 +138,7 @@ class WeightedRoIHeads(RoIHeads):
         index = torch.where(positive)[0]
         chosen = deltas.reshape(-1, deltas.shape[1] // 4, 4)[index, label[index]]
         return {
-            "class": losses.cross_entropy(logits, label, class_weight, positive, normaliser),
+            "class": losses.cross_entropy(logits, label, class_weight, positive, normalizer),
             "box": losses.box_regression(
                 chosen, deltas_wanted[index], box_weight[index], len(label), self.smooth_l1_beta
             ),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pais_ray.modeling import losses
 from pais_ray.modeling.backbones import (
     BackboneConfig,
-    NormalisePixels,
+    NormalizePixels,
     as_views,
     load_weights,
     read_weights,
@@ -110,7 +110,7 @@ class KNet(nn.Module):
         self.config = config = config or KNetConfig()
         state = read_weights(config) if pretrained else None  # first: a wrong path should not wait for a network
         channels = config.fpn_channels
-        self.normalise = NormalisePixels()
+        self.normalize = NormalizePixels()
         self.backbone = resnet_fpn(config)
         self.fusion = SemanticFPN(channels, channels)
         self.kernel_head = KernelHead(channels, config.num_kernels, num_classes)
@@ -131,7 +131,7 @@ class KNet(nn.Module):
         """Named losses, each a scalar that touches its parameters even without targets.
 
         ``images`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
-        and images do not match in number, or normalisers differ, or a label is none of the classes.
+        and images do not match in number, or normalizers differ, or a label is none of the classes.
         """
         views = as_views(images)
         _check(views, targets, self.num_classes)
@@ -175,7 +175,7 @@ class KNet(nn.Module):
 
     def _outputs(self, views: Views) -> tuple[list[StageOutput], Tensor]:
         """The kernel head's output and every stage's; the semantic features (B, D, h, w)."""
-        pyramid = list(self.backbone(self.normalise(views)).values())[:4]
+        pyramid = list(self.backbone(self.normalize(views)).values())[:4]
         for_masks, for_classes = self.fusion(pyramid)
         first, kernels, features = self.kernel_head(for_masks, for_classes)
         outputs = [first]
@@ -238,7 +238,7 @@ class KNet(nn.Module):
             weights = negative[:, None].repeat(1, labels.shape[1])
             weights[paired] = class_weight[match.target]
             class_loss = losses.focal(
-                output.classes.flatten(0, 1), labels.flatten(), weights.flatten(), targets[0].normaliser
+                output.classes.flatten(0, 1), labels.flatten(), weights.flatten(), targets[0].normalizer
             )
             total["class"].append(class_loss * config.class_weight)
             total["mask_iou"].append(losses.mask_iou(output.ious[paired], logits, truth) * config.mask_iou_weight)
@@ -297,7 +297,7 @@ def extent(on: Tensor) -> tuple[Tensor, Tensor]:
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
     if len(targets) != len(views):
         raise ValueError(f"KNet: expected {len(views)} targets, one an image, got {len(targets)}")
-    losses.same_normaliser(t.normaliser for t in targets)
+    losses.same_normalizer(t.normalizer for t in targets)
     labels = torch.cat([t.labels for t in targets])
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():

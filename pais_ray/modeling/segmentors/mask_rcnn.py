@@ -26,7 +26,7 @@ from pais_ray.modeling import losses
 from pais_ray.modeling.backbones import (
     LEVELS,
     BackboneConfig,
-    NormalisePixels,
+    NormalizePixels,
     as_views,
     load_weights,
     read_weights,
@@ -125,7 +125,7 @@ class MaskRCNN(nn.Module):
         self.config = config = config or MaskRCNNConfig()
         # First: a wrong path should not wait for a network.
         state = read_weights(config, {"coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1}) if pretrained else None
-        self.normalise = NormalisePixels()
+        self.normalize = NormalizePixels()
         self.backbone = resnet_fpn(config)
         self.rpn = _rpn(config)
         self.roi_heads = _roi_heads(config, num_classes)
@@ -147,7 +147,7 @@ class MaskRCNN(nn.Module):
         """Named losses, each a scalar that touches its parameters even without targets.
 
         ``images`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
-        and images do not match in number, normalisers differ, or a box has no area.
+        and images do not match in number, normalizers differ, or a box has no area.
         """
         views = as_views(images)
         _check(views, targets, self.num_classes)
@@ -170,11 +170,11 @@ class MaskRCNN(nn.Module):
 
     def graph(self) -> MaskRCNNGraph:
         """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
-        return MaskRCNNGraph(self.normalise, self.backbone, self.rpn, self.roi_heads)
+        return MaskRCNNGraph(self.normalize, self.backbone, self.rpn, self.roi_heads)
 
     def _features(self, views: Views) -> tuple[ImageList, dict[str, Tensor]]:
-        """Normalised images, zero in the padding, and their P2..P6."""
-        images = self.normalise(views)
+        """Normalized images, zero in the padding, and their P2..P6."""
+        images = self.normalize(views)
         sizes = [(int(h), int(w)) for h, w in views.sizes.tolist()]
         return ImageList(images, sizes), self.backbone(images)
 
@@ -182,7 +182,7 @@ class MaskRCNN(nn.Module):
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
     if len(targets) != len(views):
         raise ValueError(f"MaskRCNN: expected {len(views)} targets, one an image, got {len(targets)}")
-    losses.same_normaliser(t.normaliser for t in targets)
+    losses.same_normalizer(t.normalizer for t in targets)
     boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
     bad = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1) | (labels < 0) | (labels >= num_classes)
     if bad.any():

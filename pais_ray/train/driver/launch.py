@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pais_ray.cluster import connect
 from pais_ray.config.identity import flatten
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.tree import Config, rows_a_step
+from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream import pipeline
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.figures import charts, instances
@@ -36,7 +36,7 @@ from pais_ray.tracking import record, settings, tracker
 from pais_ray.train.driver import resources
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.progress import tell
-from pais_ray.train.driver.supervisor import Watch
+from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.job import Job
 from pais_ray.train.worker import entrypoint, loop
 
@@ -81,7 +81,7 @@ def train(
     force: bool = False,
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
-    heard: Callable[[dict[str, Any]], None] = tell,
+    on_event: Callable[[dict[str, Any]], None] = tell,
     stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains, or resumes the run of that name, and returns what came out.
@@ -120,17 +120,17 @@ def train(
     newest, rows = newest_verified(root)[0], metric_rows(root)
     if done >= last and directory.evaluation_owed(root, newest, rows, config, schedule) is None:
         say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
-        card = record.Card.read(root)
+        card = record.RunRecord.read(root)
         if card is not None and card.status != "FINISHED":  # the driver died, or was stopped, after the last step
             close_tracking(root, config, "FINISHED")
         return result_of(root, schedule, stopped=False)
-    with lock.held(root):
+    with lock.lock_run(root):
         started_here = connect.connect()
         try:
             cpus, threads = resources.worker_resources(config, ours=started_here)
             config = directory.with_threads(config, threads)
             directory.write_run_directory(root, config, data, schedule)
-            return fit(root, config, data, schedule, cpus, tags or {}, parent, heard, stop or threading.Event())
+            return fit(root, config, data, schedule, cpus, tags or {}, parent, on_event, stop or threading.Event())
         finally:
             if started_here:
                 ray.shutdown()
@@ -144,7 +144,7 @@ def fit(
     cpus: float,
     tags: Mapping[str, str],
     parent: str | None,
-    heard: Callable[[dict[str, Any]], None],
+    on_event: Callable[[dict[str, Any]], None],
     stop: threading.Event,
 ) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
@@ -160,7 +160,7 @@ def fit(
         unlabeled=config.batch.unlabeled,
         labeled_groups=data.labeled_groups,
         unlabeled_groups=data.unlabeled_groups,
-        lanes=rows_a_step(schedule, config),
+        lanes=rows_per_step(schedule, config),
     )
     assert config.train.threads_per_worker is not None
     job = Job(
@@ -186,7 +186,7 @@ def fit(
         train_loop_config={"job": ray.put(job)},  # by reference: the controller need not import what it is made of
         torch_config=TorchConfig(
             backend="nccl" if config.scaling.use_gpu else "gloo",
-            timeout_s=math.ceil(loop.patience(config).total_seconds()),
+            timeout_s=math.ceil(loop.collective_timeout(config).total_seconds()),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
@@ -199,7 +199,7 @@ def fit(
     status: record.Status = "FAILED"
     try:
         last = min(schedule.steps, config.train.stop_at or schedule.steps)
-        stopped = follow(trainer, Watch(monitor, root, config, cpus, heard), root, last, stop)
+        stopped = follow(trainer, Supervisor(monitor, root, config, cpus, on_event), root, last, stop)
         status = "KILLED" if stopped else "FINISHED"
     finally:
         close_tracking(root, config, status)
@@ -245,7 +245,9 @@ def died_at_start(error: Exception) -> bool:
     return met or isinstance(error, ray.exceptions.RayActorError)
 
 
-def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last: int, stop: threading.Event) -> bool:
+def follow(
+    trainer: Callable[..., TorchTrainer], supervisor: Supervisor, root: Path, last: int, stop: threading.Event
+) -> bool:
     """Runs the trainer in a thread of its own (its SIGINT handler aborts without a checkpoint; ours asks for one),
     passes on what the workers say and watches over them. Returns whether it was stopped, by the user or by ``stop``;
     raises what training raised."""
@@ -254,7 +256,9 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
 
     def target() -> None:
         try:
-            fit_again(trainer, root, watch.config.run.max_failures, lambda text: watch.tell(text, "start_failed"))
+            fit_again(
+                trainer, root, supervisor.config.run.max_failures, lambda text: supervisor.tell(text, "start_failed")
+            )
         except BaseException as error:
             outcome["error"] = error
         finally:
@@ -264,26 +268,26 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
     thread.start()
     asked = False
     fatal: Exception | None = None
-    patience = LAST_WORDS / POLL_S
+    collective_timeout = LAST_WORDS / POLL_S
     with terminating_as(stop):
-        while not done.is_set() and patience > 0:
+        while not done.is_set() and collective_timeout > 0:
             try:
                 done.wait(timeout=POLL_S)
-                fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
-                patience -= fatal is not None
-                watch.look()
+                fatal = pass_on(ray.get(supervisor.monitor.drain.remote()), supervisor.on_event) or fatal
+                collective_timeout -= fatal is not None
+                supervisor.look()
                 if stop.is_set() and not asked:
-                    ray.get(watch.monitor.request.remote("stop"))  # what is announced has happened
+                    ray.get(supervisor.monitor.request.remote("stop"))  # what is announced has happened
                     asked = True
-                    watch.heard({"text": f"{STOPPING}; Ctrl-C again to stop at once"})
-                elif asked and watch.without_life() > NOBODY_S:  # there is nothing newer than the last checkpoint
-                    watch.heard({"text": "there is no worker to make another checkpoint"})
+                    supervisor.on_event({"text": f"{STOPPING}; Ctrl-C again to stop at once"})
+                elif asked and supervisor.without_life() > NOBODY_S:  # there is nothing newer than the last checkpoint
+                    supervisor.on_event({"text": "there is no worker to make another checkpoint"})
                     break
             except KeyboardInterrupt:
                 if stop.is_set():
                     raise
                 stop.set()
-    fatal = pass_on(ray.get(watch.monitor.drain.remote()), watch.heard) or fatal
+    fatal = pass_on(ray.get(supervisor.monitor.drain.remote()), supervisor.on_event) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
@@ -292,7 +296,7 @@ def follow(trainer: Callable[..., TorchTrainer], watch: Watch, root: Path, last:
     if stopped:
         made = newest_verified(root)[0]
         where = "before the first checkpoint" if made is None else f"with a checkpoint in {root / 'checkpoints'}"
-        watch.heard({"text": f"stopped {where}"})
+        supervisor.on_event({"text": f"stopped {where}"})
     return stopped
 
 
@@ -310,14 +314,14 @@ def terminating_as(stop: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pass_on(rows: list[dict[str, Any]], heard: Callable[[dict[str, Any]], None]) -> Exception | None:
+def pass_on(rows: list[dict[str, Any]], on_event: Callable[[dict[str, Any]], None]) -> Exception | None:
     """Hands progress on; returns what a worker called fatal as the error it is."""
     fatal: Exception | None = None
     for row in rows:
         if "fatal" in row:
             fatal = WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
         else:
-            heard(row)
+            on_event(row)
     return fatal
 
 

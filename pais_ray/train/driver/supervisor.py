@@ -9,24 +9,24 @@ import ray
 
 from pais_ray.cluster import connect
 from pais_ray.config.tree import Config
-from pais_ray.files.json_lines import Lines
+from pais_ray.files.json_lines import JsonlWriter
 from pais_ray.train.driver import resources, watchdog
 
 NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
 SILENCE_S = 120.0  # without one, though there is room, before it says so
 
 
-class Watch:
+class Supervisor:
     """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
 
     def __init__(
-        self, monitor: Any, root: Path, config: Config, cpus: float, heard: Callable[[dict[str, Any]], None]
+        self, monitor: Any, root: Path, config: Config, cpus: float, on_event: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.monitor, self.root, self.config, self.cpus, self.heard = monitor, root, config, cpus, heard
+        self.monitor, self.root, self.config, self.cpus, self.on_event = monitor, root, config, cpus, on_event
         self.leaving: set[str] = set()
         self.alive = self.told = time.monotonic()  # when some rank last gave a sign of life; when its lack was told
         self.step = 0  # of the rank that is furthest behind, as last heard
-        self.events = Lines(root / "events.jsonl")
+        self.events = JsonlWriter(root / "events.jsonl")
 
     def look(self) -> None:
         leaving = set(connect.draining_nodes())
@@ -69,5 +69,5 @@ class Watch:
             )
 
     def tell(self, text: str, event: str) -> None:
-        self.heard({"text": text})
+        self.on_event({"text": text})
         self.events.append({"step": self.step, "time": time.time(), "event": event, "text": text})

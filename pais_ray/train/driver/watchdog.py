@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pais_ray.config.sections import GuardConfig
-from pais_ray.train.worker.heartbeat import STACKS_SIGNAL, born_at
+from pais_ray.train.worker.heartbeat import STACKS_SIGNAL, process_start_time
 
 TICK_S = 0.01  # the clock that tells when a process began has ticks of that
 STACKS_S = 5.0  # for a live rank to write its stacks
@@ -74,7 +74,7 @@ def _kill(pid: int, born: float) -> None:
 
 def _send(pid: int, born: float, number: signal.Signals) -> None:
     try:
-        if abs(born_at(pid) - born) < TICK_S:
+        if abs(process_start_time(pid) - born) < TICK_S:
             os.kill(pid, number)
     except (ProcessLookupError, psutil.NoSuchProcess):
         return

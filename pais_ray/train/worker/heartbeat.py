@@ -32,7 +32,7 @@ class Heartbeat:
     def __init__(self, monitor: Any, root: Path, rank: int, node: str) -> None:
         self.monitor = monitor
         self.attempt, self.wish = 0.0, ""
-        born = born_at(os.getpid())  # with the pid, which may be given to another process later
+        born = process_start_time(os.getpid())  # with the pid, which may be given to another process later
         self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
         self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born}
         self.fixed["stacks"] = self.stacks.name
@@ -72,7 +72,7 @@ class Heartbeat:
             self.stopped.wait(BEAT_S)
 
 
-def born_at(pid: int) -> float:
+def process_start_time(pid: int) -> float:
     """When the process began, in s since this machine did: no change of the clock moves it."""
     return psutil.Process(pid).create_time() - psutil.boot_time()
 

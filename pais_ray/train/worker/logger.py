@@ -12,7 +12,7 @@ from pais_ray.train.step import Metrics
 
 if TYPE_CHECKING:
     from pais_ray.train.job import Job
-from pais_ray.files.json_lines import Lines
+from pais_ray.files.json_lines import JsonlWriter
 
 
 class Window:
@@ -64,9 +64,9 @@ class Log:
     def __init__(self, job: "Job", step: int) -> None:
         self.job = job
         self.clock = 0.0  # time of the last line
-        self.metrics = Lines(job.root / "metrics.jsonl")
+        self.metrics = JsonlWriter(job.root / "metrics.jsonl")
         self.rewind(step)
-        self.events = Lines(job.root / "events.jsonl")
+        self.events = JsonlWriter(job.root / "events.jsonl")
         self.tracker = Tracker(job.config.tracking, job.root)
 
     def rewind(self, step: int) -> None:

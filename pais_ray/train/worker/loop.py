@@ -25,18 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pais_ray.augmentation.views import make_batch
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.tree import Config, rows_a_step
+from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream import pipeline
 from pais_ray.data.stream.plan import rows_here, rows_of
 from pais_ray.evaluation import coco
 from pais_ray.figures import instances
 from pais_ray.files.atomic import replace_text
-from pais_ray.files.json_lines import Lines, metric_rows
+from pais_ray.files.json_lines import JsonlWriter, metric_rows
 from pais_ray.inference.predictor import predict_records
 from pais_ray.modeling.precision import autocast
 from pais_ray.runs.checkpoints import (
     ROLES,
-    StorageLost,
+    StorageLostError,
     Writer,
     checkpoints,
     is_there,
@@ -47,7 +47,7 @@ from pais_ray.runs.directory import CAP_FILE, evaluation_due, evaluation_owed, k
 from pais_ray.structures import geometry
 from pais_ray.structures.batch import Batch, Views
 from pais_ray.tracking.system_metrics import NodeSampler
-from pais_ray.train.errors import TrainingEnded, hopeless
+from pais_ray.train.errors import TrainingEnded, find_fatal_error
 from pais_ray.train.guards import Guards
 from pais_ray.train.job import Job
 from pais_ray.train.state import build_state
@@ -74,16 +74,16 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
         job.monitor.silence.remote(None)  # the group ends with this rank
         # Where trying again cannot help, the driver hears the reason and all ranks end without a failure, which
         # Ray would retry: this one leaves the process group, and so the others' collectives fail.
-        reason = hopeless(error)
+        reason = find_fatal_error(error)
         if reason is not None:
-            wrong_input = not isinstance(reason, TrainingEnded | StorageLost)
+            wrong_input = not isinstance(reason, TrainingEnded | StorageLostError)
             ray.get(job.monitor.fatal.remote(str(reason), wrong_input=wrong_input))
         elif not ray.get(job.monitor.has_ended.remote()):
             words = str(error).strip().splitlines() or [""]
             text = f"a worker failed ({type(error).__name__}: {words[0][:300]}); the workers start again"
             job.monitor.progress.remote({"text": text})
             who = {"rank": ray.train.get_context().get_world_rank(), "step": worker.state.step if worker else 0}
-            Lines(job.root / "events.jsonl").append({**who, "time": time.time(), "event": "failed", "text": text})
+            JsonlWriter(job.root / "events.jsonl").append({**who, "time": time.time(), "event": "failed", "text": text})
             raise
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -99,7 +99,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         self.method = job.config.method
         if not is_readable(job.root / "config.yaml"):  # the driver wrote it
-            raise StorageLost(
+            raise StorageLostError(
                 f"{job.root}: the run directory is not there on node {ray.util.get_node_ip_address()}; mount its "
                 "storage, and give the same command again"
             )
@@ -118,14 +118,14 @@ class Worker:
             self.network = DistributedDataParallel(
                 self.state.student, device_ids=ids, gradient_as_bucket_view=True, **without_buffer_sync()
             )
-        self.rows_a_step = rows_a_step(job.schedule, job.config)
+        self.rows_per_step = rows_per_step(job.schedule, job.config)
         self.settings = StepSettings(
             schedule=job.schedule,
             clip_norm=job.config.optim.clip_norm,
             precision=job.config.train.precision,
             seed=job.config.train.seed,
-            rows=self.rows_a_step,
-            ranks=dist.new_group(backend="gloo", timeout=patience(job.config)) if self.world > 1 else None,
+            rows=self.rows_per_step,
+            ranks=dist.new_group(backend="gloo", timeout=collective_timeout(job.config)) if self.world > 1 else None,
         )
         self.guards = Guards(job.config.guards)
         self.log: Log | None = None
@@ -136,7 +136,8 @@ class Worker:
             self.log = Log(job, self.state.step)
             self.writer = Writer(job.root, job.config.train.keep_checkpoints, self.tell)
             self.tell(
-                f"{self.world} workers, {self.rows_a_step} rows a step in {-(-self.rows_a_step // self.world)} rounds",
+                f"{self.world} workers, {self.rows_per_step} rows per step, "
+                f"{-(-self.rows_per_step // self.world)} per worker",
                 {"event": "start", "workers": self.world},
             )
             for reason in refused:
@@ -212,7 +213,7 @@ class Worker:
             except MemoryRanOut as error:
                 self.halve_cap(error)
                 raise
-            state.g_next += self.rows_a_step
+            state.g_next += self.rows_per_step
             stopped = result.stop
             if self.look(result, batches):
                 rows, window = self.stream(last), Window()
@@ -277,12 +278,12 @@ class Worker:
             from pais_ray.augmentation.photometric import Photometric  # importing albumentations costs seconds
 
             photometric = Photometric(cfg.views.labeled.photometric)
-        rows = rows_of(self.state.g_next, last - self.state.step, self.rows_a_step, self.world, self.rank)
+        rows = rows_of(self.state.g_next, last - self.state.step, self.rows_per_step, self.world, self.rank)
         return pipeline.step_rows(self.job.feed, rows, photometric=photometric)
 
     def next_batches(self, rows: Iterator[pipeline.Row]) -> list[Batch | None]:
         """This rank's rows of a step as batches, None in front where the ranks do not divide the step's rows."""
-        rounds, here = -(-self.rows_a_step // self.world), rows_here(self.rows_a_step, self.world, self.rank)
+        rounds, here = -(-self.rows_per_step // self.world), rows_here(self.rows_per_step, self.world, self.rank)
         return [None] * (rounds - here) + [self.batch(next(rows)) for _ in range(here)]
 
     def look(self, result: StepResult, batches: list[Batch | None]) -> bool:
@@ -369,7 +370,7 @@ class Worker:
         if alarm is not None:
             self.tell(alarm, {"event": "teacher_collapse"})
         if self.log is not None:
-            per_step = self.rows_a_step * self.job.feed.plan.images_per_row
+            per_step = self.rows_per_step * self.job.feed.plan.images_per_row
             values |= window.times(per_step)
             values["system/peak_memory_mib"] = peak_memory(self.device)
             values["pseudo/skipped_steps"] = float(self.state.skipped)
@@ -390,7 +391,7 @@ class Worker:
                 return
             self.writer.flush()
         if self.writer.failed is not None:
-            raise StorageLost(
+            raise StorageLostError(
                 f"{self.writer.failed}. The run's last checkpoint is not there; give the same command again"
             )
 
@@ -416,7 +417,7 @@ class Worker:
     def record(self, row: dict[str, Any]) -> None:
         """An event that this rank, whichever it is, tells as its last."""
         self.say(row["text"])
-        Lines(self.job.root / "events.jsonl").append({"step": self.state.step, "time": time.time(), **row})
+        JsonlWriter(self.job.root / "events.jsonl").append({"step": self.state.step, "time": time.time(), **row})
 
     def evaluate(self) -> None:
         """Predicts this rank's share of the validation images; a Ray task scores them while training goes on."""
@@ -511,7 +512,7 @@ class Worker:
             self.log.close()  # after the writer, which tells events
 
 
-def patience(config: Config) -> timedelta:
+def collective_timeout(config: Config) -> timedelta:
     """How long a rank waits for others in a collective: longer than any stage may last, the watchdog looks sooner."""
     guards = config.guards
     return timedelta(seconds=60 + max(guards.first_batch_s, guards.step_s, guards.evaluate_s, guards.save_s))
