@@ -45,7 +45,8 @@ def semi(method: str, lr: float, burn_in: int, choices: list[tuple[float, float]
     }
 
 
-# A first grid of Mask R-CNN, lr .001 with tau .35 to .7 and lambda 1 to 1.5, was below supervised (docs/results.md).
+# A first grid of Mask R-CNN, lr .001 with tau .35 to .7 and lambda 1 to 1.5, was below supervised
+# (docs/measurements/results.md).
 SETTINGS: dict[str, dict[str, dict[str, list[str]]]] = {
     "mask_rcnn": {
         "supervised": {f"lr{lr}": ["supervised", f"optim.lr={lr}"] for lr in (0.0005, 0.001)},

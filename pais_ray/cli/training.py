@@ -56,7 +56,7 @@ def show(words: tuple[str, ...], json_path: str | None) -> None:
 
 @click.command(
     help="Search settings of WORDS: many short trainings on the cluster, compared by the teacher's segm AP. The same"
-    " command goes on with a search that was stopped or killed. docs/search.md explains it.\n\n" + WORDS
+    " command goes on with a search that was stopped or killed. docs/guides/search.md explains it.\n\n" + WORDS
 )
 @click.argument("words", nargs=-1, required=True)
 @click.option(

@@ -162,7 +162,7 @@ def test_names_cannot_write_escape_sequences(folder):
 
 
 def test_the_page_of_rules_is_that_of_the_code():
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "reference" / "data_rules.md").read_text()
     rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
     assert [row[0] for row in rows] == list(RULES)
     for rule, kind, meaning, remedy in rows:

@@ -1,6 +1,6 @@
 """Runs under scripted faults. `make test` has the first of them; `make test-faults` all, MINUTES long.
 
-Figures go to faults.json in the working directory, for docs/reliability.md.
+Figures go to faults.json in the working directory, for docs/measurements/reliability.md.
 """
 
 import contextlib
@@ -346,7 +346,7 @@ def test_a_cluster_of_its_own(tiny_coco, storage, undisturbed, tmp_path):
         tree = psutil.Process(driver.process.pid).children(recursive=True)
         listening = {(c.laddr.port, c.laddr.ip.removeprefix("::ffff:"), p.pid) for p in tree for c in listens(p)}
         assert len(listening) > 5, "Ray's servers"
-        # torch's rendezvous of a group, in rank 0, knows no address to listen on: docs/security.md.
+        # torch's rendezvous of a group, in rank 0, knows no address to listen on: docs/guides/security.md.
         open_to_all = [pid for _, address, pid in listening if address not in ("127.0.0.1", "::1")]
         assert len(open_to_all) <= 1
         assert set(open_to_all) <= {p.pid for p in workers(psutil.Process(driver.process.pid))}

@@ -178,7 +178,8 @@ def test_trials_of_different_lengths_are_refused(tmp_path, over):
 
 def test_the_documented_searches_have_rungs(tmp_path):
     """And so are worth their time: their trials get over the burn-in, and weak ones are stopped."""
-    told = [Path("docs/search.md").read_text(), next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
+    page = Path("docs/guides/search.md").read_text()
+    told = [page, next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
     lines = "".join(told).replace("\\\n", " ").splitlines()
     commands = [line.lstrip("# ") for line in lines if line.lstrip("# ").startswith("pais-ray tune ")]
     assert len(commands) == 4

@@ -62,7 +62,7 @@ sys.exit(any([os.waitpid(pid, 0)[1] for pid in writers]))
 
 
 def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkeypatch):
-    """The deployment of docs/compare.md: `mlflow server` before PostgreSQL and an S3-compatible store."""
+    """The deployment of docs/guides/compare.md: `mlflow server` before PostgreSQL and an S3-compatible store."""
     import boto3
 
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # else its absence is warned of

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 @click.command(
     help="Write the data set of WORDS (the section data: alone counts) as shards: Parquet files that training streams"
     " from a disk or an object store, with data.train=URL. Where WORDS choose a split (data.labeled, data.split), the"
-    " shards hold it. The same command again completes what was interrupted. docs/data.md explains the format.\n\n"
-    + WORDS
+    " shards hold it. The same command again completes what was interrupted."
+    " docs/guides/shards.md explains the format.\n\n" + WORDS
 )
 @click.argument("words", nargs=-1, required=True)
 @click.option("--out", required=True, help="Folder or URL (s3://BUCKET/PREFIX) to write to; new or empty.")

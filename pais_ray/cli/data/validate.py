@@ -11,7 +11,8 @@ from pais_ray.cli.options import FAILED, WORDS, echo, json_option, progress, ver
 
 @click.command(
     help="What is wrong with a data set, before it costs GPU time: of WORDS (the section data: alone counts) or of"
-    " one COCO file. Exit code 0: no errors, 1: errors, 2: wrong usage. docs/data.md explains the rules.\n\n" + WORDS
+    " one COCO file. Exit code 0: no errors, 1: errors, 2: wrong usage."
+    " docs/reference/data_rules.md explains the rules.\n\n" + WORDS
 )
 @click.argument("words", nargs=-1)
 @click.option(

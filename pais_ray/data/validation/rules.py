@@ -53,7 +53,7 @@ class Limits:
 
 LIMITS = Limits()
 
-# rule -> what the user can do about it; docs/data.md says what each one means
+# rule -> what the user can do about it; docs/reference/data_rules.md says what each one means
 RULES: dict[str, str] = {
     "file-missing": "give an existing path",
     "file-read": "make it a plain file that may be read",
