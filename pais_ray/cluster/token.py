@@ -8,6 +8,8 @@ import os
 import secrets
 from pathlib import Path
 
+from pais_ray.files.atomic import partial_file
+
 TOKEN_BYTES = 32  # 256 bits, as `ray get-auth-token --generate`
 
 
@@ -30,9 +32,10 @@ def ensure_token() -> None:
     path = token_file()
     if not has_token():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with (
+            partial_file(path) as partial,
+            open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+        ):
             file.write(secrets.token_hex(TOKEN_BYTES))
-        aside.replace(path)
     elif path.stat().st_uid == os.getuid():
         path.chmod(0o600)

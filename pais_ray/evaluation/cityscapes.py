@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from pais_ray.data.annotations.rle import compress_rle
 from pais_ray.data.validation.values import check_rle
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # an overlap must be larger than these
@@ -67,10 +68,10 @@ def instance_ap(truth: Json, results: Sequence[Json]) -> Json:
 
 
 def _meet(objects: Sequence[Json], predictions: Sequence[Json], void: Json) -> _Meeting:
-    masks = [_compressed(p["segmentation"]) for p in predictions]
+    masks = [compress_rle(p["segmentation"]) for p in predictions]
     solid = [i for i, mask in enumerate(masks) if mask_utils.area(mask) > 0]
     masks = [masks[i] for i in solid]
-    regions = [_compressed(o["segmentation"]) for o in objects]
+    regions = [compress_rle(o["segmentation"]) for o in objects]
     areas = np.array([mask_utils.area(mask) for mask in masks], dtype=np.int64)
     region_areas = np.array([mask_utils.area(region) for region in regions], dtype=np.int64)
     group = np.array([bool(o["iscrowd"]) for o in objects], dtype=bool)
@@ -122,7 +123,3 @@ def _area(right: np.ndarray, wrong: np.ndarray, missed: int) -> float:
     around = np.concatenate([recall[:1], recall, [0.0, 0.0]])
     widths = (around[:-2] - around[2:]) / 2
     return float(np.append(precision, precision[-1]) @ widths)
-
-
-def _compressed(rle: Json) -> Json:
-    return mask_utils.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle

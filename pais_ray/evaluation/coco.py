@@ -22,8 +22,8 @@ from pais_ray.evaluation import cityscapes
 
 if TYPE_CHECKING:  # scoring is tasks of its own, whose processes need no torch: 4 s and 700 MB each
     from pais_ray.structures.batch import Predictions
-from pais_ray.data.annotations.ground_truth import _read, load_ground_truth
-from pais_ray.data.annotations.rle import Json, _compressed
+from pais_ray.data.annotations.ground_truth import load_ground_truth, read_source
+from pais_ray.data.annotations.rle import Json, compress_rle
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -75,7 +75,7 @@ def score(
     masks are scored. Raises DataError (a ValueError) naming file, entry, rule and remedy.
     """
     truth = load_ground_truth(ground_truth)
-    where, entries = _read(results, "results")
+    where, entries = read_source(results, "results")
     if not isinstance(entries, list):
         remedy = "write image_id, category_id, score and segmentation of each detection"
         raise DataError("file-json", where, f"expected a list of COCO results, got {short(entries)}", remedy)
@@ -145,10 +145,10 @@ def _detections(entries: list[Json], iou_type: str) -> list[Json]:
         }
         # One mask a call: on a list, pycocotools 2.0.11 with NumPy 2 fails from the 256th mask on.
         if iou_type == "segm":
-            rle = _compressed(entry["segmentation"])
+            rle = compress_rle(entry["segmentation"])
             detections.append(common | {"segmentation": rle, "area": float(mask_utils.area(rle))})
         else:
-            given = entry["bbox"] if "bbox" in entry else mask_utils.toBbox(_compressed(entry["segmentation"]))
+            given = entry["bbox"] if "bbox" in entry else mask_utils.toBbox(compress_rle(entry["segmentation"]))
             box = [float(value) for value in given]
             detections.append(common | {"bbox": box, "area": box[2] * box[3]})
     return detections

@@ -1,9 +1,11 @@
 """The figure of an audit: score and predicted mask IoU against the truth, what thresholds lose, class counts."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pais_ray.files.atomic import replace_bytes
 
 DRAWN = 5000  # points of a scatter plot: more are one blot
 
@@ -39,6 +41,6 @@ def draw_audit(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], pat
     classes.set_title("instances of a class (Fig. 6)")
     classes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     classes.legend(fontsize=8, frameon=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    replace_bytes(path, buffer.getvalue())

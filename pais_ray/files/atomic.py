@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Atomic writes of local files: a reader sees the old content or the new content, never a part of it.
+
+The new content is written to a hidden file in the same directory, which then replaces the destination. If the process
+is killed in between, that file stays behind; its name ends in ``PARTIAL``.
+"""
 
 import os
 import secrets
@@ -7,46 +11,53 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a local file whole or not at all. Raises OSError, with the path also where the system names none, as on a
-    full disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Yields an unused path beside ``path`` to write to; on success the file written there replaces ``path``.
+
+    If the block raises, the partial file is removed and ``path`` is left unchanged. The directory must exist.
+    """
+    # The name of ``path`` is not part of it: together they could exceed the length limit of file names.
+    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes a local file completely or not at all, and creates its directory. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.write_bytes(data)
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Atomically writes a UTF-8 text file. Raises OSError, which always names ``path``: on a full disk the operating
+    system reports no file name."""
+    try:
+        with partial_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Atomically writes a binary file and creates its directory if needed. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(path) as partial:
+        partial.write_bytes(data)
+
+
 @contextmanager
 def create_text(path: str) -> Iterator[TextIO]:
-    """A local text file, which takes the place of ``path`` when it is whole. It is written under a name that nothing
-    has; a link is followed, and what is there and no plain file, such as /dev/stdout, is written to directly."""
+    """Opens a UTF-8 text file for writing; it replaces ``path`` when the block ends without an exception.
+
+    Creates the directory if needed and follows symbolic links. An existing path that is not a regular file, such as
+    /dev/stdout, is written to directly.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "w", encoding="utf-8") as file:
             yield file
         return
-    place = os.path.realpath(path)
-    os.makedirs(os.path.dirname(place), exist_ok=True)
-    aside = os.path.join(os.path.dirname(place), f".{secrets.token_hex(8)}{PARTIAL}")
-    try:
-        with open(aside, "x", encoding="utf-8") as file:
-            yield file
-        os.replace(aside, place)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(target) as partial, partial.open("x", encoding="utf-8") as file:
+        yield file

@@ -4,11 +4,9 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
+from pais_ray.files.atomic import replace_text
 
 Row = dict[str, Any]
 
@@ -124,12 +122,9 @@ class JsonlWriter:
             rows = metric_rows(self.path.parent, step)
             waiting = [line for line in self.backlog if json.loads(line)["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            aside = self.path.with_suffix(f".{os.getpid()}.partial")
             try:
-                aside.write_text(text)
-                os.replace(aside, self.path)
-            except OSError:  # a full disk, say: a file becomes shorter all the same
-                aside.unlink(missing_ok=True)
+                replace_text(self.path, text)
+            except OSError:  # a full disk, for example; shortening the existing file needs no space
                 with self.path.open("r+") as file:
                     file.write(text)
                     file.truncate()

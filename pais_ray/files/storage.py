@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
-from pais_ray.files.atomic import PARTIAL
+from pais_ray.files.atomic import partial_file
 
 ATTEMPTS = 6  # of one read; S3's client has tried for some seconds before each of them counts as failed
 
@@ -112,14 +113,8 @@ def create(path: str) -> Iterator["Hashing"]:
             yield Hashing(sink)
         return
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    aside = f"{place}.{os.getpid()}{PARTIAL}"
-    try:
-        with open(aside, "wb") as sink:
-            yield Hashing(sink)
-        os.replace(aside, place)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+    with partial_file(Path(place)) as partial, partial.open("wb") as sink:
+        yield Hashing(sink)
 
 
 def delete(path: str) -> None:

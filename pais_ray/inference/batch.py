@@ -24,7 +24,8 @@ from pais_ray.data.annotations import folders
 from pais_ray.data.images.images import decode
 from pais_ray.data.validation import entries
 from pais_ray.data.validation.rules import DataError
-from pais_ray.files.console import say
+from pais_ray.files.atomic import create_text, replace_text
+from pais_ray.files.console import echo
 from pais_ray.inference.predictor import Predictor, ahead, choose_checkpoint, predict_sample
 
 SAY_EVERY_S = 10.0  # between two lines of progress
@@ -89,7 +90,7 @@ def batch_predict(
     keep_plan(plan, out)
     parts = [names[i : i + part_images] for i in range(0, len(names), part_images)]
     done = {k: manifest for k in range(len(parts)) if (manifest := finished(out, k)) is not None}
-    say(f"{len(names)} images of {root} in {len(parts)} parts, {len(done)} of them finished: {out / 'parts'}")
+    echo(f"{len(names)} images of {root} in {len(parts)} parts, {len(done)} of them finished: {out / 'parts'}")
     todo: list[Json] = [{"part": k, "images": part} for k, part in enumerate(parts) if k not in done]
     if todo:
         started_here = connect()
@@ -153,7 +154,7 @@ def keep_plan(plan: Plan, out: Path) -> None:
         if changed:
             raise ValueError(f"{path}: begun with another {', '.join(changed)}; choose another --out")
     (out / "parts").mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(asdict(plan), indent=1))
+    replace_text(path, json.dumps(asdict(plan), indent=1))
 
 
 def finished(out: Path, part: int) -> Json | None:
@@ -213,9 +214,9 @@ class PartPredictor:
             results += predict_sample(model.segmentor, sample, model.config, ids, model.device)
         path, manifest = part_files(self.out, part)
         text = json.dumps(results)
-        write(path, text)
+        replace_text(path, text)
         told = {"instances": len(results), "images": seen, "unreadable": unreadable}
-        write(manifest, json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), **told}))
+        replace_text(manifest, json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), **told}))
         return {"part": part, "images": len(images), "instances": len(results), "unreadable": len(unreadable)}
 
     def read(self, image: Json) -> Sample | str:
@@ -238,23 +239,22 @@ def progress(made: Iterator[Json], total: int) -> None:
         if now - said >= SAY_EVERY_S or images == total:
             said, rate = now, images / max(now - started, 1e-9)
             minutes = (total - images) / rate / 60
-            say(f"{images:>8}/{total} images | {instances} instances | {rate:.1f} img/s | ETA {minutes:.0f} min")
+            echo(f"{images:>8}/{total} images | {instances} instances | {rate:.1f} img/s | ETA {minutes:.0f} min")
 
 
 def summary(out: Path, parts: int, categories: list[Json] | None) -> Summary:
     """Adds up the parts, and merges them into results.json and images.json where ``categories`` are given."""
     told = [json.loads(part_files(out, k)[1].read_text()) for k in range(parts)]
     if categories is not None:
-        with (out / "results.json.partial").open("w") as file:
+        with create_text(str(out / "results.json")) as file:
             separator = "["
             for text in (part_files(out, k)[0].read_text()[1:-1] for k in range(parts)):
                 if text:
                     file.write(separator + text)
                     separator = ", "
             file.write("[]" if separator == "[" else "]")
-        os.replace(out / "results.json.partial", out / "results.json")
         seen = [image for manifest in told for image in manifest["images"]]
-        write(out / "images.json", json.dumps({"images": seen, "categories": categories}))
+        replace_text(out / "images.json", json.dumps({"images": seen, "categories": categories}))
     return Summary(
         out=str(out),
         parts=parts,
@@ -268,10 +268,3 @@ def summary(out: Path, parts: int, categories: list[Json] | None) -> Summary:
 def part_files(out: Path, part: int) -> tuple[Path, Path]:
     """Where the results of a part and its manifest lie."""
     return out / "parts" / f"part-{part:06d}.json", out / "parts" / f"part-{part:06d}.manifest.json"
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)

@@ -11,7 +11,7 @@ from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, dump, load, rows_per_step, run_schedule
 from pais_ray.data.annotations import splits
 from pais_ray.files import atomic
-from pais_ray.files.console import say
+from pais_ray.files.console import echo
 from pais_ray.modeling.optim import Schedule
 from pais_ray.runs.checkpoints import (
     ROLES,
@@ -41,10 +41,10 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
             "give them as they were, choose another run.name, delete the run, or insist with --force"
         )
     for key in changed:
-        say(f"forced: {key} differs from the run's start")
+        echo(f"forced: {key} differs from the run's start")
     before, now = flatten(load(path)), flatten(config)
     for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
-        say(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
+        echo(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
 
 
 def check_workers(config: Config, schedule: Schedule) -> None:
@@ -101,7 +101,7 @@ def kept_schedule(root: Path, config: Config) -> Schedule:
     given = json.loads(path.read_text())
     began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
     if began != schedule:
-        say(f"schedule as the run began ({schedule.images_per_step} images a step now):")
+        echo(f"schedule as the run began ({schedule.images_per_step} images a step now):")
     return began
 
 

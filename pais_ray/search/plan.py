@@ -1,7 +1,6 @@
 """What a search is told, checked before anything starts, and what makes it the same search on the next start."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from pais_ray.config.identity import changed_identity
 from pais_ray.config.overlays import ConfigError, resolve
 from pais_ray.config.tree import Config, dump, load, run_schedule
+from pais_ray.files.atomic import replace_text
 from pais_ray.search import asha, samplers
 from pais_ray.search.space import Choice, Params, Space, check_space, compose_with, read_space
 from pais_ray.search.trials import LEDGER, TrialStore
@@ -131,9 +131,7 @@ class Plan:
             raise ConfigError(f"{self.root}: a run of `pais-ray train`, not a search; choose another --name")
         (self.root / "trials").mkdir(parents=True, exist_ok=True)
         for path, text in ((config, dump(self.base)), (papers, json.dumps(now, indent=1))):
-            aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            aside.write_text(text)
-            os.replace(aside, path)
+            replace_text(path, text)
 
 
 def make_plan(words: Sequence[str], options: Options) -> Plan:

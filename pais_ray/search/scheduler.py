@@ -29,10 +29,10 @@ class TrialScheduler:
         ledger: TrialStore,
         settings: Params,
         close: Callable[[Trial, Status], None],
-        say: Callable[[str], None],
+        echo: Callable[[str], None],
         minutes: float | None = None,
     ) -> None:
-        self.plan, self.ledger, self.settings, self.close, self.say = plan, ledger, settings, close, say
+        self.plan, self.ledger, self.settings, self.close, self.echo = plan, ledger, settings, close, echo
         self.halt: str | None = None  # why the search ends before all is tried
         self.wrong_input: str | None = None
         self.started = time.monotonic()
@@ -71,7 +71,7 @@ class TrialScheduler:
             trial.state, trial.why = "running", ""
             self.save()
             step = made(self.plan, trial)
-            self.say(f"{trial.id} {f'goes on after {step}' if step else 'starts'}: {report.describe(trial.params)}")
+            self.echo(f"{trial.id} {f'goes on after {step}' if step else 'starts'}: {report.describe(trial.params)}")
             return trial
 
     def waits(self) -> bool:
@@ -91,7 +91,7 @@ class TrialScheduler:
 
     def complain(self, error: OSError) -> None:
         if not self.troubled:
-            self.say(f"{self.plan.root} cannot be written ({error}); the search goes on. Make room, or restore it")
+            self.echo(f"{self.plan.root} cannot be written ({error}); the search goes on. Make room, or restore it")
         self.troubled = True
 
     def config(self, trial: Trial) -> Config:
@@ -110,14 +110,14 @@ class TrialScheduler:
                 self.close(trial, "KILLED")
             elif "failed" in result and trial.state != "finished":
                 trial.state, trial.why = "failed", result["failed"]
-                self.say(f"{name} failed: {trial.why}")
+                self.echo(f"{name} failed: {trial.why}")
                 self.close(trial, "FAILED")
             elif "finished" in result:  # its last word
                 if trial.state == "stopped":
                     self.close(trial, "KILLED")  # now that nobody else writes there
                 elif result["finished"]:
                     trial.state = "finished"
-                    self.say(f"{name} finished")
+                    self.echo(f"{name} finished")
                 else:  # somebody stopped it, a machine that is shut down perhaps
                     trial.state = "waiting"
             elif METRIC in result and result["step"] not in trial.scores:
@@ -136,13 +136,13 @@ class TrialScheduler:
             verdict = f"; {'goes on' if stays else 'stopped'} at this rung ({len(at_rung)} trials so far)"
             if not stays:
                 trial.state, trial.why = "stopped", f"AP {ap:.4f} at rung {step} ({len(at_rung)} trials so far)"
-        self.say(f"{trial.id} at {step}/{self.plan.steps}: AP {ap:.3f}{verdict}")
+        self.echo(f"{trial.id} at {step}/{self.plan.steps}: AP {ap:.3f}{verdict}")
 
     def halts(self) -> bool:
         """Whether all trials are to stop now: Ctrl-C, wrong input, or no time left."""
         if self.halt is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.halt = "time budget"
-            self.say("the time budget is used up; stopping all trials, the same command goes on with them")
+            self.echo("the time budget is used up; stopping all trials, the same command goes on with them")
         return self.halt is not None
 
     def rest(self) -> list[Trial]:

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from pais_ray.cluster import connect
 from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, load
-from pais_ray.files.console import say
+from pais_ray.files.console import echo
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs import describe
 from pais_ray.runs.checkpoints import CheckpointError, checkpoints
@@ -63,16 +63,16 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
     ledger = TrialStore(plan.root / LEDGER)
     if options.warm_start:
         taken = warm_start(plan, ledger, as_written(plan, prepared), Path(options.warm_start))
-        say(f"{taken} trials taken up from {options.warm_start}")
-    say(f"search {plan.root.name}: {plan.kind}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
+        echo(f"{taken} trials taken up from {options.warm_start}")
+    echo(f"search {plan.root.name}: {plan.kind}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
     for path, domain in plan.space.items():
-        say(f"  {path}: {domain}")
-    say(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
+        echo(f"  {path}: {domain}")
+    echo(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
     started_here = connect.connect()
     try:
         concurrent, shares = share(plan.base, options.max_concurrent, started_here)
         cpus, threads = shares.values()
-        say(f"{concurrent} trials at a time; a worker has {cpus:g} CPUs and {threads} threads")
+        echo(f"{concurrent} trials at a time; a worker has {cpus:g} CPUs and {threads} threads")
         settings = {
             **paths,
             **shares,
@@ -80,7 +80,7 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
             "tracking.uri": tracking_uri(plan.base.tracking, plan.root.parent),
         }
         tracked = Tracked(plan, describe.tags(prepared, data.manifest.split, data.facts), data.facts)
-        control = TrialScheduler(plan, ledger, settings, tracked.close_trial, say, options.minutes)
+        control = TrialScheduler(plan, ledger, settings, tracked.close_trial, echo, options.minutes)
         result = conclude(control, tracked, lambda: follow(tuner(control, tracked, concurrent), control))
         if options.retrain and control.halt is None:
             result["retrained"] = retrain(plan, words, ledger)
@@ -126,7 +126,7 @@ def conclude(control: TrialScheduler, tracked: Tracked, work: Any) -> dict[str, 
         try:
             report.write(plan, control.ledger, result)
         except OSError as error:
-            say(f"{plan.root}: the results could not be written ({error}); make room, and give the same command again")
+            echo(f"{plan.root}: the results could not be written ({error}); make room, and give the same command again")
         tracked.close(result, "KILLED" if control.halt else "FINISHED")
     if control.wrong_input is not None:
         raise ConfigError(control.wrong_input)
@@ -179,13 +179,13 @@ def follow(tuner: tune.Tuner, control: TrialScheduler) -> None:
             if time.monotonic() > shown + TABLE_EVERY:
                 shown, progress = time.monotonic(), control.progress()
                 if progress != told:
-                    say(progress)
+                    echo(progress)
                 told = progress
         except KeyboardInterrupt:
             if control.halt is not None:
                 raise
             control.halt = "Ctrl-C"
-            say("stopping all trials; they go on from their last checkpoints. Ctrl-C again to stop at once")
+            echo("stopping all trials; they go on from their last checkpoints. Ctrl-C again to stop at once")
     if "error" in outcome:
         raise outcome["error"]
 
@@ -307,9 +307,9 @@ def retrain(plan: Plan, words: tuple[str, ...], ledger: TrialStore) -> dict[str,
         raise ConfigError(f"--retrain-best: no configuration finished, see {plan.root / 'table.txt'}; run it again")
     config = named_best(f"{plan.root.name}-best", best, words)
     name = config.run.name
-    say(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
+    echo(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
     result = launch.train(config, tags={"search": plan.root.name})
-    say(launch.summary(result, config))
+    echo(launch.summary(result, config))
     return result.to_json()
 
 
@@ -323,7 +323,7 @@ def named_best(name: str, best: Standing, words: tuple[str, ...]) -> Config:
     if all(value_at(before, path) == value_at(config, path) for path in best.params):
         return config
     own = f"{name}-{best.point:03d}"
-    say(f"{root} has the settings of an earlier best; this one is {own}")
+    echo(f"{root} has the settings of an earlier best; this one is {own}")
     return compose_with(words, {**best.params, "run.name": own})
 
 

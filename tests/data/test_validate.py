@@ -28,7 +28,7 @@ from tests.support.malformed import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-CORPUS_FILE = ROOT / "tests" / "malformed.py"
+CORPUS_FILE = ROOT / "tests" / "support" / "malformed.py"
 
 
 def test_the_corpus_is_large():
@@ -174,9 +174,9 @@ def test_the_page_of_rules_is_that_of_the_code():
 
 def test_every_rule_is_broken_by_some_test():
     """Rules of other readers are named here until their tests are in this file."""
-    here = Path(__file__).parent
-    patterns = ("test_validate*.py", "test_*cityscapes.py", "test_detect.py", "test_shards.py")
-    files = [*(path for pattern in patterns for path in here.glob(pattern)), CORPUS_FILE]
+    here = ROOT / "tests"
+    patterns = ("test_validate*.py", "test_*cityscapes.py", "test_discover.py", "test_shards.py")
+    files = [*(path for pattern in patterns for path in here.rglob(pattern)), CORPUS_FILE]
     text = "".join(path.read_text() for path in files)
     elsewhere = {"file-missing", "categories", "box-size"}
     for rule in RULES:

@@ -202,12 +202,12 @@ def test_what_nobody_can_read_ends_no_run(monkeypatch):
     for name in ("/dev/full", os.devnull):
         with open(name, "w", encoding="ascii") as out:
             monkeypatch.setattr(console.sys, "stdout", out)
-            console.say("step 10: Größe")
+            console.echo("step 10: Größe")
             monkeypatch.undo()
             with contextlib.suppress(OSError):
                 out.close()
         monkeypatch.setattr(console.sys, "stdout", out)
-        console.say("closed")
+        console.echo("closed")
         monkeypatch.undo()
 
 

@@ -1,19 +1,15 @@
-"""TODO docstring."""
+"""Ground truth for COCO evaluation: validated annotations with every key that pycocotools needs. Torch-free."""
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pycocotools import mask as mask_utils
 
-from pais_ray.data.annotations.rle import merge
+from pais_ray.data.annotations.rle import Json, compress_rle, merge
 from pais_ray.data.validation.entries import check_id, check_list, check_reference, read_json
 from pais_ray.data.validation.rules import MAX_PIXELS, DataError, Limits, short
 from pais_ray.data.validation.values import check_area, check_box, check_segmentation, check_size
-
-if TYPE_CHECKING:  # scoring is tasks of its own, whose processes need no torch: 4 s and 700 MB each
-    pass
-from pais_ray.data.annotations.rle import Json, _compressed
 
 # A run's own caps have been at work before; these keep a stray file from taking the machine.
 LOOSEST = Limits(max_pixels=2 * MAX_PIXELS)
@@ -26,7 +22,7 @@ def load_ground_truth(source: Json | str | Path, image_ids: Collection[int] | No
     anew from one: COCOeval takes an annotation with id 0 for "not matched". Raises DataError naming the
     annotation.
     """
-    where, data = _read(source, "ground truth")
+    where, data = read_source(source, "ground truth")
     if not isinstance(data, dict):
         raise DataError("file-json", where, "expected COCO annotations with 'images' and 'categories'")
     images: dict[int, Json] = {}
@@ -68,7 +64,7 @@ def _whole_annotation(annotation: Json, image: Json, where: str) -> Json:
     elif shape is None:
         raise DataError("key-missing", where, "neither 'segmentation' nor 'bbox'")
     if shape is not None and not ("area" in whole and "bbox" in whole):
-        rle = _compressed(shape) if isinstance(shape, dict) else _merged(shape, size)
+        rle = compress_rle(shape) if isinstance(shape, dict) else _merged(shape, size)
         whole = {"area": float(mask_utils.area(rle)), "bbox": mask_utils.toBbox(rle).tolist()} | whole
     whole.setdefault("area", whole["bbox"][2] * whole["bbox"][3])
     check_area(whole["area"], where)
@@ -79,7 +75,7 @@ def _merged(polygons: list[list[float]], size: tuple[int, int]) -> Json:
     return merge(mask_utils.frPyObjects(polygons, *size))
 
 
-def _read(source: Any, name: str) -> tuple[str, Any]:
+def read_source(source: Any, name: str) -> tuple[str, Any]:
     """Where the data come from, for messages, and the data."""
     if not isinstance(source, str | Path):
         return name, source

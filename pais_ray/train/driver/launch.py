@@ -25,7 +25,7 @@ from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream import pipeline
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.figures import charts, instances
-from pais_ray.files.console import say
+from pais_ray.files.console import echo
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.modeling.optim import Schedule
 from pais_ray.reports import gallery
@@ -107,19 +107,23 @@ def train(
     directory.check_workers(config, schedule)
     last = min(schedule.steps, config.train.stop_at or schedule.steps)
     done = directory.steps_made(root)
-    say(f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation")
+    echo(
+        f"run {name}: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, {len(data.val)} validation"
+    )
     if data.scored is not None:
-        say(data.scored.summary())
+        echo(data.scored.summary())
     if data.labeled_groups is not None and len(data.labeled) < len(data.train.records):
-        say(f"hint: in {data.train.path} labeled images lie among unlabeled ones, and reading one reads its row group;")
-        say("      shards of this split (pais-ray shard ... data.labeled=... or data.split=...) read less")
+        echo(
+            f"hint: in {data.train.path} labeled images lie among unlabeled ones, and reading one reads its row group;"
+        )
+        echo("      shards of this split (pais-ray shard ... data.labeled=... or data.split=...) read less")
     if both := learned_from_too(data):
-        say(f"warning: {len(both)} of {len(data.val)} validation images are trained on as well, {both[0]} among them:")
-        say("         their AP says little about new images (`pais-ray validate` finds copies under other names, too)")
-    say(schedule.explain())
+        echo(f"warning: {len(both)} of {len(data.val)} validation images are trained on as well, {both[0]} among them:")
+        echo("         their AP says little about new images (`pais-ray validate` finds copies under other names, too)")
+    echo(schedule.explain())
     newest, rows = newest_verified(root)[0], metric_rows(root)
     if done >= last and directory.evaluation_owed(root, newest, rows, config, schedule) is None:
-        say(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
+        echo(f"run {name} is finished: {done} of {schedule.steps} steps made; nothing to do")
         card = record.RunRecord.read(root)
         if card is not None and card.status != "FINISHED":  # the driver died, or was stopped, after the last step
             close_tracking(root, config, "FINISHED")
@@ -215,7 +219,7 @@ def close_tracking(root: Path, config: Config, status: record.Status) -> None:
         if newest_verified(root)[0] is not None:
             instances.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
     except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
-        say(f"not all pictures were drawn: {error}")
+        echo(f"not all pictures were drawn: {error}")
     tracker.Tracker(config.tracking, root).close(status)
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from pais_ray.files.console import say
+from pais_ray.files.console import echo
 
 
 def tell(row: dict[str, Any]) -> None:
     """Prints what a worker said."""
-    say(progress_line(row))
+    echo(progress_line(row))
 
 
 def progress_line(row: dict[str, Any]) -> str:

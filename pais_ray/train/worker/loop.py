@@ -169,11 +169,11 @@ class Worker:
         if self.folder is not None:
             self.state.load(self.folder)
             if self.rank == 0:
-                self.say(f"resumed at step {self.state.step} from {self.folder.name}")
+                self.echo(f"resumed at step {self.state.step} from {self.folder.name}")
         limit = self.config.train.max_pseudo_labels
         self.state.cap = kept_cap(self.job.root, limit)
         if self.rank == 0 and self.state.cap < limit:
-            self.say(
+            self.echo(
                 f"at most {self.state.cap} pseudo-labels an image, not {limit}: memory ran out earlier in this run"
             )
         self.note_scores(rows)
@@ -185,7 +185,7 @@ class Worker:
             if row["step"] <= self.state.step and is_there(self.job.root, row["step"]):
                 self.state.note_score(role, row["step"], ap)
 
-    def say(self, text: str) -> None:
+    def echo(self, text: str) -> None:
         self.job.monitor.progress.remote({"text": text})
 
     def tell(self, text: str, fields: dict[str, Any]) -> None:
@@ -416,7 +416,7 @@ class Worker:
 
     def record(self, row: dict[str, Any]) -> None:
         """An event that this rank, whichever it is, tells as its last."""
-        self.say(row["text"])
+        self.echo(row["text"])
         JsonlWriter(self.job.root / "events.jsonl").append({"step": self.state.step, "time": time.time(), **row})
 
     def evaluate(self) -> None:
