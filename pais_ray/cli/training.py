@@ -36,22 +36,45 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
         click.echo(f"resume with:\n  {same_command('run.name=', name)}")
 
 
-@click.command(help="Resolved config, schedule and batch arithmetic.\n\n" + WORDS)
+@click.command(
+    help="Print the resolved configuration of WORDS and the schedule that follows from it, without training.\n\n"
+    + WORDS
+)
 @click.argument("words", nargs=-1)
+@click.option(
+    "--describe",
+    "key",
+    metavar="KEY",
+    help="Explain a setting (train.steps) or all settings of a section (train) instead.",
+)
 @json_option
 @verb
-def show(words: tuple[str, ...], json_path: str | None) -> None:
+def show(words: tuple[str, ...], key: str | None, json_path: str | None) -> None:
+    if key is not None:
+        if words:
+            raise click.UsageError("--describe KEY excludes WORDS; run the command once for each")
+        describe_settings(key, json_path)
+        return
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose, dump, run_schedule
 
-    spelt = expand_words(words)
-    for line in (*spelt.found, *spelt.chosen):
+    resolved = expand_words(words)
+    for line in (*resolved.found, *resolved.chosen):
         echo(f"# {line}")
-    config = compose(spelt.words)
+    config = compose(resolved.words)
     schedule = run_schedule(config)
     click.echo(dump(config), nl=False)
     click.echo("# " + schedule.explain().replace("\n", "\n# "))
     write_json(json_path, {"config": config.model_dump(mode="json"), "schedule": vars(schedule)})
+
+
+def describe_settings(key: str, json_path: str | None) -> None:
+    """Prints what ``key`` means, one paragraph per setting."""
+    from pais_ray.config.describe import describe
+
+    settings = describe(key)
+    echo("\n\n".join(setting.to_text() for setting in settings))
+    write_json(json_path, {"settings": [vars(setting) for setting in settings]})
 
 
 @click.command(

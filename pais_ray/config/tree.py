@@ -30,19 +30,39 @@ from pais_ray.tracking.settings import TrackingConfig
 
 
 class Config(Section):
-    """Everything a run is told. ``segmentor`` and ``method`` hold the models of the chosen plugins."""
+    """Every setting of a run. ``segmentor`` and ``method`` are the settings of the chosen plugins."""
 
-    data: DataConfig = DataConfig()
-    views: AugmentConfig = AugmentConfig()
-    batch: BatchConfig = BatchConfig()
-    segmentor: Any = Field(description="the Config of the segmentor called segmentor.name")
-    method: Any = Field(description="the method called method.name")
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    guards: GuardConfig = Field(default=GuardConfig(), json_schema_extra=FREE)
-    scaling: ScalingConfig = Field(default=ScalingConfig(), json_schema_extra=FREE)
-    run: RunConfig = Field(default=RunConfig(), json_schema_extra=FREE)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, json_schema_extra=FREE)
+    data: DataConfig = Field(
+        default=DataConfig(), description="Training, validation and unlabeled images, and the share that keeps labels."
+    )
+    views: AugmentConfig = Field(
+        default=AugmentConfig(), description="Resizing and augmentation of the labeled, weak, strong and test views."
+    )
+    batch: BatchConfig = Field(
+        default=BatchConfig(), description="Images per worker and micro-batch, and micro-batches per optimizer step."
+    )
+    segmentor: Any = Field(description="The network. `segmentor.name` chooses it and thereby its settings.")
+    method: Any = Field(description="The training method. `method.name` chooses it and thereby its settings.")
+    optim: OptimConfig = Field(
+        default=OptimConfig(), description="Optimizer, learning rate, and the published schedule that a run scales."
+    )
+    train: TrainConfig = Field(
+        default=TrainConfig(), description="Length of the run, intervals of its outputs, seed and numeric precision."
+    )
+    guards: GuardConfig = Field(
+        default=GuardConfig(),
+        description="Limits beyond which a run warns, rolls back or stops. They do not affect a healthy run.",
+        json_schema_extra=FREE,
+    )
+    scaling: ScalingConfig = Field(
+        default=ScalingConfig(), description="Number of workers and the resources of each.", json_schema_extra=FREE
+    )
+    run: RunConfig = Field(
+        default=RunConfig(), description="Name and location of the run directory, and restarts.", json_schema_extra=FREE
+    )
+    tracking: TrackingConfig = Field(
+        default_factory=TrackingConfig, description="The MLflow store that mirrors the run.", json_schema_extra=FREE
+    )
 
     @field_validator("segmentor", "method")
     @classmethod

@@ -88,3 +88,17 @@ def test_evaluate_needs_something_to_evaluate(tmp_path):
     assert call("evaluate").exit_code == 2
     assert call("evaluate", "--annotations", str(tmp_path / "none.json"), "--predictions", "x").exit_code == 2
     assert call("predict", str(tmp_path), "--out", str(tmp_path / "o")).exit_code == 2
+
+
+def test_show_describes_a_setting(tmp_path):
+    out = tmp_path / "describe.json"
+    done = call("show", "--describe", "train.log_every", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0] == "train.log_every"
+    for line in ("Type: integer, at least 1", "Default: 50", "On resume: may change"):
+        assert f"    {line}\n" in done.stdout
+    assert [s["name"] for s in json.loads(out.read_text())["settings"]] == ["train.log_every"]
+    assert call("show", "coco", "--describe", "train").exit_code == 2
+    unknown = call("show", "--describe", "trian")
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("error: trian: no such setting or section; did you mean 'train'?")
