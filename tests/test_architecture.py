@@ -43,7 +43,7 @@ HOMES = {  # third-party package -> the modules, or packages, that may import it
     "mlflow": {
         "pais_ray.tracking.mirror",
         "pais_ray.tracking.logged_models",
-        "pais_ray.tracking.system_metrics",
+        "pais_ray.tracking.mlflow_compat",
         "pais_ray.inference.serving",
     },
     "albumentations": {"pais_ray.augmentation"},

@@ -20,11 +20,11 @@ def store_errors() -> Iterator[None]:
         raise
     except Exception as error:
         from pais_ray.tracking.mirror import StoreError
-        from pais_ray.tracking.record import without_secrets
+        from pais_ray.tracking.record import redact_secrets
 
         if not isinstance(error, StoreError):
             raise
-        text = " ".join(without_secrets(str(error)).split())
+        text = " ".join(redact_secrets(str(error)).split())
         click.echo(f"error: MLflow: {text:.300}; if its server is away, start it and give this command again", err=True)
         sys.exit(FAILED)
 

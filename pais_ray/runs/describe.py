@@ -12,6 +12,7 @@ from pais_ray.data.annotations.records import CocoDataset
 from pais_ray.data.annotations.splits import Split
 from pais_ray.data.shards.dataset import ShardDataset
 from pais_ray.data.sources.scored_masks import ScoredFile
+from pais_ray.tracking.mlflow_compat import GIT_COMMIT_TAG
 
 GIT_TIMEOUT = 10.0  # s; a checkout on slow storage
 
@@ -52,7 +53,7 @@ def tags(config: Config, split: Split, data: Facts) -> dict[str, str]:
         "preset": getattr(config.segmentor, "preset", None),
         "method": config.method.name,
         "git_commit": commit,
-        "mlflow.source.git.commit": commit and commit.removesuffix("-dirty"),
+        GIT_COMMIT_TAG: commit and commit.removesuffix("-dirty"),
     }
     return {name: value for name, value in found.items() if value is not None}
 

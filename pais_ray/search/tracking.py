@@ -13,6 +13,7 @@ from pais_ray.search.plan import Plan
 from pais_ray.search.scheduler import METRIC
 from pais_ray.search.trials import Trial
 from pais_ray.tracking import record, tracker
+from pais_ray.tracking.logger import build_logger
 from pais_ray.train.driver import launch
 
 
@@ -31,7 +32,7 @@ class Tracked:
     def close_trial(self, trial: Trial, status: record.Status) -> None:
         """Pictures and an end for a trial that was stopped, with the reason as a tag; nobody else ends it."""
         root = self.plan.trial_root(trial.id)
-        if (root / record.CARD).exists():
+        if (root / record.RECORD_FILE).exists():
             self.closing.submit(self._close_trial, root, f"{trial.state} {trial.why}".strip(), status)
 
     def close(self, result: Mapping[str, Any], status: record.Status) -> None:
@@ -43,7 +44,7 @@ class Tracked:
             with (self.plan.root / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             add_tags(self.plan.root, {"best": json.dumps(best["params"])})
-        tracker.Tracker(self.config, self.plan.root).close(status)
+        build_logger(self.config, self.plan.root).close(status)
 
     def _close_trial(self, root: Path, state: str, status: record.Status) -> None:
         add_tags(root, {"search.state": state})

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The settings `tracking.*`: which MLflow store a run is written to."""
 
 import os
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pais_ray.tracking.record import SECRET, without_secrets
+from pais_ray.tracking.record import SECRET, redact_secrets
 
 
 class TrackingConfig(BaseModel):
@@ -15,28 +15,39 @@ class TrackingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = Field(default=True, description="false: metrics.jsonl alone")
-    uri: str | None = Field(default=None, description="null: mlflow.db under run.storage_path; or http(s)://SERVER")
-    experiment: str = Field(default="pais_ray", description="MLflow's name for a family of runs")
+    enabled: bool = Field(
+        default=True, description="Whether the run is tracked in MLflow; if false, only metrics.jsonl is written."
+    )
+    uri: str | None = Field(
+        default=None,
+        description="The MLflow tracking URI: http(s)://SERVER, sqlite:///FILE or another database. "
+        "By default mlflow.db in run.storage_path.",
+    )
+    experiment: str = Field(default="pais_ray", description="The MLflow experiment that the run belongs to.")
     system_every: float | None = Field(
-        default=30.0, gt=0, description="s between samples of each node's CPU, memory, disk, network, GPU; null: none"
+        default=30.0,
+        gt=0,
+        description="Seconds between samples of each node's CPU, memory, disk, network and GPU; null disables them.",
     )
 
     @field_validator("uri")
     @classmethod
-    def _absolute(cls, uri: str | None) -> str | None:
-        """Workers run in other directories, so a relative SQLite path is fixed where it was written."""
+    def _make_absolute(cls, uri: str | None) -> str | None:
+        """Make a SQLite path absolute, because workers run in other directories. Raise ValueError for other files and
+        for a URI that contains a secret."""
         if uri is not None and uri.startswith("sqlite:///"):
             return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
         if uri is not None and SECRET.search(uri):
-            remedy = (
-                "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN "
+            raise ValueError(
+                "expected a URI without a password or token, because it is written to config.yaml; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN "
                 "(PGPASSWORD for PostgreSQL)"
             )
-            raise ValueError(f"no password here, it would be written to config.yaml; {remedy}")
         if uri is not None and ("://" not in uri or uri.startswith("file:")):
-            remedy = "MLflow keeps no runs in plain folders any more"
-            raise ValueError(f"expected sqlite:///FILE, http(s)://HOST or a database's, got {uri!r}; {remedy}")
+            raise ValueError(
+                f"expected sqlite:///FILE, http(s)://HOST or the URI of a database, got {uri!r}; "
+                "MLflow no longer supports plain folders"
+            )
         return uri
 
 
@@ -46,7 +57,7 @@ def tracking_uri(config: TrackingConfig, storage: Path) -> str:
 
 
 def ui_command(config: TrackingConfig, storage: Path) -> str:
-    """What a person types, or opens, to look at the runs."""
-    uri = without_secrets(tracking_uri(config, storage))
-    program = Path(sys.executable).with_name("mlflow")  # a .venv is seldom on the PATH
+    """The command, or the address, that shows the runs in MLflow's UI."""
+    uri = redact_secrets(tracking_uri(config, storage))
+    program = Path(sys.executable).with_name("mlflow")  # a virtual environment is often not on the PATH
     return uri if uri.startswith("http") else f"{program} ui --backend-store-uri {shlex.quote(uri)}"

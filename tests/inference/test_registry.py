@@ -21,7 +21,7 @@ from pais_ray.config.tree import compose, dump
 from pais_ray.inference.predictor import Predictor
 from pais_ray.inference.serving import registry
 from pais_ray.tracking.settings import TrackingConfig, tracking_uri
-from tests.support.mlflow_runs import client, opened, tiny_run
+from tests.support.mlflow_runs import client, open_test_run, tiny_run
 from tests.support.servers import model_server
 
 NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -207,7 +207,7 @@ def test_a_server_that_is_away_is_one_line_soon(tmp_path, monkeypatch, verb):
     words = ["promote", "shapes", "--tracking", away]
     if verb != "promote":
         config = compose(["synthetic", "mask_rcnn", "supervised", f"tracking.uri={away}"])
-        root = opened(tmp_path, "run", config.tracking)
+        root = open_test_run(tmp_path, "run", config.tracking)
         (root / "config.yaml").write_text(dump(config))
         words = [verb, str(root), *(["--name", "shapes"] if verb == "register" else [])]
     monkeypatch.setattr(registry, "choose_checkpoint", lambda root, *_: root)

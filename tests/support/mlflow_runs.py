@@ -1,10 +1,11 @@
-"""Run directories as training leaves them, written by hand: metrics, checkpoints, figures. For tests of MLflow."""
+"""Run directories as training leaves them, written by hand for tests of MLflow: metrics, checkpoints, figures."""
 
 import json
 import time
 from pathlib import Path
 
-from pais_ray.tracking import record, tracker
+from pais_ray.tracking.logger import build_logger
+from pais_ray.tracking.record import Status
 from pais_ray.tracking.settings import TrackingConfig
 from pais_ray.tracking.tracker import open_run
 
@@ -14,16 +15,16 @@ DATASETS = {
 }
 
 
-def opened(storage: Path, name: str, config: TrackingConfig | None = None, **more: object) -> Path:
-    """A run directory whose run is open, where the store answers."""
+def open_test_run(storage: Path, name: str, config: TrackingConfig | None = None, **more: object) -> Path:
+    """The directory of a run; its MLflow run is open if the store is available."""
     params = {"optim.lr": 0.01, "data.train": "x" * 1000, "method.tau_cls": 0.35}
-    told = {"params": params, "tags": {"fold": "1", "split_sha256": "c" * 64}, "datasets": DATASETS, **more}
-    open_run(config or TrackingConfig(), storage, name, **told)
+    arguments = {"params": params, "tags": {"fold": "1", "split_sha256": "c" * 64}, "datasets": DATASETS, **more}
+    open_run(config or TrackingConfig(), storage, name, **arguments)
     return storage / name
 
 
 def write_row(root: Path, step: int, **values: float | None) -> None:
-    """A line of metrics.jsonl; no two have the same time."""
+    """Append a row to metrics.jsonl; no two rows have the same time."""
     path = root / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     clock = max([time.time(), *(json.loads(line)["time"] + 0.001 for line in lines[-1:])])
@@ -32,6 +33,7 @@ def write_row(root: Path, step: int, **values: float | None) -> None:
 
 
 def write_checkpoint(root: Path, step: int) -> Path:
+    """A checkpoint that has nothing but a manifest."""
     folder = root / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
@@ -39,23 +41,25 @@ def write_checkpoint(root: Path, step: int) -> Path:
 
 
 def client(uri: str):
+    """A client of the store; imports mlflow late, because that takes seconds."""
     from pais_ray.tracking.mirror import connect
 
     return connect(uri)
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    """The (step, value) pairs of a metric, sorted."""
     return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, name))
 
 
-def follow(config: TrackingConfig, root: Path, status: record.Status | None = "FINISHED") -> None:
-    """What a process does that has nothing but a last look at the directory."""
-    tracker.Tracker(config, root).close(status)
+def track_once(config: TrackingConfig, root: Path, status: Status | None = "FINISHED") -> None:
+    """Mirror the directory once and close, as the driver does after training."""
+    build_logger(config, root).close(status)
 
 
 def tiny_run(data: Path, storage: Path, name: str, ap: float, *words: str) -> Path:
-    """The directory of a finished run: a real checkpoint of an untrained nano Mask R-CNN, and the AP it is said to
-    have at step 2."""
+    """The directory of a finished run: a real checkpoint of an untrained nano Mask R-CNN at step 2, with a made-up
+    AP."""
     from pais_ray.config.identity import flatten
     from pais_ray.config.tree import compose, run_schedule
     from pais_ray.runs import describe, directory
@@ -75,5 +79,5 @@ def tiny_run(data: Path, storage: Path, name: str, ap: float, *words: str) -> Pa
     write_row(root, 2, loss=1.0, **{"teacher/segm_AP": ap})
     tags = describe.tags(config, facts.manifest.split, facts.facts)
     open_run(config.tracking, storage, name, flatten(config), tags, datasets=facts.facts)
-    follow(config.tracking, root)
+    track_once(config.tracking, root)
     return root

@@ -1,8 +1,7 @@
-"""MLflow as it is deployed: many writers, a server that is killed, PostgreSQL and an S3-compatible store behind it."""
+"""MLflow as deployed: several writers, a server that is killed, PostgreSQL and an S3-compatible artifact store."""
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,30 @@ from pais_ray.inference.serving import registry
 from pais_ray.tracking import tracker as tracker_module
 from pais_ray.tracking.record import read_run_id
 from pais_ray.tracking.settings import TrackingConfig, tracking_uri
-from pais_ray.tracking.tracker import Tracker, sync
-from tests.support.mlflow_runs import client, history, opened, tiny_run, write_checkpoint, write_row
+from pais_ray.tracking.tracker import MLflowTracker, sync
+from tests.support.mlflow_runs import client, history, open_test_run, tiny_run, write_checkpoint, write_row
 from tests.support.servers import mlflow_server, postgres
+from tests.support.waiting import wait_for
 
-WRITERS, ROWS = 8, 20
+WRITERS, ROWS, METRICS = 8, 20, 3
 
 
 def test_eight_writers_on_a_new_sqlite_store_lose_nothing(tmp_path):
-    """Real processes, forked from one that has paid for the import; all of them find no database."""
+    """Real processes, forked from one that has imported mlflow; the database does not exist yet."""
     work = f"""
 import os, sys
 from pathlib import Path
 import pais_ray.tracking.mirror
 from pais_ray.tracking.settings import TrackingConfig
-from pais_ray.tracking.tracker import Tracker
-from tests.support.mlflow_runs import opened, write_row
+from pais_ray.tracking.tracker import MLflowTracker
+from tests.support.mlflow_runs import open_test_run, write_row
 
 def write(name):
-    root = opened(Path({str(tmp_path)!r}), name)
-    tracker = Tracker(TrackingConfig(), root)
+    root = open_test_run(Path({str(tmp_path)!r}), name)
+    tracker = MLflowTracker(TrackingConfig(), root)
     for step in range({ROWS}):
-        write_row(root, step, **{{f"loss/{{i}}": step + i / 10 for i in range(10)}})
-        tracker.changed()
+        write_row(root, step, **{{f"loss/{{i}}": step + i / 10 for i in range({METRICS})}})
+        tracker.log(step, {{}})
     tracker.close("FINISHED", timeout=120)
 
 writers = []
@@ -49,23 +49,23 @@ sys.exit(any([os.waitpid(pid, 0)[1] for pid in writers]))
 """
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "no writer had anything to warn of"
+    assert done.stderr == "", "no writer logged a warning"
     uri = tracking_uri(TrackingConfig(), tmp_path)
     [experiment] = [e for e in client(uri).search_experiments() if e.name == "pais_ray"]
     runs = client(uri).search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in runs) == [f"writer_{i}" for i in range(WRITERS)]
     for run in runs:
         assert run.info.status == "FINISHED"
-        for i in range(10):
+        for i in range(METRICS):
             expected = [(step, step + i / 10) for step in range(ROWS)]
             assert history(uri, run.info.run_id, f"loss/{i}") == expected
 
 
-def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkeypatch):
-    """The deployment of docs/guides/compare.md: `mlflow server` before PostgreSQL and an S3-compatible store."""
+def test_runs_are_stored_in_postgres_and_s3(tmp_path, bucket, tiny_coco, monkeypatch):
+    """The deployment of docs/guides/compare.md: `mlflow server` with PostgreSQL and an S3-compatible artifact store."""
     import boto3
 
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # else its absence is warned of
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # MLflow warns if it is unset
     with postgres(tmp_path) as database, mlflow_server(tmp_path, database, f"s3://{bucket}/runs") as server:
         config = TrackingConfig(uri=server.url)
         roots = [
@@ -75,7 +75,7 @@ def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkey
         (roots[0] / "figures" / "curves.png").write_bytes(b"a picture")
         assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 1, "checkpoints": 0}
         assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
-        (roots[0] / "mlflow_run_id").unlink()  # found again by its key
+        (roots[0] / "mlflow_run_id").unlink()  # the run is then found by its key
         assert sync(config, roots[0]) == {"metrics": 0, "artifacts": 0, "checkpoints": 0}
         store = client(server.url)
         ids = [read_run_id(root) for root in roots]
@@ -94,8 +94,8 @@ def test_postgres_and_s3_hold_what_runs_made(tmp_path, bucket, tiny_coco, monkey
         assert Path(copy).read_bytes() == b"a picture"
 
 
-def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracker_module, "LOOK_EVERY", 0.1)
+def test_a_server_unavailable_at_start_middle_and_end_gets_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker_module, "POLL_INTERVAL", 0.1)
     server = mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))
     config = TrackingConfig(uri=server.url)
 
@@ -106,9 +106,9 @@ def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkey
         write_checkpoint(root, steps[-1])
         (root / "figures").mkdir(exist_ok=True)
         (root / "figures" / f"{steps[-1]}.png").write_bytes(b"png")
-        tracker.changed()
+        tracker.log(steps[-1], {})
 
-    def there(upto: int, checkpoints: int) -> bool:
+    def is_stored(upto: int, checkpoints: int) -> bool:
         run_id = read_run_id(root)
         if run_id is None or history(server.url, run_id, "loss") != [(i, float(i)) for i in range(1, upto + 1)]:
             return False
@@ -116,23 +116,18 @@ def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkey
         figures = client(server.url).list_artifacts(run_id, "figures")
         return len(run.outputs.model_outputs if run.outputs else []) == len(figures) == checkpoints
 
-    def wait_for(upto: int, checkpoints: int) -> None:
-        while not there(upto, checkpoints):  # the test's own timeout bounds it
-            tracker.changed()
-            time.sleep(0.05)
-
     try:
-        root = opened(tmp_path / "runs", "run", config)  # the server is not up yet
+        root = open_test_run(tmp_path / "runs", "run", config)  # the server has not started
         assert read_run_id(root) is None
         (root / "config.yaml").write_text(dump(compose(["quickstart", f"tracking.uri={server.url}"])))
-        tracker = Tracker(config, root)
+        tracker = MLflowTracker(config, root)
         train(root, range(1, 4))
         server.start()
-        wait_for(3, 1)
+        wait_for(lambda: is_stored(3, 1))
         server.kill()
         train(root, range(4, 7))
         server.start()
-        wait_for(6, 2)
+        wait_for(lambda: is_stored(6, 2))
         server.kill()
         train(root, range(7, 10))
         tracker.close("FINISHED")
@@ -142,10 +137,10 @@ def test_a_server_killed_at_start_middle_and_end_misses_nothing(tmp_path, monkey
         done = CliRunner().invoke(main, ["sync", str(root)])
         assert done.exit_code == 0, done.output
         assert "sent 4 metric values, 1 figures and papers, 1 checkpoints" in done.output
-        assert there(9, 3)
+        assert is_stored(9, 3)
         assert client(server.url).get_run(read_run_id(root)).info.status == "FINISHED"
         again = CliRunner().invoke(main, ["sync", str(root)])
         assert "MLflow lacks nothing" in again.output
-        assert there(9, 3)
+        assert is_stored(9, 3)
     finally:
         server.kill()

@@ -17,7 +17,6 @@ import mlflow
 import mlflow.pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 from PIL import Image
 
 from pais_ray.config.tree import dump, load
@@ -26,6 +25,7 @@ from pais_ray.inference.serving import served
 from pais_ray.runs.checkpoints import verify
 from pais_ray.tracking import record, tracker
 from pais_ray.tracking.mirror import connect
+from pais_ray.tracking.mlflow_compat import EXTERNAL_MODEL_TAG, is_not_found
 from pais_ray.tracking.record import read_run_id
 from pais_ray.tracking.settings import TrackingConfig, tracking_uri
 
@@ -75,8 +75,8 @@ def register(root: Path, name: str, *, role: str = "teacher", checkpoint: str = 
             packed = Path(scratch) / "model"
             _pack(bundle, role, packed, Model(run_id=run.info.run_id, model_id=model.model_id))
             client.log_model_artifacts(model.model_id, str(packed))
-        if MLFLOW_MODEL_IS_EXTERNAL in model.tags:
-            client.delete_logged_model_tag(model.model_id, MLFLOW_MODEL_IS_EXTERNAL)
+        if EXTERNAL_MODEL_TAG in model.tags:
+            client.delete_logged_model_tag(model.model_id, EXTERNAL_MODEL_TAG)
         if not _exists(client, name):
             client.create_registered_model(name)
         tags = {key: model.tags[key] for key in ("role", "step", *SAME) if key in model.tags}
@@ -96,7 +96,7 @@ def promote(uri: str, name: str, number: str | None = None) -> tuple[Version, Ve
         raise ValueError(f"{file}: expected the database of a registry, got no file; say where it is with --tracking")
     client = connect(uri)
     if not _exists(client, name):
-        raise ValueError(f"{name}: no such model in {record.without_secrets(uri)}; make it with `pais-ray register`")
+        raise ValueError(f"{name}: no such model in {record.redact_secrets(uri)}; make it with `pais-ray register`")
     found = _by_alias(client, name, CANDIDATE) if number is None else _by_number(client, name, number)
     if found is None:
         numbers = ", ".join(str(v.version) for v in _versions(client, name)) or "none"
@@ -204,7 +204,7 @@ def _exists(client: Any, name: str) -> bool:
     try:
         client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not is_not_found(error):
             raise
         return False
     return True

@@ -33,6 +33,7 @@ from pais_ray.runs import describe, directory, lock
 from pais_ray.runs.checkpoints import ROLES, best_checkpoint, newest_verified
 from pais_ray.runs.prepare import Data, check_outlives_job, learned_from_too, prepare
 from pais_ray.tracking import record, settings, tracker
+from pais_ray.tracking.logger import build_logger
 from pais_ray.train.driver import resources
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.progress import tell
@@ -220,7 +221,7 @@ def close_tracking(root: Path, config: Config, status: record.Status) -> None:
             instances.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
     except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
         echo(f"not all pictures were drawn: {error}")
-    tracker.Tracker(config.tracking, root).close(status)
+    build_logger(config.tracking, root).close(status)
 
 
 def fit_again(trainer: Callable[..., TorchTrainer], root: Path, max_failures: int, tell: Callable[[str], None]) -> None:

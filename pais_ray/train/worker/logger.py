@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pais_ray.tracking.tracker import Tracker
+from pais_ray.tracking.logger import build_logger
 from pais_ray.train.step import Metrics
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Log:
         self.metrics = JsonlWriter(job.root / "metrics.jsonl")
         self.rewind(step)
         self.events = JsonlWriter(job.root / "events.jsonl")
-        self.tracker = Tracker(job.config.tracking, job.root)
+        self.logger = build_logger(job.config.tracking, job.root)
 
     def rewind(self, step: int) -> None:
         """Lines of steps that will be made again go, and a half-written last one."""
@@ -81,7 +81,7 @@ class Log:
         trouble = self.metrics.append({"step": step, "time": self.clock, **plain})
         if trouble is not None:
             self.job.monitor.progress.remote({"text": trouble})
-        self.tracker.changed()
+        self.logger.log(step, plain)
 
     def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
         """What happened to the run, for people and for events.jsonl; called from the checkpoint thread as well."""
@@ -109,4 +109,4 @@ class Log:
             lost = lines.flush()
             if lost is not None:
                 self.job.monitor.progress.remote({"text": lost})
-        self.tracker.close()  # the run may go on: the driver ends it
+        self.logger.close()  # the run may go on: the driver ends it

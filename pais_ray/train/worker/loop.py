@@ -500,7 +500,6 @@ class Worker:
             instances.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
         except OSError as error:  # no picture is worth a step
             self.tell(f"the picture of the pseudo-labels was not written: {error}", {"event": "picture_failed"})
-        self.log.tracker.changed()
 
     def close(self) -> None:
         self.heart.close()
