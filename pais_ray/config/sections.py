@@ -126,7 +126,7 @@ class BatchConfig(Section):
 
     labeled: int = Field(default=1, ge=1, description="labeled images; paper 4.2: 1")
     unlabeled: int = Field(default=3, ge=0, description="unlabeled images; paper 4.2, Table 9: 3")
-    accumulation: int = Field(default=1, ge=1, description="micro-batches an optimizer step; ours")
+    accumulation_steps: int = Field(default=1, ge=1, description="micro-batches an optimizer step; ours")
 
 
 class TrainConfig(Section):
@@ -160,7 +160,7 @@ class TrainConfig(Section):
         ge=1,
         description="an image, by score; torchvision's detections_per_img; halved where memory ran out in backward",
     )
-    max_skipped: int = Field(
+    max_consecutive_skips: int = Field(
         default=20,
         ge=1,
         description="steps in a row without a finite loss, then back to the last checkpoint",
@@ -226,23 +226,29 @@ class RunConfig(Section):
         return value
 
 
-class GuardConfig(BaseModel):
+class GuardConfig(Section):
     """The section `guards:`; all ours. Nothing here changes what a healthy run learns."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     max_rollbacks: int = Field(
-        default=3, ge=0, description="returns to the last checkpoint after train.max_skipped bad steps; then the end"
+        default=3,
+        ge=0,
+        description="returns to the last checkpoint after train.max_consecutive_skips bad steps; then the end",
     )
     gradient_spike: float = Field(default=10.0, gt=1, description="times the median norm of the last 100 steps")
-    kept_low: float = Field(default=0.02, ge=0, description="pseudo-labels an image below which the teacher collapsed")
-    kept_high: float = Field(default=60.0, gt=0, description="the same, above which it calls everything an object")
-    kept_steps: int = Field(default=2000, ge=1, description="steps outside that band before the alarm")
+    min_kept_per_image: float = Field(
+        default=0.02, ge=0, description="pseudo-labels an image below which the teacher collapsed"
+    )
+    max_kept_per_image: float = Field(
+        default=60.0, gt=0, description="the same, above which it calls everything an object"
+    )
+    kept_alarm_steps: int = Field(default=2000, ge=1, description="steps outside that band before the alarm")
     teacher_gap: float = Field(default=0.1, gt=0, description="segm AP the teacher may be below the student")
     zero_loss_steps: int = Field(
         default=500, ge=1, description="steps without a labeled box or mask to learn that end the run: wrong classes"
     )
-    first_batch_s: float = Field(default=1800.0, gt=0, description="limit of building the model and the first batch")
-    step_s: float = Field(default=600.0, gt=0, description="limit of any later step of a rank")
-    evaluate_s: float = Field(default=7200.0, gt=0, description="limit of an evaluation on a rank")
-    save_s: float = Field(default=1800.0, gt=0, description="limit of waiting for a checkpoint or for scores")
+    first_batch_timeout_s: float = Field(
+        default=1800.0, gt=0, description="limit of building the model and the first batch"
+    )
+    step_timeout_s: float = Field(default=600.0, gt=0, description="limit of any later step of a rank")
+    evaluate_timeout_s: float = Field(default=7200.0, gt=0, description="limit of an evaluation on a rank")
+    save_timeout_s: float = Field(default=1800.0, gt=0, description="limit of waiting for a checkpoint or for scores")

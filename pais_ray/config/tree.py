@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from pais_ray.augmentation.presets import AugmentConfig
 from pais_ray.config.identity import plain_tree
 from pais_ray.config.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
+from pais_ray.config.renamed import rename_message, translate
 from pais_ray.config.sections import (
     FREE,
     BatchConfig,
@@ -109,8 +110,9 @@ def compose_data(words: Sequence[str], search: Sequence[Path] | None = None) -> 
 
 
 def load(path: Path | str) -> Config:
-    """The Config of one file, as written by ``dump``."""
-    return build(resolve([str(path)]))
+    """The Config of one file, as written by ``dump`` of this version or, under old names, of an earlier one."""
+    tree = resolve([str(path)])
+    return build(translate(tree, _models(tree)))
 
 
 def dump(config: Config) -> str:
@@ -121,7 +123,7 @@ def dump(config: Config) -> str:
 def run_schedule(config: Config) -> Schedule:
     """The run's schedule, scaled from the reference batch to this run's."""
     batch = config.batch
-    images = config.scaling.most * batch.accumulation * (batch.labeled + batch.unlabeled)
+    images = config.scaling.most * batch.accumulation_steps * (batch.labeled + batch.unlabeled)
     return plan_schedule(config.optim, config.optim.reference, config.train.steps, images)
 
 
@@ -148,7 +150,12 @@ def json_schema() -> Tree:
 
 def build(tree: Tree) -> Config:
     """The Config of merged settings. Raises ConfigError."""
-    sections: Tree = {}
+    models = _models(tree)
+    return _typed(Config, {n: _typed(models[n], tree[n], n) for n in Config.model_fields if n in tree}, "")
+
+
+def _models(tree: Tree) -> dict[str, type[BaseModel]]:
+    """The model of each section; ``segmentor`` and ``method`` have those of the plugins that ``tree`` names."""
     for name, value in tree.items():
         if name not in Config.model_fields:
             raise ConfigError(f"{name}: no such section{_choices(name, list(Config.model_fields), 'a config')}")
@@ -157,20 +164,16 @@ def build(tree: Tree) -> Config:
             raise ConfigError(f"{name}: expected settings, got {value!r}{remedy}")
     if "image_size" in tree.get("views", {}):
         raise ConfigError("views.image_size: derived; set data.image_size")
-    for kind, names, plugged in (
-        ("segmentor", registry.segmentor_names, lambda n: registry.segmentor(n).Config),
-        ("method", registry.method_names, registry.method),
-    ):
-        sections[kind] = _typed(_plugin(kind, tree.get(kind, {}), names, plugged), tree.get(kind, {}), kind)
-    for name, field in Config.model_fields.items():
-        if name in tree and name not in sections:
-            assert isinstance(field.annotation, type)
-            sections[name] = _typed(field.annotation, tree[name], name)
-    return _typed(Config, sections, "")
+    models: dict[str, type[BaseModel]] = {
+        name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
+    }
+    models["segmentor"] = _plugin("segmentor", tree, registry.segmentor_names, lambda n: registry.segmentor(n).Config)
+    models["method"] = _plugin("method", tree, registry.method_names, registry.method)
+    return models
 
 
 def _plugin(kind: str, tree: Tree, names: Callable[[], list[str]], find: Callable[[str], Any]) -> type[BaseModel]:
-    name = tree.get("name")
+    name = tree.get(kind, {}).get("name")
     if not isinstance(name, str):
         raise ConfigError(f"{kind}.name: none chosen; name one of {', '.join(names())}, by a word or {kind}.name=...")
     try:
@@ -194,6 +197,9 @@ def _line(model: type[BaseModel], error: Any, where: str) -> str:
     loc = [str(part) for part in error["loc"]]
     place = ".".join(p for p in [where, *loc] if p)
     if error["type"] == "extra_forbidden":
+        renamed = rename_message(place)
+        if renamed is not None:
+            return renamed
         owner = _owner(model, loc[:-1])
         return f"{place}: no such setting{_choices(loc[-1], list(owner.model_fields), owner.__name__)}"
     message = error["msg"].removeprefix("Value error, ")

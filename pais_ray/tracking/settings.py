@@ -16,18 +16,24 @@ class TrackingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = Field(
-        default=True, description="Whether the run is tracked in MLflow; if false, only metrics.jsonl is written."
+        default=True,
+        description="Whether the run is tracked in MLflow. If false, metrics.jsonl in the run directory is the only "
+        "record of metrics. Default: ours.",
     )
     uri: str | None = Field(
         default=None,
-        description="The MLflow tracking URI: http(s)://SERVER, sqlite:///FILE or another database. "
-        "By default mlflow.db in run.storage_path.",
+        description="The MLflow tracking URI: http(s)://SERVER, sqlite:///FILE, or another database. Default: null, "
+        "which means the SQLite file mlflow.db in run.storage_path. It must not contain a password.",
     )
-    experiment: str = Field(default="pais_ray", description="The MLflow experiment that the run belongs to.")
-    system_every: float | None = Field(
+    experiment: str = Field(
+        default="pais_ray",
+        description="The MLflow experiment that the run belongs to. It is created if it does not exist. Default: ours.",
+    )
+    system_metrics_interval_s: float | None = Field(
         default=30.0,
         gt=0,
-        description="Seconds between samples of each node's CPU, memory, disk, network and GPU; null disables them.",
+        description="Interval between samples of each node's CPU, memory, disk, network and GPU, in seconds. Null "
+        "disables the samples. Default: ours; a sample takes a few milliseconds.",
     )
 
     @field_validator("uri")

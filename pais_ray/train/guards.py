@@ -38,18 +38,19 @@ class Guards:
         return f"gradient norm {norm:.3g}, {norm / median:.0f} times the median of the last steps"
 
     def pseudo_labels(self, kept: float | None, steps: int) -> str | None:
-        """Kept pseudo-labels an image over the last ``steps`` steps; told once in every guards.kept_steps."""
-        low, high = self.config.kept_low, self.config.kept_high
+        """Kept pseudo-labels an image over the last ``steps`` steps; told once in every guards.kept_alarm_steps."""
+        low, high = self.config.min_kept_per_image, self.config.max_kept_per_image
         if kept is None or low <= kept <= high:
             self.outside = 0
             return None
         before, self.outside = self.outside, self.outside + steps
-        if before // self.config.kept_steps == self.outside // self.config.kept_steps:
+        if before // self.config.kept_alarm_steps == self.outside // self.config.kept_alarm_steps:
             return None
         what = "hardly any" if kept < low else "too many"
         return (
             f"the teacher may have collapsed: {what} pseudo-labels, {kept:.3g} an image for {self.outside} steps "
-            f"(guards.kept_low {low:g}, guards.kept_high {high:g}); look at figures/ and method.tau_cls"
+            f"(guards.min_kept_per_image {low:g}, guards.max_kept_per_image {high:g}); "
+            "look at figures/ and method.tau_cls"
         )
 
     def teacher(self, teacher: float | None, student: float | None) -> str | None:

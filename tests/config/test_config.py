@@ -326,7 +326,7 @@ def test_broken_files_are_one_clear_line(text, part, tmp_path):
         ("method.alpha=3", True),
         ("segmentor.detections=50", True),
         ("optim.reference.steps=300000", True),
-        ("batch.accumulation=2", True),
+        ("batch.accumulation_steps=2", True),
         ("data.val_images=elsewhere", True),
         ("data.image_size=200", True),
         ("data.pseudo_labels=masks.json", True),

@@ -92,10 +92,10 @@ def test_a_bad_day(start, tmp_path):
 
     2 rows a step: rows 20-27 are steps 10-13, of which two in a row send the run back to step 10.
     """
-    brief = ("guards.step_s=15", "guards.evaluate_s=120", "guards.save_s=120")
+    brief = ("guards.step_timeout_s=15", "guards.evaluate_timeout_s=120", "guards.save_timeout_s=120")
     steps = 40  # some seconds more than what is waited for, so that the rank stops in a step
     bad = faulty(None, nan_loss=(20, 8))
-    driver, root = start("bad_day", steps, *bad, "train.max_skipped=2", *brief)
+    driver, root = start("bad_day", steps, *bad, "train.max_consecutive_skips=2", *brief)
     # With the checkpoint behind the bad steps written: what comes after the stop has no more of them.
     wait_for(lambda: last_step(root) >= 16 and checkpoint_folder(root, 15).exists(), driver.going)
     stopped = workers(psutil.Process())[-1]
@@ -408,7 +408,7 @@ def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_pa
 def test_a_worker_that_stands_still(start, undisturbed):
     """SIGSTOP for longer than the watchdog allows: it is named, killed, and the run ends as if nothing had been."""
     steps = 40
-    driver, root = start("stands_still", steps, "guards.step_s=15")
+    driver, root = start("stands_still", steps, "guards.step_timeout_s=15")
     wait_for(lambda: last_step(root) >= 12, driver.going)
     victim = workers(psutil.Process())[0]
     began = time.monotonic()

@@ -22,7 +22,11 @@ from pais_ray.train.worker.loop import Worker
 
 @pytest.fixture
 def guards():
-    return Guards(GuardConfig(kept_low=0.5, kept_high=10, kept_steps=100, teacher_gap=0.1, zero_loss_steps=40))
+    return Guards(
+        GuardConfig(
+            min_kept_per_image=0.5, max_kept_per_image=10, kept_alarm_steps=100, teacher_gap=0.1, zero_loss_steps=40
+        )
+    )
 
 
 def test_a_spike_is_far_above_the_median_and_a_new_level_is_not(guards):
@@ -73,7 +77,7 @@ def beat(rank, **changes):
     return {"rank": rank, "pid": 1, "node": "n", "step": 7, "stage": "step", "age": 1.0, "silent": 0.5, **changes}
 
 
-LIMITS = GuardConfig(step_s=60, evaluate_s=600)
+LIMITS = GuardConfig(step_timeout_s=60, evaluate_timeout_s=600)
 
 
 def test_nobody_hangs_within_the_limits_of_the_stage():

@@ -25,7 +25,7 @@ def stuck(pulse: list[dict[str, Any]], limits: GuardConfig) -> dict[str, Any] | 
     late with it: the guilty one is silent (its process is stopped or gone), else at the earliest step, else in its
     stage for longest.
     """
-    late = [b for b in pulse if b["age"] > getattr(limits, f"{b['stage']}_s")]
+    late = [b for b in pulse if b["age"] > getattr(limits, f"{b['stage']}_timeout_s")]
     if not late:
         return None
     # Ranks in a step may be waiting for one that evaluates or saves, within the longer limit of that.
@@ -39,8 +39,8 @@ def describe(beat: dict[str, Any], root: Path) -> str:
     quiet = f", without a sign of life for {beat['silent']:.0f} s" if beat["silent"] > 5 else ""
     return (
         f"rank {beat['rank']} hangs: stage {beat['stage']!r} of step {beat['step']} for {beat['age']:.0f} s{quiet} "
-        f"(pid {beat['pid']}, node {beat['node']}; limit guards.{beat['stage']}_s). Stacks are in {root / 'stacks'}; "
-        "it is killed, and the workers start again from the last checkpoint"
+        f"(pid {beat['pid']}, node {beat['node']}; limit guards.{beat['stage']}_timeout_s). Stacks are in "
+        f"{root / 'stacks'}; it is killed, and the workers start again from the last checkpoint"
     )
 
 

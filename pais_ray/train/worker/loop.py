@@ -130,7 +130,7 @@ class Worker:
         self.guards = Guards(job.config.guards)
         self.log: Log | None = None
         self.writer: Writer | None = None
-        every = job.config.tracking.system_every if context.get_local_rank() == 0 else None  # one per node
+        every = job.config.tracking.system_metrics_interval_s if context.get_local_rank() == 0 else None  # one per node
         self.sampler = NodeSampler(job.root, context.get_node_rank(), every if job.config.tracking.enabled else None)
         if self.rank == 0:
             self.log = Log(job, self.state.step)
@@ -293,7 +293,7 @@ class Worker:
             self.tell(spike, {"event": "gradient_spike", "norm": result.grad_norm})
         if not result.fits:
             self.tell("a forward pass ran out of memory; the step was skipped", {"event": "out_of_memory"})
-        if not result.skipped or self.state.skipped_in_row < self.config.train.max_skipped:
+        if not result.skipped or self.state.skipped_in_row < self.config.train.max_consecutive_skips:
             return False
         remedy = "lower optim.lr, set optim.clip_norm, or look at these images"
         if not result.fits:
@@ -360,7 +360,7 @@ class Worker:
         what = f"not finite: {guilty}" if result.fits else f"out of memory in the forward pass: {everyone}"
         return (
             f"step {self.state.step}: no usable loss for {self.state.skipped_in_row} steps in a row "
-            f"(train.max_skipped); {what}"
+            f"(train.max_consecutive_skips); {what}"
         )
 
     def write_log(self, window: "Window", last: int) -> None:
@@ -514,7 +514,10 @@ class Worker:
 def collective_timeout(config: Config) -> timedelta:
     """How long a rank waits for others in a collective: longer than any stage may last, the watchdog looks sooner."""
     guards = config.guards
-    return timedelta(seconds=60 + max(guards.first_batch_s, guards.step_s, guards.evaluate_s, guards.save_s))
+    return timedelta(
+        seconds=60
+        + max(guards.first_batch_timeout_s, guards.step_timeout_s, guards.evaluate_timeout_s, guards.save_timeout_s)
+    )
 
 
 def is_readable(path: Path) -> bool:
