@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
 from pais_ray.augmentation.presets import AugmentConfig
@@ -26,8 +26,15 @@ from pais_ray.config.sections import (
 from pais_ray.data.shards import dataset
 from pais_ray.modeling import registry
 from pais_ray.modeling.optim import OptimConfig, Schedule, plan_schedule
+from pais_ray.modeling.protocols import Method, SegmentorConfig
 from pais_ray.modeling.registry import did_you_mean
 from pais_ray.tracking.settings import TrackingConfig
+
+
+def _plugin_settings(value: object) -> BaseModel:
+    if not (isinstance(value, BaseModel) and hasattr(value, "name")):
+        raise ValueError(f"expected a pydantic model with a name, got {value!r}; compose() builds it from settings")
+    return value
 
 
 class Config(Section):
@@ -42,8 +49,12 @@ class Config(Section):
     batch: BatchConfig = Field(
         default=BatchConfig(), description="Images per worker and micro-batch, and micro-batches per optimizer step."
     )
-    segmentor: Any = Field(description="The network. `segmentor.name` chooses it and thereby its settings.")
-    method: Any = Field(description="The training method. `method.name` chooses it and thereby its settings.")
+    segmentor: SerializeAsAny[Annotated[SegmentorConfig, PlainValidator(_plugin_settings)]] = Field(
+        description="The network. `segmentor.name` chooses it and thereby its settings."
+    )
+    method: Annotated[Method, PlainValidator(_plugin_settings)] = Field(
+        description="The training method. `method.name` chooses it and thereby its settings."
+    )
     optim: OptimConfig = Field(
         default=OptimConfig(), description="Optimizer, learning rate, and the published schedule that a run scales."
     )
@@ -64,13 +75,6 @@ class Config(Section):
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="The MLflow store that mirrors the run.", json_schema_extra=FREE
     )
-
-    @field_validator("segmentor", "method")
-    @classmethod
-    def _is_model(cls, value: Any) -> Any:
-        if not (isinstance(value, BaseModel) and hasattr(value, "name")):
-            raise ValueError(f"expected a pydantic model with a name, got {value!r}; compose() builds it from settings")
-        return value
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

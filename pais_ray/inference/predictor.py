@@ -12,7 +12,6 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from pais_ray.augmentation.sample import Sample
 from pais_ray.augmentation.views import make_views
@@ -30,6 +29,7 @@ from pais_ray.figures import instances
 from pais_ray.files import storage
 from pais_ray.modeling import registry
 from pais_ray.modeling.precision import autocast
+from pais_ray.modeling.protocols import Segmentor
 from pais_ray.runs.checkpoints import CheckpointError, best_checkpoint, load_segmentor, newest_verified
 from pais_ray.runs.prepare import held_out, prepare
 from pais_ray.structures import geometry
@@ -41,7 +41,7 @@ Read = TypeVar("Read")
 
 
 def predict_records(
-    segmentor: nn.Module,
+    segmentor: Segmentor,
     records: Iterable[Record],
     config: Config,
     category_ids: list[int],
@@ -64,12 +64,12 @@ def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]
 
 
 def predict_sample(
-    segmentor: nn.Module, sample: Sample, config: Config, category_ids: list[int], device: torch.device
+    segmentor: Segmentor, sample: Sample, config: Config, category_ids: list[int], device: torch.device
 ) -> list[dict[str, Any]]:
     """COCO results of one image in its own frame."""
     views = make_views([sample], config.views, config.train.seed, "test", device)
     with torch.no_grad(), autocast(device, config.train.precision):
-        prediction = segmentor.predict(views)[0].to("cpu")  # type: ignore[operator]
+        prediction = segmentor.predict(views)[0].to("cpu")
     height, width = sample.image.shape[-2:]
     there = prediction.warp(geometry.invert(views.matrix[0].cpu()), torch.tensor([height, width]))
     return coco.to_results(there, sample.image_id, (height, width), category_ids)
@@ -79,7 +79,7 @@ def predict_sample(
 class Predictor:
     """One role of one checkpoint, ready to look at images."""
 
-    segmentor: nn.Module
+    segmentor: Segmentor
     config: Config
     categories: list[dict[str, Any]]  # id and name as in the data set, by label
     device: torch.device

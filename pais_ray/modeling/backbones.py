@@ -11,23 +11,21 @@ from typing import Any, ClassVar, Literal, Self
 import safetensors.torch
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
+from pais_ray.modeling.protocols import SegmentorConfig
 from pais_ray.structures.batch import Views
 
 LEVELS = ["0", "1", "2", "3"]  # torchvision's names of P2..P5, strides 4..32; P6 ("pool") feeds an RPN alone
 NAMED = ("imagenet", "coco")  # weights that torchvision fetches
 
 
-class BackboneConfig(BaseModel):
+class BackboneConfig(SegmentorConfig):
     """What every segmentor's section says of its backbone."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
     preset: str = "r50"
     backbone: str = "resnet50"  # any torchvision ResNet
     # None, `imagenet` (paper), another name the segmentor knows, a local .safetensors or .pth file

@@ -8,7 +8,13 @@ import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from pais_ray.modeling.protocols import Segmentor
 
 HERE = Path(__file__).parent
 MARKS = {"segmentor": "Config", "method": "pseudo_labels"}  # what a class of that kind defines
@@ -24,18 +30,18 @@ def method_names() -> list[str]:
     return _names("methods")
 
 
-def segmentor(name: str) -> Any:
-    """The segmentor class ``name``, called with (number of classes, config); ``Config`` models its section.
+def segmentor(name: str) -> "type[Segmentor]":
+    """The segmentor class called ``name``; its ``Config`` is the pydantic model of the section `segmentor:`.
 
-    ``name`` is a file in pais_ray/segmentors or a dotted module path. Raises ValueError on any other."""
-    return _load("segmentor", name)
+    ``name`` is a file of pais_ray/modeling/segmentors or a dotted module path. Raises ValueError for any other."""
+    return cast("type[Segmentor]", _load("segmentor", name))
 
 
-def method(name: str) -> Any:
-    """The method class ``name``, a frozen pydantic model, its own section's model.
+def method(name: str) -> "type[BaseModel]":
+    """The method class called ``name``: a pydantic model of the section `method:` that follows `protocols.Method`.
 
-    ``name`` is a file in pais_ray/methods or a dotted module path. Raises ValueError on any other."""
-    return _load("method", name)
+    ``name`` is a file of pais_ray/modeling/methods or a dotted module path. Raises ValueError for any other."""
+    return cast("type[BaseModel]", _load("method", name))
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
@@ -48,7 +54,7 @@ def _names(folder: str) -> list[str]:
     return sorted(p.stem for p in (HERE / folder).glob("[!_]*.py"))
 
 
-def _load(kind: str, name: str) -> type[Any]:
+def _load(kind: str, name: str) -> type:
     names = _names(f"{kind}s")
     if name not in names and "." not in name:
         raise ValueError(
@@ -66,7 +72,7 @@ def _load(kind: str, name: str) -> type[Any]:
     return _only_class(kind, module)
 
 
-def _only_class(kind: str, module: Any) -> type[Any]:
+def _only_class(kind: str, module: ModuleType) -> type:
     own = [c for n, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__ and n[0] != "_"]
     found = [c for c in own if MARKS[kind] in vars(c)]
     if len(found) != 1:

@@ -20,6 +20,7 @@ from pais_ray.data.sources.readers import read_labeled
 from pais_ray.evaluation import pseudo_labels
 from pais_ray.figures.audit import draw_audit
 from pais_ray.inference.predictor import Predictor, read_picture
+from pais_ray.modeling.protocols import Segmentor
 from pais_ray.structures.batch import Predictions, Targets
 from pais_ray.structures.masks import Masks
 
@@ -116,7 +117,7 @@ def look(predictor: Predictor, records: Sequence[LabeledRecord]) -> Findings:
 
 
 def seen(
-    segmentor: torch.nn.Module, record: LabeledRecord, config: Config, device: torch.device
+    segmentor: Segmentor, record: LabeledRecord, config: Config, device: torch.device
 ) -> tuple[Predictions, Targets, tuple[int, int]]:
     """The predictions, the truth and the size (H, W) px of a record's test view, on the CPU."""
     image = torch.from_numpy(read_picture(record)).permute(2, 0, 1).contiguous()
@@ -126,7 +127,7 @@ def seen(
         boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
     )
     with torch.no_grad():
-        found = segmentor.predict(views)[0].to("cpu")  # type: ignore[operator]
+        found = segmentor.predict(views)[0].to("cpu")
     height, width = views.sizes[0].tolist()
     return found, whole.warp(views.matrix[0].cpu(), views.sizes[0].cpu()), (height, width)
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from pais_ray.config.tree import Config
 from pais_ray.modeling import registry
 from pais_ray.modeling.optim import Schedule, build_optimizer
+from pais_ray.modeling.protocols import Segmentor
 from pais_ray.runs.checkpoints import CheckpointError, Snapshot, _load_weights, read_state, write
+from pais_ray.structures.batch import Predictions, Views
 
 COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks", "cap")
 
@@ -20,7 +22,7 @@ COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks", "cap")
 class Teacher(nn.Module):
     """A frozen copy of a segmentor that never enters train mode."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: Segmentor) -> None:
         super().__init__()
         self.segmentor = copy.deepcopy(student).float().requires_grad_(False)
         self.train(False)
@@ -29,15 +31,15 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def predict(self, images: Any, score_threshold: float | None = None) -> Any:
-        return self.segmentor.predict(images, score_threshold=score_threshold)  # type: ignore[operator]
+    def predict(self, views: Views, score_threshold: float | None = None) -> list[Predictions]:
+        return self.segmentor.predict(views, score_threshold=score_threshold)
 
 
 @dataclass(kw_only=True)
 class TrainState:
     """Student, teacher, optimizer, scaler and counters of one run. The schedule is a pure function of ``step``."""
 
-    student: nn.Module
+    student: Segmentor
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

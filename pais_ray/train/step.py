@@ -19,7 +19,7 @@ from pais_ray.modeling.precision import autocast
 from pais_ray.modeling.protocols import Method
 from pais_ray.structures import geometry
 from pais_ray.structures.batch import Batch, Predictions, Targets
-from pais_ray.train.state import TrainState
+from pais_ray.train.state import Teacher, TrainState
 
 Metrics = dict[str, Tensor | float]
 
@@ -159,7 +159,7 @@ def weighted_losses(
 
 
 def batch_losses(
-    network: nn.Module, teacher: nn.Module, batch: Batch, method: Method, step: int, cap: int | None = None
+    network: nn.Module, teacher: Teacher, batch: Batch, method: Method, step: int, cap: int | None = None
 ) -> tuple[dict[str, Tensor], Metrics]:
     """The weighted loss terms of one micro-batch, ``labeled/<name>`` and ``unlabeled/<name>``, and its logs."""
     labeled = network(batch.labeled, batch.targets)
@@ -171,7 +171,7 @@ def batch_losses(
 
     predictions = batch.scored
     if predictions is None:
-        predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)  # type: ignore[operator]
+        predictions = teacher.predict(batch.weak, score_threshold=method.score_threshold)
     predictions = [at_most(p, cap) for p in predictions]
     weak_targets = [method.pseudo_labels(p) for p in predictions]
     weak_to_strong = geometry.compose(batch.strong.matrix, geometry.invert(batch.weak.matrix))

@@ -146,7 +146,7 @@ def test_pos_neg_is_eq_5_by_hand(model, views, targets):
     ours = run(model, views, weighted)["class"]
     torch.manual_seed(5)
     batch, features = model._features(views)
-    proposals, _ = model.rpn(batch, features, weighted)
+    proposals, _ = model.rpn.propose(batch, features, weighted)
     plain = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": None} for t in weighted]
     rois, matched, labels, _ = model.roi_heads.select_training_samples(proposals, plain)
     logits, _ = model.roi_heads._classify(features, rois)

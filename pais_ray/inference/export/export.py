@@ -20,7 +20,7 @@ import click
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pais_ray.augmentation.views import PAD
 from pais_ray.config.tree import Config, dump, load
@@ -32,6 +32,7 @@ from pais_ray.inference.export import onnx_runner
 from pais_ray.inference.export.onnx_runner import FORMAT, MODEL, Detector
 from pais_ray.inference.predictor import Predictor, choose_checkpoint, predict_records, read_picture
 from pais_ray.modeling import registry
+from pais_ray.modeling.protocols import Exportable, ExportGraph, Segmentor
 from pais_ray.runs.checkpoints import MANIFEST, ROLES, load_segmentor, write_manifest
 
 OPSET = 18  # what the exporter writes first; newer ones are translations of it
@@ -105,7 +106,7 @@ def onnx_facts(predictor: Predictor) -> dict[str, Any]:
         import onnxscript
     except ImportError as error:
         raise ValueError(f"{error}; `pip install pais-ray[export]`, or use --format safetensors") from error
-    if not hasattr(predictor.segmentor, "graph"):
+    if not isinstance(predictor.segmentor, Exportable):
         raise ValueError(f"segmentor {predictor.config.segmentor.name}: has no graph(); use --format safetensors")
     modules = {"torch": torch, "onnx": onnx, "onnxscript": onnxscript, "onnxruntime": onnxruntime}
     return {
@@ -154,7 +155,14 @@ def input_of(config: Config) -> dict[str, int]:
     return {"short_side": short, "long_side": view.long_side, "multiple": PAD}
 
 
-def write_graph(segmentor: nn.Module, path: Path) -> None:
+def graph_of(segmentor: Segmentor) -> ExportGraph:
+    """The prediction of ``segmentor`` as a graph. Raises ValueError if it cannot be exported."""
+    if not isinstance(segmentor, Exportable):
+        raise ValueError(f"{type(segmentor).__name__}: has no graph(); use --format safetensors")
+    return segmentor.graph()
+
+
+def write_graph(segmentor: Segmentor, path: Path) -> None:
     """The segmentor's graph() as ONNX, for one image of any size."""
     from onnxscript import opset18 as op
 
@@ -163,7 +171,7 @@ def write_graph(segmentor: nn.Module, path: Path) -> None:
         count = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
         return op.TopK(values, count, axis=dim, largest=descending)
 
-    graph = segmentor.graph().eval()  # type: ignore[operator]
+    graph = graph_of(segmentor).eval()
     example = (torch.rand(1, 3, *EXAMPLE), torch.tensor([[EXAMPLE[0] - 10, EXAMPLE[1] - 10]]))
     height, width = torch.export.Dim("height"), torch.export.Dim("width")
     with torch.no_grad(), warnings.catch_warnings():
@@ -208,13 +216,13 @@ def compare(predictor: Predictor, detector: Detector, images: int | None = None)
     )
 
 
-def raw_differences(segmentor: nn.Module, detector: Detector, image: np.ndarray) -> dict[str, float]:
+def raw_differences(segmentor: Segmentor, detector: Detector, image: np.ndarray) -> dict[str, float]:
     """Largest absolute difference of each raw output on one image (H, W, 3) uint8."""
     images, size = detector.view(image)
     names = [output.name for output in detector.session.get_outputs()]
     values = detector.session.run(names, {"images": images, "size": size})
     found = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-    expected = segmentor.graph().heads(torch.from_numpy(images), torch.from_numpy(size), found)  # type: ignore[operator]
+    expected = graph_of(segmentor).heads(torch.from_numpy(images), torch.from_numpy(size), found)
     return {name: _largest(found[name] - value) for name, value in expected.items()}
 
 

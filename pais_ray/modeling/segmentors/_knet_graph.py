@@ -7,8 +7,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pais_ray.modeling.protocols import ExportGraph
 from pais_ray.modeling.segmentors._knet_kernels import StageOutput, group_features
 from pais_ray.structures.batch import Views
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pais_ray.modeling.segmentors.knet import KNet
 
 
-class KNetGraph(nn.Module):
+class KNetGraph(ExportGraph):
     """``forward`` is what is exported, ``heads`` what it is compared with."""
 
     def __init__(self, network: "KNet") -> None:

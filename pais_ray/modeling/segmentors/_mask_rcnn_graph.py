@@ -14,6 +14,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
 from pais_ray.modeling.backbones import LEVELS, NormalizePixels
+from pais_ray.modeling.protocols import ExportGraph
 from pais_ray.modeling.segmentors._mask_rcnn_heads import HALF_PIXEL, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures.batch import Views
 
@@ -22,7 +23,7 @@ LEVEL_MARGIN = 1e-6  # torchvision's, in levels: sizes of exactly a power of two
 SMALLEST_BOX = 1e-2  # px, a side of a detection (torchvision)
 
 
-class MaskRCNNGraph(nn.Module):
+class MaskRCNNGraph(ExportGraph):
     """``forward`` is what is exported, ``heads`` what it is compared with."""
 
     def __init__(

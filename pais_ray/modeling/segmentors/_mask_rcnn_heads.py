@@ -34,7 +34,7 @@ class WeightedRPN(RegionProposalNetwork):
 
     smooth_l1_beta: float
 
-    def forward(
+    def propose(
         self, images: ImageList, features: dict[str, Tensor], targets: list[Targets] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals, (n, 4) an image, and losses, which are empty without targets."""
@@ -109,9 +109,6 @@ class WeightedRoIHeads(RoIHeads):
     mask_iou_head: MaskIoUHead
     smooth_l1_beta: float
     max_mask_rois: int | None  # of one image
-
-    def forward(self, *_: object) -> None:
-        raise NotImplementedError("WeightedRoIHeads: call losses() or detect()")
 
     def losses(self, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """`class`, `box`, `mask` and `mask_iou` (unscaled) of the RoIs sampled from ``proposals``.

@@ -26,6 +26,7 @@ from pais_ray.modeling.backbones import (
     resnet_fpn,
     valid_pixels,
 )
+from pais_ray.modeling.protocols import Segmentor
 from pais_ray.modeling.segmentors._knet_graph import KNetGraph
 from pais_ray.modeling.segmentors._knet_kernels import (
     KernelHead,
@@ -92,7 +93,7 @@ class KNetConfig(BackboneConfig):
         return self
 
 
-class KNet(nn.Module):
+class KNet(Segmentor):
     """K-Net with weights per instance and a mask-IoU branch.
 
     Losses, summed over the kernel head and all stages, already times their weights: `class` (focal), `mask`
@@ -105,8 +106,7 @@ class KNet(nn.Module):
     def __init__(self, num_classes: int, config: KNetConfig | None = None, pretrained: bool = True) -> None:
         """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
         False: a checkpoint will be loaded over them."""
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(num_classes, config, pretrained)
         self.config = config = config or KNetConfig()
         state = read_weights(config) if pretrained else None  # first: a wrong path should not wait for a network
         channels = config.fpn_channels
@@ -127,13 +127,13 @@ class KNet(nn.Module):
                 heads=("fusion.", "kernel_head.", "stages."),
             )
 
-    def forward(self, images: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
+    def forward(self, views: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
         """Named losses, each a scalar that touches its parameters even without targets.
 
-        ``images`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
+        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
         and images do not match in number, or normalizers differ, or a label is none of the classes.
         """
-        views = as_views(images)
+        views = as_views(views)
         _check(views, targets, self.num_classes)
         outputs, semantic = self._outputs(views)
         height, width = views.images.shape[-2:]
@@ -149,13 +149,13 @@ class KNet(nn.Module):
         }
 
     @torch.no_grad()
-    def predict(self, images: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
+    def predict(self, views: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
         """What is seen in each of the B images, best first, whatever the module's mode.
 
         Ranked by class score alone (released code); kernels whose mask is empty see nothing. Boxes are those of
         the masks. Detections below ``score_threshold``, where it is above the configured one, are dropped.
         """
-        views = as_views(images)
+        views = as_views(views)
         outputs, _ = self._outputs(views)
         last = outputs[-1]
         assert last.classes is not None

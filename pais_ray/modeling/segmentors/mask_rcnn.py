@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -32,6 +32,7 @@ from pais_ray.modeling.backbones import (
     read_weights,
     resnet_fpn,
 )
+from pais_ray.modeling.protocols import Segmentor
 from pais_ray.modeling.segmentors._mask_rcnn_graph import MaskRCNNGraph
 from pais_ray.modeling.segmentors._mask_rcnn_heads import MaskIoUHead, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures.batch import Predictions, Targets, Views
@@ -108,7 +109,7 @@ class MaskRCNNConfig(BackboneConfig):
         return self
 
 
-class MaskRCNN(nn.Module):
+class MaskRCNN(Segmentor):
     """Mask R-CNN. Parameter names are torchvision's plus ``roi_heads.mask_iou_head``.
 
     Losses: `objectness`, `proposal_box` (RPN), `class`, `box`, `mask`, `mask_iou` (already times
@@ -120,8 +121,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, num_classes: int, config: MaskRCNNConfig | None = None, pretrained: bool = True) -> None:
         """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
         False: a checkpoint will be loaded over them."""
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(num_classes, config, pretrained)
         self.config = config = config or MaskRCNNConfig()
         # First: a wrong path should not wait for a network.
         state = read_weights(config, {"coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1}) if pretrained else None
@@ -143,29 +143,29 @@ class MaskRCNN(nn.Module):
                 if isinstance(module, FrozenBatchNorm2d):
                     module.eps = 0.0  # as these weights were trained, before torchvision had an epsilon
 
-    def forward(self, images: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
+    def forward(self, views: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
         """Named losses, each a scalar that touches its parameters even without targets.
 
-        ``images`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
+        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
         and images do not match in number, normalizers differ, or a box has no area.
         """
-        views = as_views(images)
+        views = as_views(views)
         _check(views, targets, self.num_classes)
         batch, features = self._features(views)
-        proposals, named = self.rpn(batch, features, targets)
+        proposals, named = self.rpn.propose(batch, features, targets)
         named |= self.roi_heads.losses(features, proposals, targets)
         named["mask_iou"] = named["mask_iou"] * self.config.mask_iou_loss_weight
         return named
 
     @torch.no_grad()
-    def predict(self, images: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
+    def predict(self, views: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
         """What is seen in each of the B images, best first, whatever the module's mode.
 
         Detections below ``score_threshold``, where it is above the configured one, are dropped before the
         mask heads: exact for whoever needs none of them.
         """
-        batch, features = self._features(as_views(images))
-        proposals, _ = self.rpn(batch, features)
+        batch, features = self._features(as_views(views))
+        proposals, _ = self.rpn.propose(batch, features)
         return self.roi_heads.detect(features, proposals, batch.image_sizes, score_threshold or 0.0)
 
     def graph(self) -> MaskRCNNGraph:
