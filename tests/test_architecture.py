@@ -81,6 +81,7 @@ TORCH_FREE = [  # imported by Ray's data tasks, by scoring tasks, by the runner 
     "pais_ray.inference.export.onnx_runner",
     "pais_ray.config.overlays",
     "pais_ray.modeling.registry",
+    "pais_ray.train.messages",
     "pais_ray.train.driver.monitor",
     "pais_ray.train.worker.entrypoint",
     "pais_ray.cluster.token",

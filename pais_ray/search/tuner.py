@@ -37,6 +37,7 @@ from pais_ray.search.trials import LEDGER, Standing, TrialStore
 from pais_ray.tracking import record
 from pais_ray.tracking.settings import tracking_uri
 from pais_ray.train.driver import launch, resources
+from pais_ray.train.messages import EvaluationScores, Event
 
 UNDEFINED = -1.0  # COCO's AP where there is nothing to find
 
@@ -93,7 +94,7 @@ def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Co
 
 def share(config: Config, wanted: int | None, ours: bool) -> tuple[int, Params]:
     """How many trials run at once, and the part of the cluster that each of their workers gets."""
-    cpus, _ = resources.worker_resources(config, ours=ours)
+    cpus, _ = resources.worker_resources(config, is_own_cluster=ours)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = config.scaling.most
     try:
@@ -262,8 +263,8 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
                 if TrialStore(root.parent.parent / LEDGER).trial(root.name).state == "stopped":
                     stop.set()
 
-    def report(row: dict[str, Any]) -> None:
-        if row.get("role") == "teacher":
+    def report_scores(event: Event) -> None:
+        if isinstance(event, EvaluationScores) and event.role == "teacher":
             report_new()
 
     report_new()
@@ -272,7 +273,7 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
         return
     try:
         config = load(root / "config.yaml")
-        result = launch.train(config, tags={"search": search}, parent=parent, on_event=report, stop=stop)
+        result = launch.train(config, tags={"search": search}, parent=parent, on_event=report_scores, stop=stop)
     except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
         tune.report({"failed": str(error)})
     except RunLockedError:  # by this trial's process on a node that is being given up: Tune tries again

@@ -76,7 +76,7 @@ def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_fac
             wait_for(lambda: last_step(root) >= 6, driver.going)
             cluster.kill(1)
             wait_for(lambda: events(root, "no_room"), driver.going)
-            assert "waiting for room: 2 workers of 0.8 CPUs" in driver.output()
+            assert "waiting for resources: 2 workers of 0.8 CPUs" in driver.output()
             assert "the cluster has 1 of 1.6 CPUs" in driver.output()
             cluster.join(1)
             driver.finish()

@@ -129,9 +129,9 @@ def test_a_cluster_that_was_joined_may_grow(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})  # a head that takes no work, no nodes yet
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     config = compose([*WORDS, "scaling.use_gpu=true"])
-    assert resources.worker_resources(config, ours=False) == (1.0, 1)
+    assert resources.worker_resources(config, is_own_cluster=False) == (1.0, 1)
     with pytest.raises(ConfigError, match="and 0 of 2 GPUs"):
-        resources.worker_resources(config, ours=True)
+        resources.worker_resources(config, is_own_cluster=True)
 
 
 def rank_of(root, best=None):

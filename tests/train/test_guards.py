@@ -13,10 +13,13 @@ import ray.train
 from pais_ray.config.sections import GuardConfig
 from pais_ray.files import console
 from pais_ray.train.driver import launch, progress
+from pais_ray.train.driver import monitor as monitor_module
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.supervisor import Supervisor
-from pais_ray.train.driver.watchdog import describe, stuck
+from pais_ray.train.driver.watchdog import describe, find_stuck_rank
 from pais_ray.train.guards import Guards
+from pais_ray.train.messages import RankStatus, Requests, StepProgress
+from pais_ray.train.worker import heartbeat
 from pais_ray.train.worker.loop import Worker
 
 
@@ -73,31 +76,105 @@ def test_labeled_images_without_an_instance_end_the_run_in_time(guards):
     assert guards.labeled_loss({"labeled/class": 0.0}, 1000) is None  # no such terms to judge by
 
 
-def beat(rank, **changes):
-    return {"rank": rank, "pid": 1, "node": "n", "step": 7, "stage": "step", "age": 1.0, "silent": 0.5, **changes}
+def status(rank, **changes):
+    """The status of a rank in step 7."""
+    fields = {"pid": 1, "node": "n", "process_start_time": 0.0, "stacks_path": "", "attempt": 1.0}
+    return RankStatus(**{**fields, "rank": rank, "step": 7, "stage": "step", "age_s": 1.0, "silence_s": 0.5, **changes})
 
 
 LIMITS = GuardConfig(step_timeout_s=60, evaluate_timeout_s=600)
 
 
 def test_nobody_hangs_within_the_limits_of_the_stage():
-    assert stuck([], LIMITS) is None
-    assert stuck([beat(0, age=59), beat(1, stage="evaluate", age=300)], LIMITS) is None
+    assert find_stuck_rank([], LIMITS) is None
+    assert find_stuck_rank([status(0, age_s=59), status(1, stage="evaluate", age_s=300)], LIMITS) is None
 
 
 def test_those_that_wait_for_a_longer_stage_wait_as_long_as_it_may_last():
-    late = beat(1, age=300)
-    assert stuck([beat(0, stage="save", age=310, step=6), late], LIMITS) is None
-    assert stuck([beat(0, stage="first_batch", age=310), late], LIMITS) is None
-    assert stuck([beat(0, stage="evaluate", age=601, step=6), late], LIMITS)["rank"] == 0  # beyond its own limit
-    assert stuck([beat(0, stage="save", age=3, step=8), late], LIMITS)["rank"] == 1  # nobody waits for what is ahead
+    late = status(1, age_s=300)
+    assert find_stuck_rank([status(0, stage="save", age_s=310, step=6), late], LIMITS) is None
+    assert find_stuck_rank([status(0, stage="first_batch", age_s=310), late], LIMITS) is None
+    assert (
+        find_stuck_rank([status(0, stage="evaluate", age_s=601, step=6), late], LIMITS).rank == 0
+    )  # beyond its own limit
+    assert (
+        find_stuck_rank([status(0, stage="save", age_s=3, step=8), late], LIMITS).rank == 1
+    )  # nobody waits for what is ahead
 
 
-def test_a_stop_is_not_taken_back_by_who_asks_for_a_checkpoint():
-    monitor = Monitor.__ray_metadata__.modified_class()
-    for wish in ("save", "stop", "save", ""):
-        monitor.request(wish)
-    assert monitor.beat(beat(0, attempt=1.0)) == "stop"
+@pytest.fixture
+def monitor():
+    return Monitor.__ray_metadata__.modified_class()
+
+
+@pytest.fixture
+def start_heartbeat(tmp_path, monkeypatch):
+    """Starts heartbeats that get no answer by themselves: the test delivers the answers."""
+    monkeypatch.setattr(heartbeat.ray, "wait", lambda answers, timeout: ([], answers))
+    started = []
+
+    def start():
+        silent = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda status: None))
+        started.append(heartbeat.Heartbeat(silent, tmp_path, 0, "n"))
+        return started[-1]
+
+    yield start
+    for heart in started:
+        heart.close()
+
+
+def test_a_stop_request_stays_when_checkpoints_are_requested(monitor):
+    monitor.request_save()
+    monitor.request_stop()
+    monitor.request_save()
+    assert monitor.heartbeat(status(0)) == Requests(stop=True, save=2)
+
+
+def test_an_answer_that_arrives_late_does_not_repeat_a_save(monitor, start_heartbeat):
+    heart = start_heartbeat()
+    assert not heart.take_save_request()
+    monitor.request_save()
+    heart.requests = monitor.heartbeat(status(0))
+    in_flight = monitor.heartbeat(status(0))  # answered before the worker serves the request
+    assert heart.take_save_request()
+    assert not heart.take_save_request()
+    heart.requests = in_flight
+    assert not heart.take_save_request()
+    monitor.request_save()
+    heart.requests = monitor.heartbeat(status(0, saves_done=heart.saves_done))
+    assert heart.take_save_request()
+
+
+def test_a_new_worker_serves_the_save_that_is_pending_and_no_earlier_one(monitor, start_heartbeat):
+    monitor.request_save()
+    heart = start_heartbeat()
+    heart.requests = monitor.heartbeat(status(0))
+    assert heart.take_save_request()
+    monitor.heartbeat(status(0, saves_done=heart.saves_done))
+    heart = start_heartbeat()
+    heart.requests = monitor.heartbeat(status(0, attempt=2.0))
+    assert not heart.take_save_request()
+
+
+def test_a_stage_ends_with_its_block_even_if_it_fails(start_heartbeat):
+    heart = start_heartbeat()
+    heart.enter(3, "evaluate")
+    with contextlib.suppress(OSError), heart.within("save"):
+        assert heart.current[:2] == (3, "save")
+        raise OSError
+    assert heart.current[:2] == (3, "evaluate")
+
+
+def test_ages_and_silences_grow_until_a_new_worker_group_replaces_the_old_one(monitor, monkeypatch):
+    now = SimpleNamespace(monotonic=lambda: now.time, time=100.0)
+    monkeypatch.setattr(monitor_module, "time", now)
+    monitor.heartbeat(status(1, age_s=5.0))
+    monitor.heartbeat(status(0, age_s=0.0))
+    now.time += 10
+    monitor.heartbeat(status(0, age_s=10.0))
+    assert [(s.rank, s.age_s, s.silence_s) for s in monitor.rank_statuses()] == [(0, 10.0, 0.0), (1, 15.0, 10.0)]
+    monitor.heartbeat(status(0, attempt=2.0))
+    assert [s.rank for s in monitor.rank_statuses()] == [0]
 
 
 class Trainer:
@@ -165,22 +242,23 @@ def test_what_is_saved_and_evaluated_after_a_step_and_in_which_order(step, stopp
 
 
 def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
-    waiting = beat(0, age=70)
-    assert stuck([waiting, beat(1, age=70, silent=65)], LIMITS)["rank"] == 1  # its process stands still
-    assert stuck([waiting, beat(1, age=69, step=6)], LIMITS)["rank"] == 1  # it never reached the step
-    assert stuck([waiting, beat(1, age=72)], LIMITS)["rank"] == 1  # it is in it for longest
-    text = describe(beat(1, age=70, silent=65), tmp_path)
-    assert "rank 1 hangs: stage 'step' of step 7 for 70 s, without a sign of life for 65 s" in text
+    waiting = status(0, age_s=70)
+    assert find_stuck_rank([waiting, status(1, age_s=70, silence_s=65)], LIMITS).rank == 1  # its process stands still
+    assert find_stuck_rank([waiting, status(1, age_s=69, step=6)], LIMITS).rank == 1  # it never reached the step
+    assert find_stuck_rank([waiting, status(1, age_s=72)], LIMITS).rank == 1  # it is in it for longest
+    text = describe(status(1, age_s=70, silence_s=65), tmp_path)
+    assert "rank 1 hangs: stage 'step' of step 7 for 70 s, without a heartbeat for 65 s" in text
 
 
 class Group:
-    """Stands for the monitor: hears wishes, knows no rank."""
+    """Stands for the monitor: records requests, has no ranks."""
 
     def __init__(self):
-        self.wishes = []
-        for name, answer in (("drain", []), ("pulse", []), ("silence", None)):
+        self.requests = []
+        for name, answer in (("take_messages", []), ("rank_statuses", []), ("forget_all_ranks", None)):
             setattr(self, name, SimpleNamespace(remote=lambda *_, answer=answer: answer))
-        self.request = SimpleNamespace(remote=self.wishes.append)
+        for name in ("request_stop", "request_save"):
+            setattr(self, name, SimpleNamespace(remote=lambda name=name: self.requests.append(name)))
 
 
 def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path, monkeypatch):
@@ -189,12 +267,12 @@ def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path
     monkeypatch.setattr(launch, "NOBODY_S", 0.2)
     monkeypatch.setattr(launch.ray, "get", lambda answer: answer)
     monkeypatch.setattr(launch, "fit_again", lambda *_: threading.Event().wait())
-    monkeypatch.setattr(Supervisor, "look", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Supervisor, "check", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     said, group = [], Group()
     watch = Supervisor(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
     assert launch.follow(None, watch, tmp_path, 8, threading.Event())
-    assert group.wishes == ["stop"]
-    assert [row["text"].split(";")[0] for row in said] == [
+    assert group.requests == ["request_stop"]
+    assert [event.text.split(";")[0] for event in said] == [
         launch.STOPPING,
         "there is no worker to make another checkpoint",
         "stopped before the first checkpoint",
@@ -216,5 +294,6 @@ def test_what_nobody_can_read_ends_no_run(monkeypatch):
 
 
 def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():
-    row = {"step": 7, "last": 16, "eta": 9.0, "lr": 0.1, "time/img_per_s": 1.0, "time/data_wait_share": 0.0}
-    assert "7/16 | no loss, skipped" in progress.progress_line(row)
+    metrics = {"lr": 0.1, "time/img_per_s": 1.0, "time/data_wait_share": 0.0}
+    event = StepProgress(step=7, last_step=16, eta_s=9.0, metrics=metrics)
+    assert "7/16 | no loss, skipped" in progress.event_line(event)

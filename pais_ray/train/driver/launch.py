@@ -36,9 +36,10 @@ from pais_ray.tracking import record, settings, tracker
 from pais_ray.tracking.logger import build_logger
 from pais_ray.train.driver import resources
 from pais_ray.train.driver.monitor import Monitor
-from pais_ray.train.driver.progress import tell
+from pais_ray.train.driver.progress import print_event
 from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.job import Job
+from pais_ray.train.messages import Event, FatalError, Message, Notice
 from pais_ray.train.worker import entrypoint, loop
 
 SUMMARY = ("segm AP", "segm AP50", "segm AP75", "bbox AP", "bbox AP50")
@@ -82,7 +83,7 @@ def train(
     force: bool = False,
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
-    on_event: Callable[[dict[str, Any]], None] = tell,
+    on_event: Callable[[Event], None] = print_event,
     stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains, or resumes the run of that name, and returns what came out.
@@ -132,7 +133,7 @@ def train(
     with lock.lock_run(root):
         started_here = connect.connect()
         try:
-            cpus, threads = resources.worker_resources(config, ours=started_here)
+            cpus, threads = resources.worker_resources(config, is_own_cluster=started_here)
             config = directory.with_threads(config, threads)
             directory.write_run_directory(root, config, data, schedule)
             return fit(root, config, data, schedule, cpus, tags or {}, parent, on_event, stop or threading.Event())
@@ -149,7 +150,7 @@ def fit(
     cpus: float,
     tags: Mapping[str, str],
     parent: str | None,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Callable[[Event], None],
     stop: threading.Event,
 ) -> TrainResult:
     """Runs Ray Train to the end, to ``train.stop_at``, or to the user's Ctrl-C."""
@@ -262,7 +263,7 @@ def follow(
     def target() -> None:
         try:
             fit_again(
-                trainer, root, supervisor.config.run.max_failures, lambda text: supervisor.tell(text, "start_failed")
+                trainer, root, supervisor.config.run.max_failures, lambda text: supervisor.report(text, "start_failed")
             )
         except BaseException as error:
             outcome["error"] = error
@@ -278,21 +279,23 @@ def follow(
         while not done.is_set() and collective_timeout > 0:
             try:
                 done.wait(timeout=POLL_S)
-                fatal = pass_on(ray.get(supervisor.monitor.drain.remote()), supervisor.on_event) or fatal
+                fatal = pass_on(ray.get(supervisor.monitor.take_messages.remote()), supervisor.on_event) or fatal
                 collective_timeout -= fatal is not None
-                supervisor.look()
+                supervisor.check()
                 if stop.is_set() and not asked:
-                    ray.get(supervisor.monitor.request.remote("stop"))  # what is announced has happened
+                    ray.get(supervisor.monitor.request_stop.remote())  # what is announced has happened
                     asked = True
-                    supervisor.on_event({"text": f"{STOPPING}; Ctrl-C again to stop at once"})
-                elif asked and supervisor.without_life() > NOBODY_S:  # there is nothing newer than the last checkpoint
-                    supervisor.on_event({"text": "there is no worker to make another checkpoint"})
+                    supervisor.on_event(Notice(text=f"{STOPPING}; Ctrl-C again to stop at once"))
+                elif (
+                    asked and supervisor.seconds_since_heartbeat() > NOBODY_S
+                ):  # there is nothing newer than the last checkpoint
+                    supervisor.on_event(Notice(text="there is no worker to make another checkpoint"))
                     break
             except KeyboardInterrupt:
                 if stop.is_set():
                     raise
                 stop.set()
-    fatal = pass_on(ray.get(supervisor.monitor.drain.remote()), supervisor.on_event) or fatal
+    fatal = pass_on(ray.get(supervisor.monitor.take_messages.remote()), supervisor.on_event) or fatal
     if fatal is not None:
         raise fatal
     if "error" in outcome:
@@ -301,7 +304,7 @@ def follow(
     if stopped:
         made = newest_verified(root)[0]
         where = "before the first checkpoint" if made is None else f"with a checkpoint in {root / 'checkpoints'}"
-        supervisor.on_event({"text": f"stopped {where}"})
+        supervisor.on_event(Notice(text=f"stopped {where}"))
     return stopped
 
 
@@ -319,14 +322,14 @@ def terminating_as(stop: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pass_on(rows: list[dict[str, Any]], on_event: Callable[[dict[str, Any]], None]) -> Exception | None:
-    """Hands progress on; returns what a worker called fatal as the error it is."""
+def pass_on(messages: list[Message], on_event: Callable[[Event], None]) -> Exception | None:
+    """Passes events to ``on_event``; returns a fatal error as the exception to raise."""
     fatal: Exception | None = None
-    for row in rows:
-        if "fatal" in row:
-            fatal = WrongInput(row["fatal"]) if row["wrong_input"] else TrainingStopped(row["fatal"])
+    for message in messages:
+        if isinstance(message, FatalError):
+            fatal = WrongInput(message.text) if message.is_input_error else TrainingStopped(message.text)
         else:
-            on_event(row)
+            on_event(message)
     return fatal
 
 

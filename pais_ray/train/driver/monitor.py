@@ -1,57 +1,68 @@
-"""Between driver and workers: an actor in a process of its own, so this file imports nothing heavy."""
+"""The actor between driver and workers. It has a process of its own, so this module imports nothing heavy."""
 
 import queue
 import time
-from typing import Any
+from dataclasses import replace
 
 import ray
 
+from pais_ray.train.messages import Event, FatalError, Message, RankStatus, Requests
 
-@ray.remote(num_cpus=0, max_concurrency=8, enable_task_events=False)  # some calls a second, of no interest later
+
+@ray.remote(num_cpus=0, max_concurrency=8, enable_task_events=False)  # several short calls per second
 class Monitor:
-    """Between driver and workers: progress and signs of life one way, the wish to stop or to save the other."""
+    """Passes events and heartbeats from the workers to the driver, and requests from the driver to the workers."""
 
     def __init__(self) -> None:
-        self.rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.wish = ""  # "", "save" (a checkpoint now, then on) or "stop"
-        self.ended = False
-        self.beats: dict[int, dict[str, Any]] = {}  # by rank
+        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.stop = False
+        self.saves = self.saves_done = 0  # requests for a checkpoint: made, served
+        self.failed = False
+        self.statuses: dict[int, tuple[RankStatus, float]] = {}  # rank -> its last heartbeat, and when it arrived
 
-    def progress(self, row: dict[str, Any]) -> None:
-        self.rows.put(row)
+    def publish(self, event: Event) -> None:
+        self.messages.put(event)
 
-    def drain(self) -> list[dict[str, Any]]:
-        return [self.rows.get() for _ in range(self.rows.qsize())]
+    def publish_fatal_error(self, error: FatalError) -> None:
+        self.failed = True
+        self.messages.put(error)
 
-    def fatal(self, message: str, wrong_input: bool) -> None:
-        self.ended = True
-        self.rows.put({"fatal": message, "wrong_input": wrong_input})
+    def has_fatal_error(self) -> bool:
+        return self.failed
 
-    def has_ended(self) -> bool:
-        return self.ended
+    def take_messages(self) -> list[Message]:
+        """All messages since the last call."""
+        return [self.messages.get() for _ in range(self.messages.qsize())]
 
-    def request(self, wish: str) -> None:
-        if self.wish != "stop":  # it stays: a checkpoint asked for at the same time comes with it
-            self.wish = wish
+    def request_stop(self) -> None:
+        """Asks the workers to stop after a step, with a checkpoint. The request cannot be withdrawn."""
+        self.stop = True
 
-    def beat(self, beat: dict[str, Any]) -> str:
-        """A sign of life: rank, node, pid, attempt, step, stage and its age in s. Answers what is wished."""
-        now = time.monotonic()
-        if any(beat["attempt"] > b["attempt"] for b in self.beats.values()):
-            self.beats.clear()  # a new group of workers: the old one is gone
-        self.beats[beat["rank"]] = {**beat, "heard": now}
-        return self.wish
+    def request_save(self) -> None:
+        """Asks the workers for a checkpoint now; training continues after it."""
+        self.saves += 1
 
-    def silence(self, rank: int | None) -> None:
-        """The rank has ended its work; with None, as a failure that all of its group share."""
-        if rank is None:
-            self.beats.clear()
-        else:
-            self.beats.pop(rank, None)
+    def heartbeat(self, status: RankStatus) -> Requests:
+        """Records the status of a rank and returns what is requested of it."""
+        if any(status.attempt > known.attempt for known, _ in self.statuses.values()):
+            self.statuses.clear()  # a new worker group has replaced the old one
+        self.statuses[status.rank] = status, time.monotonic()
+        if status.saves_done > self.saves_done:  # a new worker must not serve it again
+            self.saves_done = status.saves_done
+        return Requests(stop=self.stop, save=self.saves, saves_done=self.saves_done)
 
-    def pulse(self) -> list[dict[str, Any]]:
-        """The ranks' last signs of life; ``age`` s in their stage by now, ``silent`` s without a sign."""
+    def forget_rank(self, rank: int) -> None:
+        """The rank has ended its work."""
+        self.statuses.pop(rank, None)
+
+    def forget_all_ranks(self) -> None:
+        """The worker group has failed or is gone."""
+        self.statuses.clear()
+
+    def rank_statuses(self) -> list[RankStatus]:
+        """The last status of each rank, in the order of ranks; ages and silences are as of now."""
         now = time.monotonic()
         return [
-            {**b, "age": b["age"] + now - b["heard"], "silent": now - b["heard"]} for _, b in sorted(self.beats.items())
+            replace(status, age_s=status.age_s + now - arrived, silence_s=now - arrived)
+            for _, (status, arrived) in sorted(self.statuses.items())
         ]

@@ -1,33 +1,46 @@
-"""What a person reads while a run goes on."""
-
-from typing import Any
+"""The lines that a run prints while it trains."""
 
 from pais_ray.files.console import echo
+from pais_ray.train.messages import EvaluationScores, Event, Notice, StepProgress
 
 
-def tell(row: dict[str, Any]) -> None:
-    """Prints what a worker said."""
-    echo(progress_line(row))
+def print_event(event: Event) -> None:
+    """Prints an event as one line."""
+    echo(event_line(event))
 
 
-def progress_line(row: dict[str, Any]) -> str:
-    """One line a person can follow: where we are, how it learns, how fast, how long still."""
-    if "text" in row:
-        return str(row["text"])
-    if "role" in row:
-        role = row["role"]
-        ap = ", ".join(f"{kind} AP {row.get(f'{role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox"))
-        return f"  evaluation at {row['step']}: {role} {ap}"
-    labeled, unlabeled = (
-        sum(v for k, v in row.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
+def event_line(event: Event) -> str:
+    """An event as one line of text."""
+    match event:
+        case Notice():
+            return event.text
+        case EvaluationScores():
+            return scores_line(event)
+        case StepProgress():
+            return progress_line(event)
+
+
+def scores_line(event: EvaluationScores) -> str:
+    """Segmentation and box AP of one role."""
+    ap = ", ".join(
+        f"{kind} AP {event.scores.get(f'{event.role}/{kind}_AP', float('nan')):.3f}" for kind in ("segm", "bbox")
     )
-    kept = row.get("pseudo/kept_per_image")
-    minutes, seconds = divmod(int(row["eta"]), 60)
-    loss = f"loss {row['loss']:.3f}" if "loss" in row else "no loss, skipped"
+    return f"  evaluation at step {event.step}: {event.role} {ap}"
+
+
+def progress_line(event: StepProgress) -> str:
+    """Step, losses, pseudo-labels, learning rate, speed and remaining time."""
+    metrics = event.metrics
+    labeled, unlabeled = (
+        sum(v for k, v in metrics.items() if k.startswith(f"{part}/")) for part in ("labeled", "unlabeled")
+    )
+    kept = metrics.get("pseudo/kept_per_image")
+    minutes, seconds = divmod(int(event.eta_s), 60)
+    loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else "no loss, skipped"
     return (
-        f"{row['step']:>6}/{row['last']} | {loss} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
+        f"{event.step:>6}/{event.last_step} | {loss} (labeled {labeled:.3f}, unlabeled {unlabeled:.3f})"
         + (f" | {kept:.1f} pseudo-labels/img" if kept is not None else "")
-        + f" | lr {row['lr']:.2g} | {row['time/img_per_s']:.1f} img/s"
-        + f" | data wait {100 * row['time/data_wait_share']:.0f} %"
+        + f" | lr {metrics['lr']:.2g} | {metrics['time/img_per_s']:.1f} img/s"
+        + f" | data wait {100 * metrics['time/data_wait_share']:.0f} %"
         + f" | ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
     )

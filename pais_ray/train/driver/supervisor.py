@@ -1,73 +1,76 @@
-"""What the driver looks after while ranks train: nodes about to go, ranks that hang, a cluster without room."""
+"""Checks of the driver while ranks train: nodes that are draining, ranks that hang, missing cluster resources."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from pais_ray.cluster import connect
 from pais_ray.config.tree import Config
 from pais_ray.files.json_lines import JsonlWriter
 from pais_ray.train.driver import resources, watchdog
+from pais_ray.train.messages import Event, Notice
 
-NO_ROOM_S = 15.0  # without a sign of life before the driver looks whether the cluster has room
-SILENCE_S = 120.0  # without one, though there is room, before it says so
+CHECK_RESOURCES_S = 15.0  # without a heartbeat before the driver checks whether the cluster is large enough
+REPORT_SILENCE_S = 120.0  # without a heartbeat before the driver reports it, if the cluster is large enough
 
 
 class Supervisor:
-    """Looks after the ranks from outside: nodes about to go, ranks that hang, a cluster without room."""
+    """Checks the worker group from the driver and reports problems as notices and in events.jsonl."""
 
     def __init__(
-        self, monitor: Any, root: Path, config: Config, cpus: float, on_event: Callable[[dict[str, Any]], None]
+        self, monitor: ActorHandle, root: Path, config: Config, cpus: float, on_event: Callable[[Event], None]
     ) -> None:
         self.monitor, self.root, self.config, self.cpus, self.on_event = monitor, root, config, cpus, on_event
-        self.leaving: set[str] = set()
-        self.alive = self.told = time.monotonic()  # when some rank last gave a sign of life; when its lack was told
-        self.step = 0  # of the rank that is furthest behind, as last heard
+        self.draining: set[str] = set()  # node IDs
+        self.last_heartbeat = self.last_report = time.monotonic()
+        self.step = 0  # the last known step of the slowest rank
         self.events = JsonlWriter(root / "events.jsonl")
 
-    def look(self) -> None:
-        leaving = set(connect.draining_nodes())
-        if leaving - self.leaving:
-            self.tell("a node is about to go: a checkpoint is written now", "node_leaving")
-            self.monitor.request.remote("save")
-        self.leaving = leaving
-        pulse = ray.get(self.monitor.pulse.remote())
+    def check(self) -> None:
+        """Runs all checks once: asks for a checkpoint if a node drains, kills a rank that hangs."""
+        draining = set(connect.draining_nodes())
+        if draining - self.draining:
+            self.report("a node is being drained: saving a checkpoint now", "node_leaving")
+            self.monitor.request_save.remote()
+        self.draining = draining
+        statuses = ray.get(self.monitor.rank_statuses.remote())
         now = time.monotonic()
-        self.step = min((b["step"] for b in pulse), default=self.step)
-        if any(b["silent"] < NO_ROOM_S for b in pulse):
-            self.alive = self.told = now
-        elif now - self.told > NO_ROOM_S:
-            self.look_for_room(now)
-        late = watchdog.stuck(pulse, self.config.guards)
-        if late is not None:
-            self.tell(watchdog.describe(late, self.root), "stall")
-            watchdog.end(late, pulse)
-            ray.get(self.monitor.silence.remote(None))
+        self.step = min((s.step for s in statuses), default=self.step)
+        if any(s.silence_s < CHECK_RESOURCES_S for s in statuses):
+            self.last_heartbeat = self.last_report = now
+        elif now - self.last_report > CHECK_RESOURCES_S:
+            self.report_silence(now)
+        stuck = watchdog.find_stuck_rank(statuses, self.config.guards)
+        if stuck is not None:
+            self.report(watchdog.describe(stuck, self.root), "stall")
+            watchdog.kill_rank(stuck, statuses)
+            ray.get(self.monitor.forget_all_ranks.remote())
 
-    def without_life(self) -> float:
-        """Seconds since some rank last gave a sign of life."""
-        return time.monotonic() - self.alive
+    def seconds_since_heartbeat(self) -> float:
+        """Seconds since any rank last sent a heartbeat."""
+        return time.monotonic() - self.last_heartbeat
 
-    def look_for_room(self, now: float) -> None:
-        """Why no rank gives a sign of life; said again as long as it lasts."""
-        lacking = resources.lack_of_room(self.config, self.cpus)
-        if lacking is not None:
-            self.told = now
-            ray.get(self.monitor.silence.remote(None))  # they are gone, and hang in no stage
-            self.tell(f"waiting for room: {lacking}; add nodes, or stop and ask for fewer workers", "no_room")
-        elif now - self.told > SILENCE_S:
-            self.told = now
+    def report_silence(self, now: float) -> None:
+        """Reports why no rank sends heartbeats; repeated while this lasts."""
+        shortage = resources.find_shortage(self.config, self.cpus)
+        if shortage is not None:
+            self.last_report = now
+            ray.get(self.monitor.forget_all_ranks.remote())  # the processes are gone: they hang in no stage
+            self.report(f"waiting for resources: {shortage}; add nodes, or stop and use fewer workers", "no_room")
+        elif now - self.last_report > REPORT_SILENCE_S:
+            self.last_report = now
             free = ray.available_resources()
-            self.tell(
-                f"no worker has given a sign of life for {now - self.alive:.0f} s, though the cluster is large enough: "
-                f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs of it are free now. Other jobs may "
-                "hold the rest, or workers hang as they start: `ray status` and Ray's log folder tell",
+            self.report(
+                f"no worker has sent a heartbeat for {now - self.last_heartbeat:.0f} s, although the cluster is large "
+                f"enough: {free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs are free now. Other jobs "
+                "may use the rest, or the workers may hang at their start: see `ray status` and Ray's log directory",
                 "silence",
             )
 
-    def tell(self, text: str, event: str) -> None:
-        self.on_event({"text": text})
+    def report(self, text: str, event: str) -> None:
+        """Publishes a notice and appends it to events.jsonl as an event of that name."""
+        self.on_event(Notice(text=text))
         self.events.append({"step": self.step, "time": time.time(), "event": event, "text": text})

@@ -1,7 +1,7 @@
-"""A rank says where it is: (step, stage, since), from a thread of its own, so that silence means something.
+"""A rank reports its step and stage from a separate thread, so that a missing heartbeat means a stopped process.
 
-In answer it hears what the driver wishes, so the training thread asks nobody and waits for nothing.
-The thread also lets the rank's Python stacks be asked for from outside, by a signal that needs no thread to answer.
+The answer to a heartbeat carries the driver's requests: the training thread sends no queries and waits for nothing.
+This module also registers the signal that makes a process write its Python stacks; it needs no thread to answer.
 """
 
 import contextlib
@@ -12,73 +12,101 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
+from ray.actor import ActorHandle
 
-BEAT_S = 0.5
+from pais_ray.train.messages import RankStatus, Requests, Stage
+
+BEAT_S = 0.5  # between two heartbeats
 STACKS_SIGNAL = signal.SIGUSR1
 
 
 class Heartbeat:
-    """Tells ``monitor`` twice a second; ``enter`` and ``within`` are called by the training thread.
+    """Sends the rank's status to ``monitor`` twice per second; the training thread calls all public methods.
 
-    ``attempt`` is a number of this start of the group, higher than that of earlier ones; until the ranks have agreed
-    on it, it is 0. ``wish`` is what the driver asked for: "", "save" or "stop".
+    ``attempt`` increases with each start of the worker group; it is 0 until the ranks have agreed on it.
     """
 
-    def __init__(self, monitor: Any, root: Path, rank: int, node: str) -> None:
+    def __init__(self, monitor: ActorHandle, root: Path, rank: int, node: str) -> None:
         self.monitor = monitor
-        self.attempt, self.wish = 0.0, ""
-        born = process_start_time(os.getpid())  # with the pid, which may be given to another process later
-        self.stacks = stacks_file(root, rank).open("w")  # by pid: the next start keeps it
-        self.fixed = {"rank": rank, "node": node, "pid": os.getpid(), "born": born}
-        self.fixed["stacks"] = self.stacks.name
-        self.at = (0, "first_batch", time.monotonic())
-        self.stopped = threading.Event()
+        self.attempt = 0.0
+        self.requests = Requests()  # the last answer; written by the heartbeat thread alone
+        self.saves_done = 0  # written by the training thread alone
+        self.stacks = stacks_file(root, rank).open("w")  # named by pid, so that a restart keeps earlier files
+        pid = os.getpid()
+        self.status = partial(
+            RankStatus,
+            rank=rank,
+            node=node,
+            pid=pid,
+            process_start_time=process_start_time(pid),
+            stacks_path=self.stacks.name,
+        )
+        self.current: tuple[int, Stage, float] = (0, "first_batch", time.monotonic())
+        self.closed = threading.Event()
         faulthandler.register(STACKS_SIGNAL, self.stacks, all_threads=True)
-        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
         self.thread.start()
 
-    def enter(self, step: int, stage: str) -> None:
-        self.at = (step, stage, time.monotonic())
+    def enter(self, step: int, stage: Stage) -> None:
+        """Sets the step and the stage that the rank is in from now on."""
+        self.current = (step, stage, time.monotonic())
 
     @contextmanager
-    def within(self, stage: str) -> Iterator[None]:
-        """``stage`` until the end of the block, then a step's again."""
-        self.enter(self.at[0], stage)
-        yield
-        self.enter(self.at[0], "step")
+    def within(self, stage: Stage) -> Iterator[None]:
+        """The rank is in ``stage`` until the block ends, then in its previous stage, counted from then."""
+        step, before, _ = self.current
+        self.enter(step, stage)
+        try:
+            yield
+        finally:
+            self.enter(step, before)
+
+    def is_stop_requested(self) -> bool:
+        """Whether the driver has asked the workers to stop."""
+        return self.requests.stop
+
+    def take_save_request(self) -> bool:
+        """Whether the driver has asked for a checkpoint; true once per request, even if its answer arrives twice."""
+        requests = self.requests
+        if requests.save <= max(requests.saves_done, self.saves_done):
+            return False
+        self.saves_done = requests.save
+        return True
 
     def close(self) -> None:
-        self.stopped.set()
+        """Ends the thread; removes the file for stacks if it is empty."""
+        self.closed.set()
         self.thread.join()
         faulthandler.unregister(STACKS_SIGNAL)
-        with contextlib.suppress(OSError):  # storage that is gone is told by whom it stops
+        with contextlib.suppress(OSError):  # lost storage is reported by the code that needs it
             self.stacks.close()
             if Path(self.stacks.name).stat().st_size == 0:
                 Path(self.stacks.name).unlink()
 
-    def _beat(self) -> None:
-        while not self.stopped.is_set():
-            step, stage, since = self.at
-            here = {"attempt": self.attempt, "step": step, "stage": stage, "age": time.monotonic() - since}
-            answer = self.monitor.beat.remote({**self.fixed, **here})
-            with contextlib.suppress(ray.exceptions.RayError):  # the driver's node is gone, and this process soon
-                if ray.wait([answer], timeout=BEAT_S)[0]:  # on a busy machine the next sign of life must not wait
-                    self.wish = ray.get(answer)
-            self.stopped.wait(BEAT_S)
+    def _send_heartbeats(self) -> None:
+        while not self.closed.is_set():
+            step, stage, since = self.current
+            age_s = time.monotonic() - since
+            status = self.status(attempt=self.attempt, step=step, stage=stage, age_s=age_s, saves_done=self.saves_done)
+            answer = self.monitor.heartbeat.remote(status)
+            with contextlib.suppress(ray.exceptions.RayError):  # the driver's node is gone; this process ends soon
+                if ray.wait([answer], timeout=BEAT_S)[0]:  # on a busy machine, do not delay the next heartbeat
+                    self.requests = ray.get(answer)
+            self.closed.wait(BEAT_S)
 
 
 def process_start_time(pid: int) -> float:
-    """When the process began, in s since this machine did: no change of the clock moves it."""
+    """When the process started, in s since boot: adjusting the clock does not change it."""
     return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def stacks_file(root: Path, rank: int) -> Path:
-    """Where the stacks of this rank's process are written when somebody asks."""
+    """The file that this process writes its Python stacks to when it receives STACKS_SIGNAL."""
     folder = root / "stacks"
     folder.mkdir(exist_ok=True)
     return folder / f"rank{rank}_{os.getpid()}.txt"

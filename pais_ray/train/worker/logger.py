@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from pais_ray.files.json_lines import JsonlWriter
 from pais_ray.tracking.logger import build_logger
+from pais_ray.train.messages import EvaluationScores, Notice, StepProgress
 from pais_ray.train.step import Metrics
 
 if TYPE_CHECKING:
     from pais_ray.train.job import Job
-from pais_ray.files.json_lines import JsonlWriter
 
 
 class Window:
@@ -80,17 +81,17 @@ class Log:
         self.clock = round(max(time.time(), self.clock + 0.001), 3)
         trouble = self.metrics.append({"step": step, "time": self.clock, **plain})
         if trouble is not None:
-            self.job.monitor.progress.remote({"text": trouble})
+            self.job.monitor.publish.remote(Notice(text=trouble))
         self.logger.log(step, plain)
 
     def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
         """What happened to the run, for people and for events.jsonl; called from the checkpoint thread as well."""
         self.events.append({"step": step, "time": time.time(), **fields, "text": text})
-        self.job.monitor.progress.remote({"text": f"step {step}: {text}"})
+        self.job.monitor.publish.remote(Notice(text=f"step {step}: {text}"))
 
     def write(self, step: int, values: dict[str, float], *, last: int, eta: float) -> None:
         self.row(step, values)
-        self.job.monitor.progress.remote({"step": step, "last": last, "eta": eta, **values})
+        self.job.monitor.publish.remote(StepProgress(step=step, last_step=last, eta_s=eta, metrics=values))
 
     def scores(self, step: int, role: str, scores: dict[str, Any]) -> None:
         values = {
@@ -102,11 +103,11 @@ class Log:
         for name, value in scores["segm"].get("per_class", {}).items():
             values[f"{role}/segm_AP_class/{name}"] = math.nan if value is None else value
         self.row(step, values)
-        self.job.monitor.progress.remote({"step": step, "role": role, **values})
+        self.job.monitor.publish.remote(EvaluationScores(step=step, role=role, scores=values))
 
     def close(self) -> None:
         for lines in (self.metrics, self.events):
             lost = lines.flush()
             if lost is not None:
-                self.job.monitor.progress.remote({"text": lost})
+                self.job.monitor.publish.remote(Notice(text=lost))
         self.logger.close()  # the run may go on: the driver ends it

@@ -50,6 +50,7 @@ from pais_ray.tracking.system_metrics import NodeSampler
 from pais_ray.train.errors import TrainingEnded, find_fatal_error
 from pais_ray.train.guards import Guards
 from pais_ray.train.job import Job
+from pais_ray.train.messages import FatalError, Notice
 from pais_ray.train.state import build_state
 from pais_ray.train.step import MemoryRanOut, StepResult, StepSettings, train_step
 from pais_ray.train.worker.heartbeat import Heartbeat
@@ -71,17 +72,18 @@ def run(loop_config: "dict[str, ray.ObjectRef[Job]]") -> None:
         finally:
             worker.close()
     except Exception as error:
-        job.monitor.silence.remote(None)  # the group ends with this rank
+        job.monitor.forget_all_ranks.remote()  # the group ends with this rank
         # Where trying again cannot help, the driver hears the reason and all ranks end without a failure, which
         # Ray would retry: this one leaves the process group, and so the others' collectives fail.
         reason = find_fatal_error(error)
         if reason is not None:
-            wrong_input = not isinstance(reason, TrainingEnded | StorageLostError)
-            ray.get(job.monitor.fatal.remote(str(reason), wrong_input=wrong_input))
-        elif not ray.get(job.monitor.has_ended.remote()):
+            is_input_error = not isinstance(reason, TrainingEnded | StorageLostError)
+            fatal = FatalError(text=str(reason), is_input_error=is_input_error)
+            ray.get(job.monitor.publish_fatal_error.remote(fatal))
+        elif not ray.get(job.monitor.has_fatal_error.remote()):
             words = str(error).strip().splitlines() or [""]
             text = f"a worker failed ({type(error).__name__}: {words[0][:300]}); the workers start again"
-            job.monitor.progress.remote({"text": text})
+            job.monitor.publish.remote(Notice(text=text))
             who = {"rank": ray.train.get_context().get_world_rank(), "step": worker.state.step if worker else 0}
             JsonlWriter(job.root / "events.jsonl").append({**who, "time": time.time(), "event": "failed", "text": text})
             raise
@@ -186,7 +188,7 @@ class Worker:
                 self.state.note_score(role, row["step"], ap)
 
     def echo(self, text: str) -> None:
-        self.job.monitor.progress.remote({"text": text})
+        self.job.monitor.publish.remote(Notice(text=text))
 
     def tell(self, text: str, fields: dict[str, Any]) -> None:
         """An event of the run; rank 0 speaks for all."""
@@ -207,7 +209,7 @@ class Worker:
             batches = self.next_batches(rows)
             waited = time.perf_counter() - waiting
             self.heart.enter(state.step, "step")
-            asked_to_stop = self.rank == 0 and self.heart.wish == "stop"
+            asked_to_stop = self.rank == 0 and self.heart.is_stop_requested()
             try:
                 result = train_step(state, self.network, batches, self.method, self.settings, stop=asked_to_stop)
             except MemoryRanOut as error:
@@ -337,12 +339,8 @@ class Worker:
         return make_batch(row.labeled, unlabeled, self.config.views, self.config.train.seed, self.device)
 
     def asked_to_save(self) -> bool:
-        """Whether the driver asked for a checkpoint; once for each time it did."""
-        if self.rank != 0 or self.heart.wish != "save":
-            return False
-        ray.get(self.job.monitor.request.remote(""))  # before the next sign of life is answered
-        self.heart.wish = ""
-        return True
+        """Whether the driver asked for a checkpoint; true once per request."""
+        return self.rank == 0 and self.heart.take_save_request()
 
     def why_skipped(self, result: StepResult, batches: list[Batch | None]) -> str:
         """What was not finite on which rank, with the images it had."""
@@ -503,7 +501,7 @@ class Worker:
 
     def close(self) -> None:
         self.heart.close()
-        self.job.monitor.silence.remote(self.rank)
+        self.job.monitor.forget_rank.remote(self.rank)
         if self.writer is not None:
             self.writer.close()
         self.sampler.close()
