@@ -33,7 +33,7 @@ class TrackingConfig(BaseModel):
         default=30.0,
         gt=0,
         description="Interval between samples of each node's CPU, memory, disk, network and GPU, in seconds. Null "
-        "disables the samples. Default: ours; a sample takes a few milliseconds.",
+        "disables the samples. Default: ours.",
     )
 
     @field_validator("uri")
