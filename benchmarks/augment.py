@@ -54,7 +54,7 @@ def main() -> None:
     coarse = torch.from_numpy(rng.uniform(0, 255, (BATCH, 3, 30, 40)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
     strong = ViewConfig(short_side=(360, 600), color=True, geometric=True, erase=True)
-    config = AugmentConfig(strong=strong)
+    config = AugmentConfig(strong=strong).at_size(None)
     theirs = kornia_pipeline()
 
     def ours_once(i: int) -> None:

@@ -105,7 +105,7 @@ class Study:
             [at(self.unlabeled[i], g, len(labeled) + slot) for slot, i in enumerate(unlabeled)]
             if self.config.method.unlabeled_weight(self.state.step)
             else [],
-            self.config.views,
+            self.config.scaled_views,
             self.config.train.seed,
             torch.device("cpu"),
         )
@@ -157,7 +157,7 @@ class Study:
 
     def seen(self, record: LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
         """The teacher's predictions, the truth and the size of a record's test view."""
-        views = make_views([sample_of(record, False)], self.config.views, 0, "test", "cpu")
+        views = make_views([sample_of(record, False)], self.config.scaled_views, 0, "test", "cpu")
         masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
         whole = Targets(
             boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)

@@ -1,6 +1,7 @@
 """TODO docstring."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -66,6 +67,8 @@ class ViewConfig(BaseModel):
     )
 
 
+ViewSet = Mapping[Kind, ViewConfig]
+
 _COCO = {
     "labeled": ViewConfig(color=True),
     "weak": ViewConfig(),
@@ -99,16 +102,11 @@ PRESETS: dict[str, dict[str, ViewConfig]] = {
 
 
 class AugmentConfig(BaseModel):
-    """The four streams. What is not given comes from ``preset``; ``image_size`` scales all of them."""
+    """The four streams. What is not given comes from ``preset``. `data.image_size` scales all of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Preset = Field(default="coco", description="where unnamed values come from (method 3, the paper's code)")
-    image_size: int | None = Field(
-        default=None,
-        ge=16,
-        description="px, the short side of the test view; the other views keep their ratio to it. Ours",
-    )
     labeled: ViewConfig = _COCO["labeled"]
     weak: ViewConfig = _COCO["weak"]
     strong: ViewConfig = _COCO["strong"]
@@ -125,12 +123,15 @@ class AugmentConfig(BaseModel):
             merged[kind] = {**view.model_dump(), **words} if isinstance(words, dict) else words
         return merged
 
-    def view(self, kind: Kind) -> ViewConfig:
-        """The pipeline of one stream, scaled to ``image_size``."""
-        config: ViewConfig = getattr(self, kind)
-        if self.image_size is None:
-            return config
-        return scale_view(config, self.image_size / self.test.short_side[1])
+    def at_size(self, image_size: int | None) -> ViewSet:
+        """The pipeline of every view, all scaled so that the test view has a short side of ``image_size`` px.
+
+        None keeps the configured sizes."""
+        views: dict[Kind, ViewConfig] = {kind: getattr(self, kind) for kind in get_args(Kind)}
+        if image_size is None:
+            return views
+        ratio = image_size / self.test.short_side[1]
+        return {kind: scale_view(view, ratio) for kind, view in views.items()}
 
 
 def scale_view(config: ViewConfig, ratio: float) -> ViewConfig:

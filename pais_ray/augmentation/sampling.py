@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from pais_ray.augmentation.pixel_ops import COLORS, Color
-from pais_ray.augmentation.presets import AugmentConfig, Kind, Step, ViewConfig
+from pais_ray.augmentation.presets import Kind, Step, ViewConfig, ViewSet
 from pais_ray.augmentation.sample import Sample
 from pais_ray.structures import geometry
 
@@ -99,7 +99,7 @@ def _draw_patches(
     return tuple(patches)
 
 
-def plan(samples: list[Sample], config: AugmentConfig, seed: int, kind: Kind) -> list[Plan]:
+def plan(samples: list[Sample], config: ViewSet, seed: int, kind: Kind) -> list[Plan]:
     """One plan a sample; each depends on its own row, slot and size only, never on its neighbors."""
-    view = config.view(kind)
+    view = config[kind]
     return [draw(view, (s.image.shape[1], s.image.shape[2]), view_seed(seed, s.row, s.slot, kind)) for s in samples]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pais_ray.augmentation import pixel_ops
-from pais_ray.augmentation.presets import AugmentConfig, Kind, ViewConfig
+from pais_ray.augmentation.presets import Kind, ViewConfig, ViewSet
 from pais_ray.augmentation.sample import Sample
 from pais_ray.augmentation.sampling import Plan, plan
 from pais_ray.structures import geometry
@@ -53,13 +53,11 @@ def _picture(image: Tensor, plan: Plan, config: ViewConfig) -> Tensor:
     return view
 
 
-def make_views(
-    samples: list[Sample], config: AugmentConfig, seed: int, kind: Kind, device: torch.device | str
-) -> Views:
+def make_views(samples: list[Sample], config: ViewSet, seed: int, kind: Kind, device: torch.device | str) -> Views:
     """Views of one kind; ``seed`` is the run's. Raises ValueError without samples."""
     if not samples:
         raise ValueError(f"make_views: expected at least one sample for the {kind} view, got none")
-    return render(samples, plan(samples, config, seed, kind), config.view(kind), device)
+    return render(samples, plan(samples, config, seed, kind), config[kind], device)
 
 
 def make_targets(samples: list[Sample], plans: list[Plan], device: torch.device | str) -> list[Targets]:
@@ -92,7 +90,7 @@ def _targets_of(sample: Sample, plan: Plan, device: torch.device | str) -> Targe
 def make_batch(
     labeled: list[Sample],
     unlabeled: list[Sample],
-    config: AugmentConfig,
+    config: ViewSet,
     seed: int,
     device: torch.device | str,
 ) -> Batch:
@@ -102,7 +100,7 @@ def make_batch(
     plans = plan(labeled, config, seed, "labeled")
     weak = make_views(unlabeled, config, seed, "weak", device) if unlabeled else None
     return Batch(
-        labeled=render(labeled, plans, config.view("labeled"), device),
+        labeled=render(labeled, plans, config["labeled"], device),
         targets=make_targets(labeled, plans, device),
         weak=weak,
         strong=make_views(unlabeled, config, seed, "strong", device) if unlabeled else None,

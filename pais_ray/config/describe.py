@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.renamed import rename_message
+from pais_ray.config.renamed import explain_unknown
 from pais_ray.config.tree import Config
 from pais_ray.modeling import registry
 from pais_ray.modeling.registry import did_you_mean
@@ -70,9 +70,9 @@ def describe(dotted: str) -> list[FieldDescription]:
     settings = all_settings()
     found = [s for s in settings if s.name == dotted or s.name.startswith(f"{dotted}.")]
     if not found:
-        renamed = rename_message(dotted)
-        if renamed is not None:
-            raise ConfigError(renamed)
+        hint = explain_unknown(dotted)
+        if hint is not None:
+            raise ConfigError(hint)
         names = [*Config.model_fields, *dict.fromkeys(s.name for s in settings)]
         raise ConfigError(
             f"{dotted}: no such setting or section{did_you_mean(dotted, names)} "

@@ -13,7 +13,7 @@ Scalar = str | int | float | bool | None
 
 def flatten(config: BaseModel) -> dict[str, Scalar]:
     """Dotted name -> value; lists as JSON text."""
-    return dict(_leaves(plain_tree(config)))
+    return dict(_leaves(config.model_dump(mode="json")))
 
 
 def identity(config: BaseModel) -> dict[str, Scalar]:
@@ -26,12 +26,6 @@ def changed_identity(old: BaseModel, new: BaseModel) -> list[str]:
     before, after = flatten(old), flatten(new)
     names = [n for n in {**before, **after} if n not in before or n not in after or before[n] != after[n]]
     return [n for n in names if not (_is_free(new, n) or _is_free(old, n))]
-
-
-def plain_tree(config: BaseModel) -> Tree:
-    tree = config.model_dump(mode="json")
-    tree["views"].pop("image_size")  # data.image_size says it
-    return tree
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Scalar]]:

@@ -21,11 +21,12 @@ RENAMED: dict[str, str] = {  # old name -> new name, both dotted
     **{f"views.{view}.colour": f"views.{view}.color" for view in VIEWS},
     **{f"views.{view}.colour_level": f"views.{view}.color_level" for view in VIEWS},
 }
+HINTS = {"views.image_size": "views.image_size: set data.image_size instead, which scales all views"}
 
 
-def rename_message(dotted: str) -> str | None:
-    """What to tell a user of the setting ``dotted``, None if it was not renamed."""
-    return f"{dotted} was renamed to {RENAMED[dotted]}" if dotted in RENAMED else None
+def explain_unknown(dotted: str) -> str | None:
+    """The message for a setting ``dotted`` that does not exist, if its replacement is known."""
+    return f"{dotted} was renamed to {RENAMED[dotted]}" if dotted in RENAMED else HINTS.get(dotted)
 
 
 def translate(tree: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import yaml
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
-from pais_ray.augmentation.presets import AugmentConfig
-from pais_ray.config.identity import plain_tree
+from pais_ray.augmentation.presets import AugmentConfig, ViewSet
 from pais_ray.config.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
-from pais_ray.config.renamed import rename_message, translate
+from pais_ray.config.renamed import explain_unknown, translate
 from pais_ray.config.sections import (
     FREE,
     BatchConfig,
@@ -76,13 +75,13 @@ class Config(Section):
         default_factory=TrackingConfig, description="The MLflow store that mirrors the run.", json_schema_extra=FREE
     )
 
+    @property
+    def scaled_views(self) -> ViewSet:
+        """The views as they are made: `views` scaled to `data.image_size`."""
+        return self.views.at_size(self.data.image_size)
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        size = self.data.image_size
-        if self.views.image_size not in (None, size):
-            raise ValueError(f"views.image_size: set data.image_size instead, got {self.views.image_size}")
-        # The one derived value: users know it as data.image_size, views work with it.
-        object.__setattr__(self, "views", self.views.model_copy(update={"image_size": size}))
         name, unlabeled = self.method.name, self.batch.unlabeled
         if self.method.uses_unlabeled and unlabeled == 0:
             raise ValueError(f"batch.unlabeled: {name} learns from unlabeled images, got 0; set batch.unlabeled=3")
@@ -121,7 +120,7 @@ def load(path: Path | str) -> Config:
 
 def dump(config: Config) -> str:
     """YAML that is itself an overlay: ``load`` gives the same Config back."""
-    return yaml.dump(plain_tree(config), Dumper=Dumper, sort_keys=False, width=110)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)
 
 
 def run_schedule(config: Config) -> Schedule:
@@ -166,8 +165,6 @@ def _models(tree: Tree) -> dict[str, type[BaseModel]]:
         if not isinstance(value, Mapping):
             remedy = f"; write {name}.name={value}" if name in ("segmentor", "method") else ""
             raise ConfigError(f"{name}: expected settings, got {value!r}{remedy}")
-    if "image_size" in tree.get("views", {}):
-        raise ConfigError("views.image_size: derived; set data.image_size")
     models: dict[str, type[BaseModel]] = {
         name: field.annotation for name, field in Config.model_fields.items() if isinstance(field.annotation, type)
     }
@@ -201,9 +198,9 @@ def _line(model: type[BaseModel], error: Any, where: str) -> str:
     loc = [str(part) for part in error["loc"]]
     place = ".".join(p for p in [where, *loc] if p)
     if error["type"] == "extra_forbidden":
-        renamed = rename_message(place)
-        if renamed is not None:
-            return renamed
+        hint = explain_unknown(place)
+        if hint is not None:
+            return hint
         owner = _owner(model, loc[:-1])
         return f"{place}: no such setting{_choices(loc[-1], list(owner.model_fields), owner.__name__)}"
     message = error["msg"].removeprefix("Value error, ")

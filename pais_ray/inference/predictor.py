@@ -67,7 +67,7 @@ def predict_sample(
     segmentor: Segmentor, sample: Sample, config: Config, category_ids: list[int], device: torch.device
 ) -> list[dict[str, Any]]:
     """COCO results of one image in its own frame."""
-    views = make_views([sample], config.views, config.train.seed, "test", device)
+    views = make_views([sample], config.scaled_views, config.train.seed, "test", device)
     with torch.no_grad(), autocast(device, config.train.precision):
         prediction = segmentor.predict(views)[0].to("cpu")
     height, width = sample.image.shape[-2:]

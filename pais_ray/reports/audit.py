@@ -121,7 +121,9 @@ def seen(
 ) -> tuple[Predictions, Targets, tuple[int, int]]:
     """The predictions, the truth and the size (H, W) px of a record's test view, on the CPU."""
     image = torch.from_numpy(read_picture(record)).permute(2, 0, 1).contiguous()
-    views = make_views([Sample(image=image, image_id=record.image_id, row=0, slot=0)], config.views, 0, "test", device)
+    views = make_views(
+        [Sample(image=image, image_id=record.image_id, row=0, slot=0)], config.scaled_views, 0, "test", device
+    )
     masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
     whole = Targets(
         boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)

@@ -18,7 +18,7 @@ from pais_ray.structures.masks import Masks
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/coco_quick"
 SIZE = (180, 240)  # h, w
-SMALL = AugmentConfig(image_size=192)
+SMALL = AugmentConfig().at_size(192)
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_chain_of_all_operations_carries_the_truth(resolution):
 
 
 def test_the_pixels_of_the_weak_view_warped_are_those_of_the_strong_view():
-    config = SMALL.model_copy(update={"strong": SMALL.strong.model_copy(update={"color": False, "erase": False})})
+    config = {**SMALL, "strong": SMALL["strong"].model_copy(update={"color": False, "erase": False})}
     flips = 0
     for seed in range(10):
         one = sample(seed)
@@ -179,7 +179,7 @@ def test_boxes_follow_masks():
 
 def test_a_plan_that_changes_nothing_gives_the_image_itself():
     one = sample()
-    config = AugmentConfig(test=ViewConfig(short_side=(SIZE[0], SIZE[0]), flip=0.0))
+    config = AugmentConfig(test=ViewConfig(short_side=(SIZE[0], SIZE[0]), flip=0.0)).at_size(None)
     view = views.make_views([one], config, 0, "test", "cpu")
     assert torch.equal(view.images[0, :, : SIZE[0], : SIZE[1]], one.image.float() / 255)
     assert torch.equal(view.matrix[0], torch.eye(3))
@@ -187,7 +187,7 @@ def test_a_plan_that_changes_nothing_gives_the_image_itself():
 
 def test_a_double_flip_is_exact():
     one = sample()
-    config = AugmentConfig(test=ViewConfig(short_side=(SIZE[0], SIZE[0]), flip=1.0))
+    config = AugmentConfig(test=ViewConfig(short_side=(SIZE[0], SIZE[0]), flip=1.0)).at_size(None)
     flipped = views.make_views([one], config, 0, "test", "cpu")
     once = (flipped.images[0, :, : SIZE[0], : SIZE[1]] * 255).round().byte()
     assert torch.equal(once, one.image.flip(-1))
@@ -201,7 +201,7 @@ def test_a_double_flip_is_exact():
 def test_shrinking_averages_instead_of_skipping():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 252  # plain bilinear sampling at 1/4 would see only some of the columns
-    config = AugmentConfig(test=ViewConfig(short_side=(16, 16), flip=0.0))
+    config = AugmentConfig(test=ViewConfig(short_side=(16, 16), flip=0.0)).at_size(None)
     small = views.make_views([Sample(image=stripes, image_id=0, row=0, slot=0)], config, 0, "test", "cpu")
     inner = small.images[0, :, 2:14, 2:14]
     torch.testing.assert_close(inner, torch.full_like(inner, 63 / 255), atol=0.03, rtol=0)
@@ -277,8 +277,8 @@ def test_an_image_does_not_notice_its_neighbors():
 
 def test_weak_and_strong_draw_scale_and_flip_independently():
     pairs = [
-        (sampling.draw(SMALL.view("weak"), SIZE, sampling.view_seed(0, g, 0, "weak")),
-         sampling.draw(SMALL.view("strong"), SIZE, sampling.view_seed(0, g, 0, "strong")))
+        (sampling.draw(SMALL["weak"], SIZE, sampling.view_seed(0, g, 0, "weak")),
+         sampling.draw(SMALL["strong"], SIZE, sampling.view_seed(0, g, 0, "strong")))
         for g in range(200)
     ]  # fmt: skip
     assert 70 < sum(weak.flip == strong.flip for weak, strong in pairs) < 130
@@ -398,10 +398,10 @@ def test_cutout_of_cityscapes_is_cut_at_the_border():
 
 
 def test_image_size_scales_every_length_with_the_test_view():
-    assert (SMALL.view("weak").short_side, SMALL.view("weak").long_side) == ((96, 288), 320)
-    assert (SMALL.view("test").short_side, SMALL.view("test").long_side) == ((192, 192), 320)
-    assert AugmentConfig().view("strong") == AugmentConfig().strong
-    street = AugmentConfig(preset="cityscapes", image_size=512).view("labeled")
+    assert (SMALL["weak"].short_side, SMALL["weak"].long_side) == ((96, 288), 320)
+    assert (SMALL["test"].short_side, SMALL["test"].long_side) == ((192, 192), 320)
+    assert AugmentConfig().at_size(None)["strong"] == AugmentConfig().strong
+    street = AugmentConfig(preset="cityscapes").at_size(512)["labeled"]
     assert street.short_side == (400, 512)
     assert street.erase_holes[-1] == (200, 100)
 
@@ -417,7 +417,7 @@ def test_a_preset_gives_what_is_not_named():
 
 @pytest.mark.parametrize("preset", list(presets.PRESETS))
 def test_the_dump_of_a_config_is_that_config(preset):
-    config = AugmentConfig(preset=preset, image_size=256, weak={"rotate": 10.0})
+    config = AugmentConfig(preset=preset, weak={"rotate": 10.0})
     assert AugmentConfig(**config.model_dump()) == config
     assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
 
@@ -453,7 +453,7 @@ def test_views_are_padded_with_zeros_to_a_common_multiple_of_32():
 
 @pytest.mark.parametrize("geometric", [False, True])
 def test_labeled_targets_are_the_truth_of_their_view(geometric):
-    config = AugmentConfig(image_size=192, labeled={"geometric": geometric})
+    config = AugmentConfig(labeled={"geometric": geometric}).at_size(192)
     flips = set()
     for seed in range(6):
         one = sample(seed)
@@ -480,7 +480,7 @@ def test_instances_that_vanish_in_the_view_are_dropped():
     masks[2, 10, 10] = 1
     speck = torch.cat([one.boxes, torch.tensor([[10.0, 10.0, 11.0, 11.0]])])
     one = Sample(image=one.image, image_id=1, row=0, slot=0, boxes=speck, labels=torch.arange(3), masks=masks)
-    config = AugmentConfig(labeled=ViewConfig(short_side=(90, 90)))
+    config = AugmentConfig(labeled=ViewConfig(short_side=(90, 90))).at_size(None)
     (targets,) = views.make_batch([one], [], config, 0, "cpu").targets
     assert targets.labels.tolist() == [0, 1]
     assert len(targets.masks) == 2

@@ -243,7 +243,7 @@ def test_lists_and_tables_as_overrides():
 
 def test_image_size_reaches_the_views():
     config = compose(["coco", "mask_rcnn", "pais", "data.image_size=200"])
-    assert config.views.view("test").short_side == (200, 200)
+    assert config.scaled_views["test"].short_side == (200, 200)
     assert "image_size" not in yaml.safe_load(dump(config))["views"]
 
 
@@ -271,7 +271,7 @@ def test_image_size_reaches_the_views():
         (["train.steps=[1"], ["train.steps: expected a YAML value, got '[1'"]),
         (["batch.unlabeled=0"], ["batch.unlabeled: pais learns from unlabeled images"]),
         (["data.labeled=1"], ["data.labeled: pais needs unlabeled images"]),
-        (["views.image_size=200"], ["views.image_size: derived; set data.image_size"]),
+        (["views.image_size=200"], ["views.image_size: set data.image_size instead"]),
         (["data.val=null"], ["data.val: expected a COCO JSON because train is set", "data.holdout=0.2"]),
         (["data.holdout=0.2"], ["data.holdout: goes without val, got 0.2"]),
         (["data.train=null"], ["data.train: expected a COCO JSON because val is set"]),

@@ -21,7 +21,7 @@ from pais_ray.train.state import Teacher
 from pais_ray.train.step import batch_losses
 from tests.support.tiny import sample, state_of
 
-VIEWS = AugmentConfig(image_size=64)
+VIEWS = AugmentConfig().at_size(64)
 # Weights of one, as ground truth has them, and its normalizer.
 PLAIN = PAIS(tau_cls=0.0, tau_iou=0.0, lambda_unlabeled=1.0, normalizer="mean", unlabeled_weights={"mask_iou": 1.0})
 

@@ -48,10 +48,13 @@ def make_run(folder: Path, data: Path, segmentor: str, steps: int) -> Path:
     state = build_state(config, schedule, len(prepared.train.categories), "cpu")
     settings = StepSettings(schedule=schedule, clip_norm=config.optim.clip_norm)
     for g in range(steps):
-        batch = make_batch([labeled_sample(prepared.labeled[g % 4], g)], [], config.views, 0, "cpu")
+        batch = make_batch([labeled_sample(prepared.labeled[g % 4], g)], [], config.scaled_views, 0, "cpu")
         train_step(state, state.student, [batch], config.method, settings)
     if steps:
-        views = [make_views([Sample.of(p, image_id=0)], config.views, 0, "test", "cpu") for p in pictures(prepared.val)]
+        views = [
+            make_views([Sample.of(p, image_id=0)], config.scaled_views, 0, "test", "cpu")
+            for p in pictures(prepared.val)
+        ]
         least, next_least = sorted(max(state.teacher.predict(v)[0].scores.tolist(), default=0.0) for v in views)[:2]
         bar = config.segmentor.model_copy(update={"score_threshold": (least + next_least) / 2})
         config = config.model_copy(update={"segmentor": bar})
@@ -206,10 +209,10 @@ def test_a_damaged_folder_is_refused(exported, tmp_path):
 
 @pytest.mark.parametrize("size", [*SIZES, (1000, 90), (9, 1000)])
 def test_the_runners_view_is_the_test_view(size):
-    config = AugmentConfig(image_size=96)
-    view = config.view("test")
+    config = AugmentConfig().at_size(96)
+    view = config["test"]
     detector = object.__new__(onnx_runner.Detector)
-    detector.manifest = {"onnx": {"input": export.input_of(SimpleNamespace(views=config))}}
+    detector.manifest = {"onnx": {"input": export.input_of(SimpleNamespace(scaled_views=config))}}
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     images_, valid = detector.view(picture)
     expected = make_views([Sample.of(picture, image_id=0)], config, 0, "test", "cpu")
@@ -220,7 +223,7 @@ def test_the_runners_view_is_the_test_view(size):
 
 def test_a_test_view_that_is_drawn_at_random_is_refused():
     with pytest.raises(ValueError, match=r"views\.test: expected one short_side"):
-        export.input_of(SimpleNamespace(views=AugmentConfig(test={"short_side": (80, 96)})))
+        export.input_of(SimpleNamespace(scaled_views=AugmentConfig(test={"short_side": (80, 96)}).at_size(None)))
 
 
 def test_masks_are_pasted_as_pytorch_pastes_them():

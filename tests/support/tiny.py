@@ -42,7 +42,7 @@ def sample(g: int, slot: int, labeled: bool) -> Sample:
 
 def tiny_batch(g: int = 0, unlabeled: int = 2):
     """Row g: one labeled and two unlabeled images."""
-    views = AugmentConfig(image_size=64)
+    views = AugmentConfig().at_size(64)
     return make_batch(
         [sample(g, 0, True)], [sample(g, 1 + i, False) for i in range(unlabeled)], views, seed=0, device="cpu"
     )

@@ -146,7 +146,7 @@ def open_exported(folder: Path, device: str = "cpu") -> Predictor:
 
 def input_of(config: Config) -> dict[str, int]:
     """How the runner makes a view. ValueError where the run's own test view is drawn at random or changes colors."""
-    view = config.views.view("test")
+    view = config.scaled_views["test"]
     short, last = view.short_side
     if short != last or view.flip or view.color or view.geometric or view.erase:
         raise ValueError(

@@ -336,7 +336,7 @@ class Worker:
     def batch(self, row: pipeline.Row) -> Batch:
         """Views of one row; of its unlabeled images only where the method learns from them at this step."""
         unlabeled = row.unlabeled if self.method.unlabeled_weight(self.state.step) else []
-        return make_batch(row.labeled, unlabeled, self.config.views, self.config.train.seed, self.device)
+        return make_batch(row.labeled, unlabeled, self.config.scaled_views, self.config.train.seed, self.device)
 
     def asked_to_save(self) -> bool:
         """Whether the driver asked for a checkpoint; true once per request."""
