@@ -102,10 +102,10 @@ def compare(
     found = compared(roots)
     echo(found.table())
     if out is not None:
-        from pais_ray.figures import instances
+        from pais_ray.figures import canvas
         from pais_ray.reports import gallery
 
         path = Path(out) / "predictions.png"
-        instances.save(gallery.of_runs(roots, images, role, score), path)
+        canvas.save(gallery.of_runs(roots, images, role, score), path)
         echo(f"\nside by side: {path}")
     write_json(json_path, found.to_json())

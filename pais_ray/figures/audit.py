@@ -1,29 +1,31 @@
-"""The figure of an audit: score and predicted mask IoU against the truth, what thresholds lose, class counts."""
+"""The figure of an audit: calibration of scores, losses of the thresholds, and class counts."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pais_ray.files.atomic import replace_bytes
+from pais_ray.figures.charts import save_figure
 
-DRAWN = 5000  # points of a scatter plot: more are one blot
+MAX_POINTS = 5000  # of a scatter plot; with more, points cover each other
 
 
 def draw_audit(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: Path) -> None:
-    """Writes the figure of the ``rows`` and the ``report`` of ``audit.audit`` as PNG."""
+    """Write the figure of the ``rows`` and the ``report`` of ``reports.audit`` as PNG.
+
+    The panels correspond to Fig. 1a, 1b, 1c and 6 of the paper.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), layout="constrained")
     score, quality, lost, classes = figure.subplots(2, 2).ravel()
-    drawn = rows[:: max(1, len(rows) // DRAWN)]
+    drawn = rows[:: max(1, len(rows) // MAX_POINTS)]
     for axes, name, title in (
         (score, "score", "class score and true mask IoU (Fig. 1a)"),
         (quality, "iou_predicted", "predicted and true mask IoU (Fig. 1b)"),
     ):
         for kept, color in ((False, "0.6"), (True, "tab:blue")):
-            mine = [row for row in drawn if row["kept"] is kept]
-            axes.scatter([r[name] for r in mine], [r["iou_true"] for r in mine], s=6, alpha=0.5, c=color)
+            group = [row for row in drawn if row["kept"] is kept]
+            axes.scatter([r[name] for r in group], [r["iou_true"] for r in group], s=6, alpha=0.5, c=color)
         axes.set(xlabel=name, ylabel="true mask IoU", title=title, xlim=(0, 1.02), ylim=(0, 1.02))
     bins = report["mask_iou"]["bins"]
     quality.plot([b["predicted"] for b in bins], [b["true"] for b in bins], "o-", c="tab:red")
@@ -33,14 +35,16 @@ def draw_audit(rows: Sequence[Mapping[str, Any]], report: Mapping[str, Any], pat
         lost.plot(
             [c["tau_cls"] for c in line], [c["lost_good"] for c in line], "o-", markersize=3, label=f"tau_iou {tau_iou}"
         )
-    lost.set(xlabel="tau_cls", ylabel="good masks (true IoU > .7) not kept", title="what thresholds lose (Fig. 1c)")
+    lost.set(
+        xlabel="tau_cls",
+        ylabel="good masks (true IoU > .7) not kept",
+        title="good masks lost by the thresholds (Fig. 1c)",
+    )
     lost.legend(fontsize=8, frameon=False)
     names = [c["name"] for c in report["classes"]]
-    for offset, key in ((-0.2, "truth"), (0.2, "kept")):
-        classes.bar([i + offset for i in range(len(names))], [c[key] for c in report["classes"]], 0.4, label=key)
-    classes.set_title("instances of a class (Fig. 6)")
+    for offset, key, label in ((-0.2, "truth", "ground truth"), (0.2, "kept", "kept")):
+        classes.bar([i + offset for i in range(len(names))], [c[key] for c in report["classes"]], 0.4, label=label)
+    classes.set_title("instances per class (Fig. 6)")
     classes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     classes.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    replace_bytes(path, buffer.getvalue())
+    save_figure(figure, path)

@@ -25,7 +25,7 @@ from pais_ray.data.images.reader import Reader, name_of
 from pais_ray.data.sources.readers import is_folder, read_labeled
 from pais_ray.data.validation.rules import MAX_PIXELS, DataError
 from pais_ray.evaluation import coco
-from pais_ray.figures import instances
+from pais_ray.figures.overlay import draw_instances
 from pais_ray.files import storage
 from pais_ray.modeling import registry
 from pais_ray.modeling.precision import autocast
@@ -201,7 +201,7 @@ def draw_results(
     labels = np.array([ids.index(r["category_id"]) for r in results], dtype=np.int64)
     scores = np.array([r["score"] for r in results], dtype=np.float32)
     masks = decode_rle(rles, *image.shape[:2]).astype(bool)
-    return instances.overlay(image, boxes, labels, scores, masks, [names[i] for i in ids])
+    return draw_instances(image, boxes, labels, scores, masks, [names[i] for i in ids])
 
 
 def choose_checkpoint(run: Path, role: str, which: str) -> Path:

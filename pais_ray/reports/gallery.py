@@ -9,7 +9,8 @@ import numpy as np
 
 from pais_ray.data.annotations.records import LabeledRecord, annotated
 from pais_ray.data.annotations.rle import decode_rle
-from pais_ray.figures import instances
+from pais_ray.figures import canvas
+from pais_ray.figures.overlay import draw_instances
 from pais_ray.inference.predictor import Predictor, draw_results, read_picture
 
 DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
@@ -56,12 +57,12 @@ def gallery(
                 of_image[result["image_id"]].append(result)
         columns.append([draw_results(record, of_image[record.image_id], names) for record in records])
     titles = ["ground truth", *predictors]
-    head = [instances.captioned(column[0], title) for column, title in zip(columns, titles, strict=True)]
+    head = [canvas.add_caption(column[0], title) for column, title in zip(columns, titles, strict=True)]
     cells = head + [column[i] for i in range(1, len(records)) for column in columns]
-    return instances.grid(cells, columns=len(columns))
+    return canvas.grid(cells, columns=len(columns))
 
 
 def truth(record: LabeledRecord, names: Sequence[str]) -> np.ndarray:
     """The image (H, W, 3) uint8 with its annotations drawn over it."""
     masks = decode_rle(record.rles, record.height, record.width).astype(bool)
-    return instances.overlay(read_picture(record), record.boxes, record.labels, None, masks, names)
+    return draw_instances(read_picture(record), record.boxes, record.labels, None, masks, names)

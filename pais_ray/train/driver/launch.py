@@ -24,7 +24,7 @@ from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream import pipeline
 from pais_ray.data.stream.plan import StepPlan
-from pais_ray.figures import charts, instances
+from pais_ray.figures import canvas, charts
 from pais_ray.files.console import echo
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.modeling.optim import Schedule
@@ -219,7 +219,7 @@ def close_tracking(root: Path, config: Config, status: record.Status) -> None:
         if rows:
             charts.curves(rows, root / "figures" / "curves.png")
         if newest_verified(root)[0] is not None:
-            instances.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
+            canvas.save(gallery.of_run(root, PANEL_IMAGES), root / "figures" / "predictions.png")
     except Exception as error:  # a full disk, say: no picture is worth the run's own outcome
         echo(f"not all pictures were drawn: {error}")
     build_logger(config.tracking, root).close(status)

@@ -29,7 +29,7 @@ from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream import pipeline
 from pais_ray.data.stream.plan import rows_here, rows_of
 from pais_ray.evaluation import coco
-from pais_ray.figures import instances
+from pais_ray.figures.panel import PanelRow, pseudo_label_panel
 from pais_ray.files.atomic import replace_text
 from pais_ray.files.json_lines import JsonlWriter, metric_rows
 from pais_ray.inference.predictor import predict_records
@@ -484,7 +484,7 @@ class Worker:
             kept = self.method.pseudo_labels(prediction)  # in the weak frame
             to_strong = geometry.compose(batch.strong.matrix[i], geometry.invert(batch.weak.matrix[i]))
             rows.append(
-                instances.PanelRow(
+                PanelRow(
                     weak=_picture(batch.weak, i),
                     strong=_picture(batch.strong, i),
                     predictions=prediction.to("cpu"),
@@ -495,7 +495,7 @@ class Worker:
         path = self.job.root / "figures" / f"pseudo_labels_{self.state.step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
-            instances.pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
+            pseudo_label_panel(rows, [c.name for c in self.job.categories], path)
         except OSError as error:  # no picture is worth a step
             self.tell(f"the picture of the pseudo-labels was not written: {error}", {"event": "picture_failed"})
 
