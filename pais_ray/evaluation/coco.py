@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pais_ray.data.validation.rules import DataError, short
+from pais_ray.data.validation.rules import DataError, short_repr
 from pais_ray.data.validation.values import check_box, check_rle
 from pais_ray.evaluation import cityscapes
 
@@ -78,7 +78,7 @@ def score(
     where, entries = read_source(results, "results")
     if not isinstance(entries, list):
         remedy = "write image_id, category_id, score and segmentation of each detection"
-        raise DataError("file-json", where, f"expected a list of COCO results, got {short(entries)}", remedy)
+        raise DataError("file-json", where, f"expected a list of COCO results, got {short_repr(entries)}", remedy)
     if iou_types is None:
         boxes_only = bool(entries) and not any(isinstance(e, dict) and "segmentation" in e for e in entries)
         iou_types = ("bbox",) if boxes_only else IOU_TYPES
@@ -160,8 +160,8 @@ def _check_results(entries: Iterable[Any], where: str, truth: Json, needs_mask: 
     for index, entry in enumerate(entries):
         here = f"{where}: entry {index}"
         if not isinstance(entry, dict):
-            raise DataError("key-type", here, f"expected an object, got {short(entry)}")
-        here = f"{here} (image {short(entry.get('image_id'))})"
+            raise DataError("key-type", here, f"expected an object, got {short_repr(entry)}")
+        here = f"{here} (image {short_repr(entry.get('image_id'))})"
         if missing := {"image_id", "category_id", "score"} - set(entry):
             raise DataError("key-missing", here, f"no {sorted(missing)[0]!r}")
         if type(entry["image_id"]) is not int or entry["image_id"] not in sizes:
@@ -169,15 +169,15 @@ def _check_results(entries: Iterable[Any], where: str, truth: Json, needs_mask: 
             raise DataError("id-unknown", here, "the ground truth has no such image", remedy)
         if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
             known = ", ".join(map(str, sorted(categories)[:10])) + ", ..." * (len(categories) > 10)
-            message = f"expected one of the ground truth's category_id {known}, got {short(entry['category_id'])}"
+            message = f"expected one of the ground truth's category_id {known}, got {short_repr(entry['category_id'])}"
             raise DataError("id-unknown", here, message, "use the ids of that file, not labels 0..C-1")
         if type(entry["score"]) not in (int, float) or not math.isfinite(entry["score"]):
-            raise DataError("key-type", here, f"expected a finite score, got {short(entry['score'])}", "drop it")
+            raise DataError("key-type", here, f"expected a finite score, got {short_repr(entry['score'])}", "drop it")
         if "bbox" in entry:
             check_box(entry["bbox"], here)
         if "segmentation" in entry:
             if not isinstance(entry["segmentation"], Mapping):
-                message = f"expected RLE as segmentation of a result, got {short(entry['segmentation'])}"
+                message = f"expected RLE as segmentation of a result, got {short_repr(entry['segmentation'])}"
                 raise DataError("segmentation-type", here, message, "write an object with size and counts")
             check_rle(entry["segmentation"], *sizes[entry["image_id"]], here)
         elif needs_mask or "bbox" not in entry:

@@ -122,7 +122,9 @@ def delete(path: str) -> None:
     files.delete_file(place)
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Iterator[Result]:
     """``function`` of every item, in their order, up to ``ahead`` of them computed before they are asked for."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()

@@ -60,7 +60,7 @@ def predict_records(
 
 def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
     """``read`` of each item, in order, made in two threads while the caller works on the one before."""
-    return storage.in_order(read, items, THREADS, AHEAD)
+    return storage.map_in_order(read, items, THREADS, AHEAD)
 
 
 def predict_sample(

@@ -81,7 +81,7 @@ def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
     masks = None
     if data.pseudo_labels is not None:
         ids = {r.image_id for r in others or train.records} - {r.image_id for r in unlabeled}
-        unlabeled = folders.sized(unlabeled, limits)  # masks are checked against the size of their image
+        unlabeled = folders.with_sizes(unlabeled, limits)  # masks are checked against the size of their image
         masks = scored_masks.read_scored(data.pseudo_labels, unlabeled, ids, train.categories, threshold, limits)
         manifest = replace(manifest, scored_sha256=masks.sha256)
     return Data(

@@ -232,7 +232,7 @@ def object_of(**changes):
         (unknown_label_id, "cityscapes-ids", "got a pixel of 255"),
         (cut_off, "image-decodes", "ulm_000000_000019_gtFine_instanceIds.png"),
         (with_polygons([]), "key-missing", "polygons.json"),
-        (with_polygons({"objects": []}), "image-size", "positive whole height"),
+        (with_polygons({"objects": []}), "image-size", "positive integer as height"),
         (with_polygons({"objects": [], "imgHeight": 10**6, "imgWidth": 10**6}), "image-pixels", "polygons.json"),
         (with_polygons(object_of(label="spaceship")), "cityscapes-label", "object 0"),
         (with_polygons(object_of(label="spaceshipgroup")), "cityscapes-label", "spaceshipgroup"),

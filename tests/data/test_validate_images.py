@@ -133,16 +133,16 @@ def test_broken_pictures_are_named(shared_data, folder):
     assert found == {"image-decodes", "image-empty", "image-format"}
 
 
-def test_a_decoder_that_dies_takes_only_its_picture_with_it(folder, monkeypatch):
+def test_a_crashing_decoder_affects_only_its_own_image(folder, monkeypatch):
     """The last resort: processes that cannot start stand for a decoder that ends them."""
-    from pais_ray.data.validation import pictures
+    from pais_ray.data.validation import image_files
 
-    jobs = [pictures.Job(str(folder / f"{i % 2}.png"), f"{i}", (H, W)) for i in range(20)]
-    monkeypatch.setattr(pictures, "_quiet", os.abort)
-    looks = list(pictures.look_at_all(jobs[:2], 10**6, processes=1))
+    jobs = [image_files.ImageFile(str(folder / f"{i % 2}.png"), f"{i}", (H, W)) for i in range(20)]
+    monkeypatch.setattr(image_files, "_ignore_pillow_warnings", os.abort)
+    looks = list(image_files.check_images(jobs[:2], 10**6, processes=1))
     assert [look.error.rule for _, look in looks] == ["image-decodes"] * 2
     monkeypatch.undo()
-    looks = list(pictures.look_at_all(jobs, 10**6, processes=2))
+    looks = list(image_files.check_images(jobs, 10**6, processes=2))
     assert [job.where for job, _ in looks] == [job.where for job in jobs]
     assert all(look.error is None and look.sha256 for _, look in looks)
 

@@ -65,7 +65,7 @@ def split(
     if annotations is None:
         made = draw_of_folder(str(data), protocol, labeled, fold, holdout, cover)
     else:
-        others = None if unlabeled is None else read_unlabeled(unlabeled, None, look=False)
+        others = None if unlabeled is None else read_unlabeled(unlabeled, None, check_files=False)
         made = draw(read_annotations(annotations), protocol, labeled, fold, others, cover=cover, holdout=holdout)
     write_manifests(made, Path(out), protocol or "labeled", json_path)
 

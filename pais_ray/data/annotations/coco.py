@@ -1,6 +1,6 @@
-"""COCO files, plain folders and prefixes -> records: paths, sizes and run lengths, no pixels. Torch-free.
+"""Reads COCO files, plain folders and URL prefixes as records: paths, sizes and run lengths, no pixels. Torch-free.
 
-Legend: N instances of an image, crowds left out; boxes are (N, 4) XYXY px of the upright image.
+Legend: N instances per image, crowds left out; boxes are (N, 4) XYXY px of the upright image.
 """
 
 import os
@@ -12,17 +12,18 @@ import numpy as np
 from pais_ray.data.annotations.folders import list_prefix, read_folder
 from pais_ray.data.annotations.records import Category, CocoDataset, LabeledRecord, Record
 from pais_ray.data.annotations.rle import measure, to_rles
-from pais_ray.data.validation import entries, values
+from pais_ray.data.validation import entries, values, walk
 from pais_ray.data.validation.rules import LIMITS, DataError, Limits
+from pais_ray.data.validation.walk import Entry
 from pais_ray.files import storage
 
 
 def read_coco(annotations: str, images: str | None, limits: Limits = LIMITS) -> CocoDataset:
-    """The data set of a COCO annotation file whose images lie under the folder ``images``.
+    """Reads a COCO annotation file whose images lie in the folder ``images``.
 
-    Images without annotations are kept (N = 0). Polygons and both kinds of RLE become one compressed RLE an
-    instance; boxes are the file's own, clipped to the image. Without ``images`` nobody looks for the images, and
-    their paths are the names in the file. Raises DataError on the first broken rule.
+    Images without annotations are kept (N = 0). Polygons and both kinds of RLE become one compressed RLE per
+    instance; boxes are those of the file, clipped to the image. If ``images`` is None, the existence of the images is
+    not checked and their paths are the names in the file. Raises DataError for the first broken rule.
     """
     tree, sha256 = entries.read_tree(annotations, limits)
     return build_dataset(tree, annotations, images, sha256, truth=annotations, limits=limits)
@@ -36,19 +37,15 @@ def build_dataset(
     truth: str | dict[str, Any],
     limits: Limits = LIMITS,
 ) -> CocoDataset:
-    """The data set of COCO annotations in memory, which came from ``annotations``. Raises DataError."""
+    """Builds the data set of a parsed COCO file; ``annotations`` is its path for messages. Raises DataError."""
     categories = _categories(entries.check_list(tree, "categories", annotations), annotations)
     plain = _image_records(entries.check_list(tree, "images", annotations), annotations, images, limits)
-    by_image: dict[int, list[Mapping[str, Any]]] = {record.image_id: [] for record in plain}
+    by_image: dict[int, list[Entry]] = {record.image_id: [] for record in plain}
     index = {category.id: category.index for category in categories}
-    seen: set[int] = set()
     used: set[int] = set()
-    for entry in entries.check_list(tree, "annotations", annotations):
-        annotation_id = entries.check_id(entry, "annotation", annotations, seen)
-        seen.add(annotation_id)
-        where = f"{annotations}: annotation {annotation_id}"
-        image_id = entries.check_reference(entry, "image", by_image, where)
-        used.add(entries.check_reference(entry, "category", index, where))
+    for entry in walk.walk(entries.check_list(tree, "annotations", annotations), "annotation", annotations):
+        image_id = walk.image_id(entry, by_image)
+        used.add(walk.category_id(entry, index))
         by_image[image_id].append(entry)
     entries.check_category_names({c.id: c.name for c in categories}, used, annotations)
     records, num_crowd, num_dropped = [], 0, 0
@@ -68,28 +65,27 @@ def build_dataset(
 
 
 def read_unlabeled(
-    source: str, images: str | None, limits: Limits = LIMITS, *, look: bool = True
+    source: str, images: str | None, limits: Limits = LIMITS, *, check_files: bool = True
 ) -> tuple[Record, ...]:
-    """Images of a COCO file, of which only the list of images is looked at, of a plain folder, or of a URL's prefix.
+    """Reads the images of a COCO file (only its list of images), of a plain folder, or of a URL prefix.
 
-    ``images`` is the folder the file's names are relative to; a plain folder needs none. Without ``look`` nobody
-    looks for the images of a COCO file, and their paths are the names in it.
+    ``images`` is the folder that the names in a COCO file are relative to; a plain folder needs none. If
+    ``check_files`` is false, the existence of the images of a COCO file is not checked and their paths are the names
+    in the file. Raises DataError.
     """
     if storage.is_url(source):
         return list_prefix(source)
     if os.path.isdir(source):
         return read_folder(source, limits)
-    if images is None and look:
-        raise DataError("file-missing", source, "its images need a folder", "give data.unlabeled_images or data.images")
+    if images is None and check_files:
+        message = "expected the folder of its images, got none"
+        raise DataError("file-missing", source, message, "set data.unlabeled_images or data.images")
     tree, _ = entries.read_tree(source, limits)
-    return _image_records(entries.check_list(tree, "images", source), source, images if look else None, limits)
+    return _image_records(entries.check_list(tree, "images", source), source, images if check_files else None, limits)
 
 
 def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
-    names: dict[int, str] = {}
-    for entry in listed:
-        category_id = entries.check_id(entry, "category", path, names)
-        names[category_id] = entries.check_text(entry, "name", f"{path}: category {category_id}")
+    names = {entry.id: walk.category_name(entry) for entry in walk.walk(listed, "category", path)}
     entries.check_some_categories(names, path)
     return tuple(Category(id=key, name=names[key], index=i) for i, key in enumerate(sorted(names)))
 
@@ -97,41 +93,34 @@ def _categories(listed: list[Any], path: str) -> tuple[Category, ...]:
 def _image_records(listed: list[Any], path: str, images: str | None, limits: Limits) -> tuple[Record, ...]:
     folder = None if images is None else entries.check_folder(images, path)
     entries.check_some_images(listed, path)
-    seen: set[int] = set()
     records = []
-    for entry in listed:
-        image_id = entries.check_id(entry, "image", path, seen)
-        seen.add(image_id)
-        where = f"{path}: image {image_id}"
-        height, width = entries.check_value(entry, "height", where), entries.check_value(entry, "width", where)
-        height, width = values.check_size(height, width, where, limits)
-        name = entries.check_text(entry, "file_name", where)
-        file = name if folder is None else entries.find_image(folder, name, where)
-        records.append(Record(image_id=image_id, path=file, height=height, width=width))
+    for entry in walk.walk(listed, "image", path):
+        height, width = walk.image_size(entry, limits)
+        if folder is None:
+            file = entries.check_text(entry.value, "file_name", entry.place)
+        else:
+            file = walk.image_file(entry, folder)
+        records.append(Record(image_id=entry.id, path=file, height=height, width=width))
     return tuple(records)
 
 
 def _label(
-    record: Record, own: list[Mapping[str, Any]], index: Mapping[int, int], path: str, limits: Limits
+    record: Record, own: list[Entry], index: Mapping[int, int], path: str, limits: Limits
 ) -> tuple[LabeledRecord, int, int]:
-    """The image with its instances, and how many annotations were crowds and how many were empty."""
+    """Returns the image with its instances, the number of crowds and the number of empty annotations left out."""
     size = (record.height, record.width)
     values.check_count(len(own), f"{path}: image {record.image_id}", limits)
     boxes, labels, segmentations, crowds, places = [], [], [], [], []
-    for entry in own:
-        where = f"{path}: annotation {entry['id']} (image {record.image_id})"
-        crowds.append(values.check_crowd(entry.get("iscrowd", 0), where))
-        segmentation = entries.check_value(entry, "segmentation", where)
-        values.check_segmentation(segmentation, *size, where)
-        box = values.check_box(entries.check_value(entry, "bbox", where), where)
-        values.check_area(entry.get("area"), where)
-        boxes.append(box)
-        labels.append(index[entry["category_id"]])
-        segmentations.append(segmentation)
-        places.append(where)
+    for entry in (entry.in_image(record.image_id) for entry in own):
+        crowds.append(walk.is_crowd(entry))
+        segmentations.append(walk.segmentation(entry, size))
+        boxes.append(walk.box(entry))
+        walk.area(entry)
+        labels.append(index[entry.value["category_id"]])
+        places.append(entry.place)
     rles = to_rles(segmentations, *size)
     instances = zip(boxes, *(array.tolist() for array in measure(rles)[::-1]), places, strict=True)
-    keep = np.array([values.check_instance(b, m, a, *size, where) for b, m, a, where in instances], dtype=bool)
+    keep = np.array([values.check_instance(b, m, a, *size, place) for b, m, a, place in instances], dtype=bool)
     xyxy = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     xyxy[:, 2:] += xyxy[:, :2]
     xyxy = np.clip(xyxy, 0, [record.width, record.height] * 2).astype(np.float32)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Lists the images of plain folders and URL prefixes, and reads image sizes from headers. Torch-free."""
 
 import io
 import os
@@ -11,17 +11,15 @@ from pais_ray.data.images.images import upright_size
 from pais_ray.data.validation.rules import LIMITS, DataError, Limits
 from pais_ray.files import storage
 
-HEADER = 64 * 1024  # bytes of a remote image read at a time: sizes stand near the start
-
-THREADS = 16  # remote images looked at together
-
+HEADER = 64 * 1024  # bytes per read of a remote image: the size is stored near the start
+THREADS = 16  # remote images read at the same time
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 def read_folder(folder: str, limits: Limits = LIMITS) -> tuple[Record, ...]:
-    """Every image under ``folder``, by relative path; the image id is the position in this order.
+    """Returns every image under ``folder``, ordered by relative path; the image id is the position in this order.
 
-    Hidden files and folders are skipped. Sizes come from the headers; broken files raise DataError.
+    Hidden files and folders are skipped. Sizes are read from the headers. Raises DataError, also for broken images.
     """
     records = []
     for position, path in enumerate(list_folder(folder)):
@@ -31,7 +29,7 @@ def read_folder(folder: str, limits: Limits = LIMITS) -> tuple[Record, ...]:
 
 
 def list_folder(folder: str) -> list[str]:
-    """The paths of all image files under ``folder``, in the order of their relative paths."""
+    """Returns the paths of all image files under ``folder``, ordered by relative path. Raises DataError."""
     if not os.path.isdir(folder):
         raise DataError("file-missing", folder, "expected a folder of images, got no folder")
     folder = os.path.abspath(folder)
@@ -45,15 +43,17 @@ def list_folder(folder: str) -> list[str]:
     names.sort(key=lambda name: name.split(os.sep))
     paths = [os.path.join(folder, name) for name in names]
     for path in paths:
-        if not os.path.isfile(path):  # opening a pipe may wait for ever
-            message = "expected an image file, got a pipe, a device or a link that leads nowhere"
-            raise DataError("image-missing", path, message, "remove it, or put the image there")
+        if not os.path.isfile(path):  # opening a pipe could block forever
+            message = "expected an image file, got a pipe, a device or a broken link"
+            raise DataError("image-missing", path, message, "remove it, or replace it with the image")
     return paths
 
 
 def list_prefix(url: str) -> tuple[Record, ...]:
-    """Every image under the prefix of an object store, in the order of ``list_folder``. Headers are not read: sizes
-    are unknown."""
+    """Returns every image under a URL prefix, in the order of ``list_folder``. Headers are not read: sizes are 0.
+
+    Raises DataError.
+    """
     try:
         files = storage.list_files(url)
     except storage.StorageError as error:
@@ -66,13 +66,15 @@ def list_prefix(url: str) -> tuple[Record, ...]:
     return tuple(Record(image_id=i, path=path, height=0, width=0) for i, path in enumerate(paths))
 
 
-def look_up(records: Sequence[Record], limits: Limits = LIMITS) -> Iterator[tuple[int, int] | DataError]:
-    """The upright (height, width) of each image, or what is wrong with it, in order: where nobody has looked yet, by
-    its header, at a request or two each."""
+def read_sizes(records: Sequence[Record], limits: Limits = LIMITS) -> Iterator[tuple[int, int] | DataError]:
+    """Yields the upright (height, width) of each image, px, or the error in its header, in order.
+
+    Unless every record has its size, the headers are read, with one or two requests per image.
+    """
     if all(record.height for record in records):
         return ((record.height, record.width) for record in records)
 
-    def look(record: Record) -> tuple[int, int] | DataError:
+    def read_size(record: Record) -> tuple[int, int] | DataError:
         try:
             with reading.open_file(record.path) as opened, io.BufferedReader(opened, HEADER) as file:  # type: ignore[type-var]
                 return upright_size(file, record.path, limits.max_pixels)
@@ -81,13 +83,13 @@ def look_up(records: Sequence[Record], limits: Limits = LIMITS) -> Iterator[tupl
         except DataError as error:
             return error
 
-    return storage.in_order(look, records, THREADS, 8 * THREADS)
+    return storage.map_in_order(read_size, records, THREADS, 8 * THREADS)
 
 
-def sized(records: Sequence[Record], limits: Limits = LIMITS) -> tuple[Record, ...]:
-    """The images with their sizes, see ``look_up``. Raises DataError."""
+def with_sizes(records: Sequence[Record], limits: Limits = LIMITS) -> tuple[Record, ...]:
+    """Returns the records with their sizes, see ``read_sizes``. Raises DataError."""
     found = []
-    for record, size in zip(records, look_up(records, limits), strict=True):
+    for record, size in zip(records, read_sizes(records, limits), strict=True):
         if isinstance(size, DataError):
             raise size
         found.append(replace(record, height=size[0], width=size[1]))

@@ -26,7 +26,7 @@ def decode_rle(rles: Sequence[bytes], height: int, width: int) -> np.ndarray:
         runs = values.parse_counts(counts, "rle")
         total = int(runs.sum())
         if total != height * width:
-            raise DataError("rle-sum", "rle", f"the runs cover {total} of {height * width} pixels")
+            raise DataError("rle-sum", "rle", f"expected runs that cover {height * width} pixels, got {total}")
         if len(runs) < 2:
             continue
         stop = total - int(runs[-1]) if len(runs) % 2 else total

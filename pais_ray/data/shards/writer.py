@@ -106,7 +106,7 @@ def _write_parts(
     }
     notes = {name: _read_note(out, name, there) for _, name in cut}
     todo = [r for (_, name), records in cut.items() if notes[name] is None for r in records]
-    images = iter(progress(storage.in_order(lambda r: _encoded(r, limits), todo, THREADS, AHEAD), len(todo)))
+    images = iter(progress(storage.map_in_order(lambda r: _encoded(r, limits), todo, THREADS, AHEAD), len(todo)))
     tables: dict[str, list[pa.Table]] = {part: [] for part in parts}
     files = []
     for (part, name), records in cut.items():

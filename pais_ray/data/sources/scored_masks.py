@@ -17,7 +17,7 @@ from pais_ray.data.annotations.rle import decode_rle, measure, to_rles
 from pais_ray.data.images.reader import name_of
 from pais_ray.data.validation import entries, values
 from pais_ray.data.validation.findings import Report
-from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short
+from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short_repr
 
 if TYPE_CHECKING:
     from pais_ray.structures.batch import Predictions
@@ -156,7 +156,7 @@ def check_entry(
 ) -> int:
     """The image of an entry of which each value is sound; of ``others`` only the reference is looked at."""
     if not isinstance(entry, dict):
-        raise DataError("key-type", where, f"expected an object, got {short(entry)}")
+        raise DataError("key-type", where, f"expected an object, got {short_repr(entry)}")
     value = entry.get("image_id")
     if type(value) is int and value in others:
         return value
@@ -166,7 +166,7 @@ def check_entry(
     for key in ("score", *IOU_KEYS):
         number = entries.check_value(entry, key, where) if key == "score" else entry.get(key, 1.0)
         if type(number) not in (int, float) or not 0 <= number <= 1:
-            raise DataError("score-range", where, f"expected {key!r} as a number from 0 to 1, got {short(number)}")
+            raise DataError("score-range", where, f"expected {key!r} as a number from 0 to 1, got {short_repr(number)}")
     segmentation = entries.check_value(entry, "segmentation", where)
     size = known[image_id].size
     if size is not None:
@@ -187,7 +187,7 @@ def check_listing(path: str, known: Mapping[int, ImageInfo]) -> None:
         if isinstance(entry, dict) and type(entry.get("id")) is int and entry["id"] in known:
             there, here = os.path.basename(str(entry.get("file_name"))), known[entry["id"]].name
             if here is not None and there != here:
-                message = f"was {short(there)} when the masks were predicted, and is {short(here)} now"
+                message = f"was {short_repr(there)} when the masks were predicted, and is {short_repr(here)} now"
                 raise DataError("scored-images", f"{beside}: image {entry['id']}", message)
 
 

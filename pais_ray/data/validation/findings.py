@@ -1,4 +1,4 @@
-"""Findings of a data set, as table and as JSON."""
+"""The findings of a validation, as a table and as JSON."""
 
 import json
 from collections import Counter
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from pais_ray.data.validation.rules import RULES, DataError, severity
 from pais_ray.files import atomic
 
-EXAMPLES = 3  # findings of each rule that the table shows
+EXAMPLES = 3  # findings per rule in the table
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One broken rule."""
+    """One broken rule at one place."""
 
     rule: str
     where: str
@@ -35,19 +35,29 @@ class Finding:
 
 @dataclass
 class Report:
-    """All findings, and how much was looked at."""
+    """All findings, and how many entries and files were checked."""
 
     findings: list[Finding] = field(default_factory=list)
     images: int = 0
     annotations: int = 0
     pictures: int = 0  # image files decoded
-    broken: dict[int, str] = field(default_factory=dict)  # images of the first COCO file -> rule their file breaks
+    broken: dict[int, str] = field(default_factory=dict)  # id of an image whose file is broken -> rule
 
     def add(self, error: DataError) -> None:
+        """Adds a finding."""
         self.findings.append(Finding(error.rule, error.where, error.message, error.remedy))
 
+    def add_and_skip(self, error: DataError, value: object) -> None:
+        """Adds a finding about an entry and leaves the entry out: a policy of ``walk``."""
+        self.add(error)
+
+    def add_and_keep(self, error: DataError, value: object) -> dict[str, Any] | None:
+        """Adds a finding about an entry and continues with the entry if it is an object: a policy of ``walk``."""
+        self.add(error)
+        return value if isinstance(value, dict) else None
+
     def check(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What a check returns, or None with its finding added."""
+        """Calls a check and returns its result; on DataError adds the finding and returns None."""
         try:
             return function(*arguments)
         except DataError as error:
@@ -55,17 +65,17 @@ class Report:
             return None
 
     def counts(self) -> dict[str, int]:
-        """rule -> findings, errors first, then by the order of the rules."""
+        """Returns the number of findings per rule: errors first, then in the order of ``RULES``."""
         found = Counter(finding.rule for finding in self.findings)
         order = {rule: i for i, rule in enumerate(RULES)}
         return dict(sorted(found.items(), key=lambda item: (severity(item[0]), order[item[0]])))
 
     def number(self, kind: str) -> int:
-        """Findings of severity ``kind``."""
+        """Returns the number of findings of severity ``kind``, "error" or "warning"."""
         return sum(count for rule, count in self.counts().items() if severity(rule) == kind)
 
     def table(self) -> str:
-        """Counts per rule with the first findings of each and the remedy, then the sums."""
+        """Formats the counts per rule, each with its remedy and first findings, and the totals."""
         examples: dict[str, list[Finding]] = {}
         for finding in self.findings:
             shown = examples.setdefault(finding.rule, [])
@@ -77,14 +87,14 @@ class Report:
             lines += [f"         {f.where}: {f.message}" for f in examples[rule]]
             if count > EXAMPLES:
                 lines.append(f"         ... and {count - EXAMPLES} more")
-        looked = f"{self.images} images ({self.pictures} decoded), {self.annotations} annotations"
-        sums = f"{_plural(self.number('error'), 'error')}, {_plural(self.number('warning'), 'warning')}"
-        lines.append(f"{sums}: {looked}")
-        # names come from outside: no escape sequences on the terminal
+        checked = f"{self.images} images ({self.pictures} decoded), {self.annotations} annotations"
+        totals = f"{_plural(self.number('error'), 'error')}, {_plural(self.number('warning'), 'warning')}"
+        lines.append(f"{totals}: {checked}")
+        # file names and category names are untrusted: they must not send escape sequences to the terminal
         return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
     def write(self, path: str, **more: Any) -> None:
-        """JSON with every finding, one a line; written aside and renamed."""
+        """Atomically writes every finding as JSON, one per line, with ``more`` as additional keys."""
         head = {
             "errors": self.number("error"),
             "warnings": self.number("warning"),

@@ -1,27 +1,30 @@
-"""A repaired copy of a COCO file, and the list of what it changed. The source is read, never written. Torch-free.
+"""Writes a repaired copy of a COCO file and lists the changes. The source is never modified. Torch-free.
 
-What the masks say is recomputed (area, box), what says nothing is dropped, and the copy breaks no rule that is an
-error: the same checks decide.
+Area and box are recomputed from the mask, entries that cannot be repaired are removed, and the copy breaks no rule of
+severity "error": repair uses the checks of reading.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pais_ray.data.annotations.rle import measure, to_rles
-from pais_ray.data.validation import entries, values
-from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short
+from pais_ray.data.validation import entries, values, walk
+from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short_repr
+from pais_ray.data.validation.walk import Entry
 from pais_ray.files import atomic
 
 Json = dict[str, Any]
-FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+Result = TypeVar("Result")
+
+FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}  # spellings of iscrowd that are corrected
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What was done about a broken rule."""
+    """What was changed because of a broken rule."""
 
     where: str
     rule: str
@@ -35,123 +38,127 @@ def repair(
     limits: Limits = LIMITS,
     broken: Mapping[int, str] | None = None,
 ) -> list[Change]:
-    """Writes the repaired copy of the COCO file ``path`` to ``out`` and returns what it changed.
+    """Writes the repaired copy of the COCO file ``path`` to ``out`` and returns the changes.
 
-    Images whose file is not to be found in ``folder`` are dropped, and those in ``broken`` (image id -> rule).
-    Raises DataError where there is nothing to repair: no COCO file, no category, or no image that may stay.
+    Images whose file is missing in ``folder`` are removed, and those in ``broken`` (image id -> rule). Raises DataError
+    if nothing can be repaired: no COCO file, no category, or no image left. Raises ValueError if ``out`` is the source.
     """
     if os.path.exists(out) and os.path.samefile(path, out):
-        raise ValueError(f"--fix: expected another file than the source, got {out}; the source is never changed")
+        raise ValueError(f"--fix: expected another file than the source, got {out}; choose another path")
     with entries.no_collection():
-        return _repair(path, out, folder, limits, broken or {})
+        tree, _ = entries.read_tree(path, limits)
+        listed = {key: entries.check_list(tree, key, path) for key in ("categories", "images", "annotations")}
+        work = _Repair(path, None if folder is None else entries.check_folder(folder, path), limits, broken or {})
+        categories = work.categories(listed["categories"])
+        entries.check_some_categories(categories, path)
+        images = work.images(listed["images"])
+        annotations = work.annotations(listed["annotations"])
+        images = [image for image in images if image["id"] in work.sizes]  # without those with too many annotations
+        entries.check_some_images(images, path)
+        _write(tree | {"categories": categories, "images": images, "annotations": annotations}, out)
+    return work.changes
 
 
-def _repair(path: str, out: str, folder: str | None, limits: Limits, broken: Mapping[int, str]) -> list[Change]:
-    tree, _ = entries.read_tree(path, limits)
-    copy = _Copy(path, folder, limits, broken)
-    listed = {key: entries.check_list(tree, key, path) for key in ("categories", "images", "annotations")}
-    categories = copy.categories(listed["categories"])
-    entries.check_some_categories(categories, path)
-    images = copy.images(listed["images"])
-    annotations = copy.annotations(listed["annotations"])
-    images = [entry for entry in images if entry["id"] in copy.sizes]  # without those of too many instances
-    entries.check_some_images(images, path)
-    _write(tree | {"categories": categories, "images": images, "annotations": annotations}, out)
-    return copy.changes
-
-
-class _Copy:
-    """The state of one repair: what became of categories and images, and the changes so far."""
+class _Repair:
+    """The state of one repair: the ids of categories and images that are kept, and the changes so far."""
 
     def __init__(self, path: str, folder: str | None, limits: Limits, broken: Mapping[int, str]) -> None:
-        self.path, self.limits, self.broken = path, limits, broken
-        self.folder = None if folder is None else entries.check_folder(folder, path)
+        self.path, self.folder, self.limits, self.broken = path, folder, limits, broken
         self.changes: list[Change] = []
-        self.category_of: dict[int, int] = {}  # id in the source -> id in the copy
-        self.sizes: dict[int, tuple[int, int]] = {}  # of the images that are kept
+        self.category_of: dict[int, int] = {}  # category id in the source -> in the copy
+        self.sizes: dict[int, tuple[int, int]] = {}  # id -> (height, width) of the images that are kept
 
-    def note(self, where: str, rule: str, change: str) -> None:
-        self.changes.append(Change(where, rule, change))
+    def note(self, place: str, rule: str, change: str) -> None:
+        self.changes.append(Change(place, rule, change))
 
-    def drop(self, error: DataError) -> None:
+    def drop(self, error: DataError, value: object = None) -> None:
+        """Records that an entry is removed: a policy of ``walk``."""
         self.note(error.where, error.rule, "removed")
 
+    def kept(self, check: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Calls a check and returns its result; on DataError records that the entry is removed and returns None."""
+        try:
+            return check(*arguments)
+        except DataError as error:
+            self.drop(error)
+            return None
+
     def categories(self, listed: list[Any]) -> list[Json]:
+        """Returns the categories that are kept. A missing name becomes the id; categories of one name are merged."""
         kept: list[Json] = []
         owner: dict[str, int] = {}
-        for entry in listed:
+        for entry in walk.walk(listed, "category", self.path, self.drop):
+            category = entry.value
             try:
-                key = entries.check_id(entry, "category", self.path, self.category_of)
+                name = walk.category_name(entry)
             except DataError as error:
-                self.drop(error)
-                continue
-            where = f"{self.path}: category {key}"
-            try:
-                name = entries.check_text(entry, "name", where)
-            except DataError as error:
-                name = str(key)
-                entry = entry | {"name": name}
-                self.note(where, error.rule, "named by its id")
-            self.category_of[key] = owner.setdefault(name, key)
-            if owner[name] == key:
-                kept.append(entry)
+                name = str(entry.id)
+                category = category | {"name": name}
+                self.note(entry.place, error.rule, "named by its id")
+            self.category_of[entry.id] = owner.setdefault(name, entry.id)
+            if owner[name] == entry.id:
+                kept.append(category)
             else:
-                self.note(where, "category-name", f"merged with category {owner[name]}, also called {short(name)}")
+                change = f"merged with category {owner[name]}, which has the same name {short_repr(name)}"
+                self.note(entry.place, "category-name", change)
         return kept
 
     def images(self, listed: list[Any]) -> list[Json]:
+        """Returns the images that are kept."""
         kept: list[Json] = []
-        for entry in listed:
-            try:
-                key = entries.check_id(entry, "image", self.path, self.sizes)
-                where = f"{self.path}: image {key}"
-                height, width = (entries.check_value(entry, side, where) for side in ("height", "width"))
-                size = values.check_size(height, width, where, self.limits)
-                name = entries.check_text(entry, "file_name", where)
-                if self.folder is None:
-                    entries.check_name(name, where)
-                else:
-                    entries.find_image(self.folder, name, where)
-                if key in self.broken:
-                    raise DataError(self.broken[key], where, "its file")
-            except DataError as error:
-                self.drop(error)
-                continue
-            self.sizes[key] = size
-            kept.append(entry)
+        for entry in walk.walk(listed, "image", self.path, self.drop):
+            size = self.kept(self.image, entry)
+            if size is not None:
+                self.sizes[entry.id] = size
+                kept.append(entry.value)
         return kept
 
+    def image(self, entry: Entry) -> tuple[int, int]:
+        """Returns the size of a valid image."""
+        size = walk.image_size(entry, self.limits)
+        if self.folder is None:
+            walk.image_name(entry)
+        else:
+            walk.image_file(entry, self.folder)
+        if entry.id in self.broken:
+            raise DataError(self.broken[entry.id], entry.place, "expected an image file that can be used")
+        return size
+
     def annotations(self, listed: list[Any]) -> list[Json]:
-        ids = {e["id"] for e in listed if isinstance(e, dict) and type(e.get("id")) is int}
-        fresh = max((i for i in ids if 0 <= i < 2**62), default=0) + 1
-        seen: set[int] = set()
-        by_image: dict[int, list[tuple[int, Json]]] = {}
-        for position, entry in enumerate(listed):
-            try:
-                seen.add(entries.check_id(entry, "annotation", self.path, seen))
-            except DataError as error:
-                if not isinstance(entry, dict):
-                    self.drop(error)
-                    continue
-                entry, fresh = entry | {"id": fresh}, fresh + 1
-                self.note(error.where, error.rule, f"numbered {entry['id']}")
-            where = f"{self.path}: annotation {entry['id']}"
-            try:
-                image_id = entries.check_reference(entry, "image", self.sizes, where)
-                category_id = entries.check_reference(entry, "category", self.category_of, where)
-            except DataError as error:
-                self.drop(error)
+        """Returns the annotations that are kept, in the order of the file."""
+        by_image: dict[int, list[tuple[int, Entry]]] = {}
+        renumbered = walk.walk(listed, "annotation", self.path, self.renumber(listed))
+        for position, entry in enumerate(renumbered):
+            image_id = self.kept(walk.image_id, entry, self.sizes)
+            category_id = None if image_id is None else self.kept(walk.category_id, entry, self.category_of)
+            if image_id is None or category_id is None:
                 continue
             if self.category_of[category_id] != category_id:
-                entry = entry | {"category_id": self.category_of[category_id]}
-            by_image.setdefault(image_id, []).append((position, entry))
+                entry = entry._replace(value=entry.value | {"category_id": self.category_of[category_id]})
+            by_image.setdefault(image_id, []).append((position, entry.in_image(image_id)))
         repaired: dict[int, Json] = {}
         for image_id, own in by_image.items():
             repaired.update(self.of_image(image_id, own))
         return [repaired[position] for position in sorted(repaired)]
 
-    def of_image(self, image_id: int, own: list[tuple[int, Json]]) -> Iterable[tuple[int, Json]]:
-        """(position, annotation) of those that are kept."""
+    def renumber(self, listed: list[Any]) -> walk.OnError:
+        """Returns the policy for annotations without a valid id: each gets an unused id."""
+        ids = {value["id"] for value in listed if isinstance(value, dict) and type(value.get("id")) is int}
+        unused = max((i for i in ids if 0 <= i < 2**62), default=0) + 1
+
+        def policy(error: DataError, value: object) -> Json | None:
+            nonlocal unused
+            if not isinstance(value, dict):
+                self.drop(error)
+                return None
+            value, unused = value | {"id": unused}, unused + 1
+            self.note(error.where, error.rule, f"numbered {value['id']}")
+            return value
+
+        return policy
+
+    def of_image(self, image_id: int, own: list[tuple[int, Entry]]) -> Iterable[tuple[int, Json]]:
+        """Returns (position, annotation) of the annotations of one image that are kept."""
         size = self.sizes[image_id]
         try:
             values.check_count(len(own), f"{self.path}: image {image_id}", self.limits)
@@ -159,93 +166,100 @@ class _Copy:
             self.drop(error)
             del self.sizes[image_id]
             return []
-        sound = []
+        valid = []
         for position, entry in own:
-            where = f"{self.path}: annotation {entry['id']} (image {image_id})"
-            try:
-                sound.append((position, self.mask(self.flag(entry, where), size, where), where))
-            except DataError as error:
-                self.drop(error)
-        rles = to_rles([entry["segmentation"] for _, entry, _ in sound], *size)
+            repaired = self.kept(self.flag_and_mask, entry, size)
+            if repaired is not None:
+                valid.append((position, repaired, entry.place))
+        rles = to_rles([annotation["segmentation"] for _, annotation, _ in valid], *size)
         areas, boxes = measure(rles)
         kept = []
-        for (position, entry, where), rle, area, box in zip(sound, rles, areas.tolist(), boxes.tolist(), strict=True):
+        measured = zip(valid, rles, areas.tolist(), boxes.tolist(), strict=True)
+        for (position, annotation, place), rle, area, box in measured:
             if area == 0:
-                self.note(where, "mask-empty", "removed")
+                self.note(place, "mask-empty", "removed")
                 continue
-            if entry.get("iscrowd") and isinstance(entry["segmentation"], list):
-                entry = entry | {"segmentation": {"size": list(size), "counts": rle["counts"].decode("ascii")}}
-                self.note(where, "crowd-rle", "polygons encoded as RLE")
-            kept.append((position, self.measures(entry, area, box, size, where)))
+            if annotation.get("iscrowd") and isinstance(annotation["segmentation"], list):
+                encoded = {"size": list(size), "counts": rle["counts"].decode("ascii")}
+                annotation = annotation | {"segmentation": encoded}
+                self.note(place, "crowd-rle", "polygons encoded as RLE")
+            kept.append((position, self.box_and_area(Entry(annotation, place), area, box, size)))
         return kept
 
-    def flag(self, entry: Json, where: str) -> Json:
+    def flag_and_mask(self, entry: Entry, size: tuple[int, int]) -> Json:
+        """Returns the annotation with a valid iscrowd flag and without the polygons that break a rule.
+
+        Raises DataError if the flag or every polygon is broken.
+        """
+        annotation = entry.value
         try:
-            values.check_crowd(entry.get("iscrowd", 0), where)
-            return entry
+            walk.is_crowd(entry)
         except DataError as error:
-            value = FLAGS.get(str(entry["iscrowd"]).lower()) if isinstance(entry["iscrowd"], str | float) else None
+            flag = annotation["iscrowd"]
+            value = FLAGS.get(str(flag).lower()) if isinstance(flag, str | float) else None
             if value is None:
                 raise
-            self.note(where, error.rule, f"iscrowd written as {value}")
-            return entry | {"iscrowd": value}
-
-    def mask(self, entry: Json, size: tuple[int, int], where: str) -> Json:
-        """The annotation without the polygons that break a rule, unless all do."""
-        segmentation = entries.check_value(entry, "segmentation", where)
+            self.note(entry.place, error.rule, f"iscrowd written as {value}")
+            annotation = annotation | {"iscrowd": value}
         try:
-            values.check_segmentation(segmentation, *size, where)
-            return entry
+            walk.segmentation(entry, size)
         except DataError as error:
-            if not isinstance(segmentation, list) or error.rule == "polygon-count":
+            polygons = annotation.get("segmentation")
+            if not isinstance(polygons, list) or error.rule == "polygon-count":
                 raise
-            sound = []
-            for polygon in segmentation:
-                try:
-                    values.check_polygon(polygon, *size, where)
-                    sound.append(polygon)
-                except DataError:
-                    pass
-            if not sound:
+            valid = [polygon for polygon in polygons if _is_valid(polygon, size)]
+            if not valid:
                 raise
-            values.check_segmentation(sound, *size, where)  # each is sound, and together they may be too long
-            self.note(where, error.rule, f"{len(segmentation) - len(sound)} of {len(segmentation)} polygons removed")
-            return entry | {"segmentation": sound}
+            values.check_segmentation(valid, *size, entry.place)  # together, valid outlines can still be too long
+            self.note(entry.place, error.rule, f"{len(polygons) - len(valid)} of {len(polygons)} polygons removed")
+            annotation = annotation | {"segmentation": valid}
+        return annotation
 
-    def measures(self, entry: Json, area: float, box: list[float], size: tuple[int, int], where: str) -> Json:
-        """The annotation with a box and an area that its mask bears out."""
+    def box_and_area(self, entry: Entry, mask_area: float, mask_box: list[float], size: tuple[int, int]) -> Json:
+        """Returns the annotation with a box and an area that agree with its mask."""
+        annotation = entry.value
         try:
-            given = values.check_box(entries.check_value(entry, "bbox", where), where)
-            if not values.check_instance(given, box, area, *size, where):
-                raise DataError("instance-empty", where, "the box")
-            values.check_box_mask(given, box, where)
+            box = walk.box(entry)
+            if not values.check_instance(box, mask_box, mask_area, *size, entry.place):
+                raise DataError("instance-empty", entry.place, "expected a box with an area, got an empty one")
+            values.check_box_mask(box, mask_box, entry.place)
         except DataError as error:
-            clipped = self.clipped(entry["bbox"], box, size, where) if error.rule == "box-outside" else None
-            entry = entry | {"bbox": box if clipped is None else clipped}
-            self.note(where, error.rule, "bbox recomputed from the mask" if clipped is None else "bbox clipped")
+            clipped = _clip(annotation["bbox"], mask_box, size) if error.rule == "box-outside" else None
+            annotation = annotation | {"bbox": mask_box if clipped is None else clipped}
+            change = "bbox recomputed from the mask" if clipped is None else "bbox clipped to the image"
+            self.note(entry.place, error.rule, change)
         try:
-            values.check_area_mask(values.check_area(entry.get("area"), where), box, area, where)
+            values.check_area_mask(walk.area(entry), mask_box, mask_area, entry.place)
         except DataError as error:
-            entry = entry | {"area": area}
-            self.note(where, error.rule, "area recomputed from the mask")
-        return entry
+            annotation = annotation | {"area": mask_area}
+            self.note(entry.place, error.rule, "area recomputed from the mask")
+        return annotation
 
-    def clipped(self, given: list[float], box: list[float], size: tuple[int, int], where: str) -> list[float] | None:
-        """The part of the given box that lies in the image, if the mask bears it out."""
-        x, y, w, h = given
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[1]), min(y + h, size[0])
-        if right <= left or bottom <= top:
-            return None
-        inside = [left, top, right - left, bottom - top]
-        try:
-            values.check_box_mask(inside, box, where)
-        except DataError:
-            return None
-        return inside
+
+def _is_valid(polygon: object, size: tuple[int, int]) -> bool:
+    try:
+        values.check_polygon(polygon, *size, "")
+    except DataError:
+        return False
+    return True
+
+
+def _clip(box: list[float], mask_box: list[float], size: tuple[int, int]) -> list[float] | None:
+    """Returns the part of a box that lies in the image, or None if it does not agree with the mask."""
+    x, y, w, h = box
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[1]), min(y + h, size[0])
+    if right <= left or bottom <= top:
+        return None
+    inside = [left, top, right - left, bottom - top]
+    try:
+        values.check_box_mask(inside, mask_box, "")
+    except DataError:
+        return None
+    return inside
 
 
 def _write(tree: Json, out: str) -> None:
-    """One entry a line, aside and renamed."""
+    """Atomically writes a COCO file with one entry per line."""
     try:
         with atomic.create_text(out) as file:
             for i, (key, value) in enumerate(tree.items()):
@@ -258,4 +272,6 @@ def _write(tree: Json, out: str) -> None:
                     file.write(json.dumps(value))
             file.write("}\n")
     except RecursionError as error:
-        raise DataError("file-json", out, "an entry is nested too deeply to be written") from error
+        raise DataError(
+            "file-json", out, "expected entries that can be written as JSON, got one nested too deeply"
+        ) from error
