@@ -1,6 +1,11 @@
-"""Words -> one tree of settings, merged but not yet typed. Overlays are one deep: files, then `a.b=value`.
+"""Config names and overrides -> one tree of settings, merged but not yet typed.
 
-Torch-free.
+The command line is a list of words. A word is the name of a file in configs/, the path of a YAML file, an override
+`section.setting=value`, or `data=FOLDER`. Files are merged from left to right, then overrides. A file may begin with
+`base: NAME`: the file NAME of configs/ is then merged directly before it. A base has no base itself, so every value is
+found in at most two files.
+
+This module does not import torch.
 """
 
 import json
@@ -15,81 +20,100 @@ from pais_ray.data.sources.discover import detect
 from pais_ray.modeling.registry import did_you_mean
 
 Tree = dict[str, Any]
+BASE = "base"
 PER_SEGMENTOR = "per_segmentor"
-DATA = "data="  # a folder to look into, in the place of settings
-# With data=FOLDER and without words that name others: the paper's method with its faster segmentor.
+DATA_FOLDER = "data="  # prefix of the word that names a folder to inspect
+# Chosen for data=FOLDER if no other word names a segmentor or a method: the paper's method, its faster segmentor.
 DEFAULTS = {"segmentor": "mask_rcnn", "method": "pais"}
 
 
 class ConfigError(ValueError):
-    """Wrong settings, in one line: where, what was expected, what came, the nearest valid choice."""
-
-
-def config_dirs() -> list[Path]:
-    """Where words are looked up: `configs/` of the checkout, or of the installed package."""
-    here = Path(__file__).parents[1]
-    return [d for d in (here.parent / "configs", here / "configs") if d.is_dir()]
+    """Invalid settings, in one line: the place, what was expected, what was found, the nearest valid choice."""
 
 
 class ResolvedWords(NamedTuple):
-    """Words without data=FOLDER, and what to tell people of it."""
+    """The words of a command without `data=FOLDER`, and messages about what it was replaced by."""
 
     words: list[str]
-    found: list[str]  # lines on the data
-    chosen: list[str]  # a line on segmentor and method, where they are the DEFAULTS
+    found: list[str]  # one line per data set part
+    chosen: list[str]  # one line if DEFAULTS were used
+
+
+def config_dirs() -> list[Path]:
+    """The folders that config names are looked up in: `configs/` of the checkout, or of the installed package."""
+    package = Path(__file__).parents[1]
+    return [d for d in (package.parent / "configs", package / "configs") if d.is_dir()]
 
 
 def expand_words(words: Sequence[str], search: Sequence[Path] | None = None) -> ResolvedWords:
-    """``words`` with data=FOLDER replaced by the settings that it stands for. What other words say of data wins,
-    wherever they stand. Raises ConfigError, and DataError where the folder is not recognized."""
-    sources = [word.removeprefix(DATA) for word in words if word.startswith(DATA)]
-    rest = [word for word in words if not word.startswith(DATA)]
+    """Replace `data=FOLDER` in ``words`` by the settings that the layout of the folder implies.
+
+    Other words about `data:` take precedence, wherever they stand. Config names are looked up in ``search``, by default
+    in config_dirs(). Raises ConfigError for more than one folder, and DataError if the layout is not recognized."""
+    sources = [word.removeprefix(DATA_FOLDER) for word in words if word.startswith(DATA_FOLDER)]
+    rest = [word for word in words if not word.startswith(DATA_FOLDER)]
     if not sources:
         return ResolvedWords(rest, [], [])
     if len(sources) > 1:
-        raise ConfigError(f"data: expected one folder, got {', '.join(sources)}; name parts as data.train and so on")
+        raise ConfigError(f"data: expected one folder, got {', '.join(sources)}; set data.train and so on instead")
     folders = config_dirs() if search is None else list(search)
-    said: Tree = {}
-    for word in rest:
-        if "=" in word:
-            _merge(said, _override(word))
-    found = detect(sources[0], said.get("data", {}))
-    trees = [said, *(_read(word, folders) for word in rest if "=" not in word)]
-    missing = [name for section, name in DEFAULTS.items() if not any(_name_of(tree, section) for tree in trees)]
+    overrides = _merged_overrides(rest)
+    found = detect(sources[0], overrides.get("data", {}))
+    trees = [overrides, *(tree for _, tree in _read_files(rest, folders))]
+    missing = [section for section in DEFAULTS if not any(_name_of(tree, section) for tree in trees)]
+    defaults = [DEFAULTS[section] for section in missing]
     settings = [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in found.settings.items()]
-    chosen = [f"no other words, so these: {' '.join(missing)}"] if missing else []
-    return ResolvedWords([*missing, *settings, *rest], found.lines, chosen)
+    chosen = [f"Defaults: {' '.join(defaults)} (no other word names a {' or a '.join(missing)})"] if missing else []
+    return ResolvedWords([*defaults, *settings, *rest], found.lines, chosen)
 
 
 def resolve(words: Sequence[str], search: Sequence[Path] | None = None) -> Tree:
-    """The settings that ``words`` spell, merged but not yet typed. Raises ConfigError, see also ``spell_out``."""
+    """Merge the settings that ``words`` name, without checking types.
+
+    Raises ConfigError for an unknown or unreadable file and a malformed override; see also ``expand_words``."""
     folders = config_dirs() if search is None else list(search)
     words = expand_words(words, folders).words
-    overrides = [w for w in words if "=" in w]
-    files = [(w, _read(w, folders)) for w in words if "=" not in w]
-    last: Tree = {}
-    for word in overrides:
-        _merge(last, _override(word))
-    names = [_name_of(tree, "segmentor") for tree in [*(t for _, t in files), last]]
-    chosen = next((n for n in reversed(names) if n is not None), None)
+    files, overrides = _read_files(words, folders), _merged_overrides(words)
+    names = [_name_of(tree, "segmentor") for tree in [*(tree for _, tree in files), overrides]]
+    segmentor = next((name for name in reversed(names) if name is not None), None)
     merged: Tree = {}
     for word, tree in files:
         blocks = tree.pop(PER_SEGMENTOR, None)
         _overlay(merged, tree)
         if blocks is not None:
-            _overlay(merged, _block(word, blocks, chosen))
-    return _overlay(merged, last)
+            _overlay(merged, _segmentor_block(word, blocks, segmentor))
+    return _overlay(merged, overrides)
+
+
+def _read_files(words: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, Tree]]:
+    """(word, settings) of every file that ``words`` name, each preceded by its base."""
+    files = []
+    for word in words:
+        if "=" in word:
+            continue
+        tree = _read(word, folders)
+        base = tree.pop(BASE, None)
+        if base is not None:
+            if not isinstance(base, str) or Path(base).suffix or "/" in base:
+                raise ConfigError(f"{word}: {BASE}: expected the name of a file in configs/, got {base!r}")
+            below = _read(base, folders)
+            if BASE in below:
+                raise ConfigError(f"{word}: {BASE}: {base} has a base itself; name {below[BASE]} or copy its settings")
+            files.append((base, below))
+        files.append((word, tree))
+    return files
 
 
 def _read(word: str, folders: Sequence[Path]) -> Tree:
+    """The content of a file: of a path, or of a config name in one of ``folders``."""
     path = Path(word)
     if path.suffix not in (".yaml", ".yml"):
         found = [f / f"{word}.yaml" for f in folders if (f / f"{word}.yaml").is_file()]
         if not found:
             names = sorted({p.stem for f in folders for p in f.glob("*.yaml")})
             raise ConfigError(
-                f"{word}: no such config{did_you_mean(word, names)} (there are: {', '.join(names)}; "
-                "or a path to a .yaml, or section.setting=value)"
+                f"{word}: no such config{did_you_mean(word, names)} (the configs are {', '.join(names)}; "
+                "also accepted: the path of a .yaml file, section.setting=value)"
             )
         path = found[0]
     try:
@@ -103,7 +127,16 @@ def _read(word: str, folders: Sequence[Path]) -> Tree:
     return tree or {}
 
 
-def _override(word: str) -> Tree:
+def _merged_overrides(words: Sequence[str]) -> Tree:
+    """All overrides among ``words`` as one tree."""
+    merged: Tree = {}
+    for word in words:
+        if "=" in word:
+            _merge(merged, _parse_override(word))
+    return merged
+
+
+def _parse_override(word: str) -> Tree:
     """`a.b=value` as a tree."""
     dotted, _, text = word.partition("=")
     keys = dotted.split(".")
@@ -113,27 +146,27 @@ def _override(word: str) -> Tree:
         value = parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{dotted}: expected a YAML value, got {text!r}; quote it") from error
-    tree: Any = value
-    for key in reversed(keys):
+    tree: Tree = {keys[-1]: value}
+    for key in reversed(keys[:-1]):
         tree = {key: tree}
-    result: Tree = tree
-    return result
+    return tree
 
 
-def _block(word: str, blocks: Any, segmentor: str | None) -> Tree:
-    """What a file says for the chosen segmentor."""
+def _segmentor_block(word: str, blocks: Any, segmentor: str | None) -> Tree:
+    """The block under `per_segmentor:` of the file ``word`` for the chosen segmentor."""
     if not isinstance(blocks, dict):
-        raise ConfigError(f"{word}: {PER_SEGMENTOR}: expected one block a segmentor, got {blocks!r}")
+        raise ConfigError(f"{word}: {PER_SEGMENTOR}: expected one block per segmentor, got {blocks!r}")
     if segmentor is None:
         raise ConfigError(
-            f"segmentor.name: none chosen, and {word} differs by segmentor; add one of {', '.join(blocks)} as a word"
+            f"segmentor.name: none chosen, and the settings of {word} depend on it; add one of {', '.join(blocks)}"
         )
     if segmentor not in blocks:
         raise ConfigError(
             f"{word}: no published constants for segmentor {segmentor!r}, only for {', '.join(blocks)}; "
-            f"write a .yaml of your own with its method and optim.reference"
+            "write your own .yaml file with the sections method and optim.reference"
         )
-    return blocks[segmentor] or {}
+    block: Tree = blocks[segmentor] or {}
+    return block
 
 
 def _name_of(tree: Tree, section: str) -> str | None:
@@ -142,8 +175,8 @@ def _name_of(tree: Tree, section: str) -> str | None:
 
 
 def _overlay(base: Tree, top: Tree) -> Tree:
-    """Merges one overlay into ``base``. Another plugin, or another preset, starts its section anew: what was
-    said of the old one does not fit it."""
+    """Merge one file, or the overrides, into ``base``. Another plugin or preset resets its section first, because
+    settings that were chosen for the previous one do not fit it."""
     for section, new in top.items():
         old = base.get(section)
         if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -164,7 +197,8 @@ def _merge(base: Tree, top: Tree) -> Tree:
     return base
 
 
-# YAML 1.2's core scalars (tag, pattern, first characters): `1e-4` is a number; `no`, `010`, dates are text.
+# The scalars of the YAML 1.2 core schema (tag, pattern, first characters). `1e-4` is a number, whereas `no`, `010` and
+# dates are text. PyYAML follows YAML 1.1, which reads them the other way round.
 CORE_SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -181,7 +215,7 @@ def _core_scalars(kind: Any) -> Any:
 
 
 def parse(text: str) -> Any:
-    """What YAML ``text`` says: plain values only, numbers as YAML 1.2 reads them."""
+    """Parse YAML ``text`` with plain values only and the scalars of YAML 1.2. Raises yaml.YAMLError."""
     loader = Loader(text)
     try:
         return loader.get_single_data()
@@ -191,19 +225,23 @@ def parse(text: str) -> Any:
 
 @_core_scalars
 class Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: Tree = {}  # noqa: RUF012 - PyYAML declares it so
+    """Reads the scalars of YAML 1.2 and refuses duplicate keys."""
+
+    yaml_implicit_resolvers: Tree = {}  # noqa: RUF012 - declared like this by PyYAML
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+        duplicate = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
+        if duplicate is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 @_core_scalars
 class Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: Tree = {}  # noqa: RUF012 - PyYAML declares it so
+    """Writes what ``Loader`` reads, with each list on one line."""
+
+    yaml_implicit_resolvers: Tree = {}  # noqa: RUF012 - declared like this by PyYAML
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
-        return super().represent_sequence(tag, sequence, flow_style=True)  # lists here are short: one line each
+        return super().represent_sequence(tag, sequence, flow_style=True)

@@ -200,6 +200,27 @@ def test_another_preset_starts_its_section_anew_but_keeps_what_came_with_it():
     assert (segmentor.backbone, segmentor.detections) == ("resnet50", 50)
 
 
+def test_a_base_is_merged_directly_before_its_file(tmp_path):
+    write(tmp_path, "below", "train: {seed: 1, steps: 7}\nper_segmentor: {mask_rcnn: {train: {log_every: 3}}}")
+    write(tmp_path, "above", "base: below\ntrain: {seed: 2}")
+    write(tmp_path, "rest", "segmentor: {name: mask_rcnn}\nmethod: {name: supervised}\nbatch: {unlabeled: 0}")
+    assert compose(["rest", "above"], [tmp_path]) == compose(["rest", "below", "train.seed=2"], [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("base", "part"),
+    [
+        ("nothing", "nothing: no such config"),
+        ("[below]", "above: base: expected the name of a file in configs/, got ['below']"),
+        ("below.yaml", "above: base: expected the name of a file in configs/, got 'below.yaml'"),
+        ("above", "above: base: above has a base itself; name above or copy its settings"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_one_clear_line(base, part, tmp_path):
+    write(tmp_path, "above", f"base: {base}")
+    assert part in error("above", search=[tmp_path])
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -298,7 +319,7 @@ def test_unknown_segmentor_names_those_that_exist():
 
 
 def test_nothing_chosen_says_what_to_choose():
-    assert "segmentor.name: none chosen, and pais differs by segmentor" in error("coco", "pais")
+    assert "segmentor.name: none chosen, and the settings of pais depend on it" in error("coco", "pais")
     assert "method.name: none chosen; name one of pais, supervised" in error("coco", "mask_rcnn")
 
 
@@ -306,7 +327,7 @@ def test_nothing_chosen_says_what_to_choose():
     ("text", "part"),
     [
         ("train: {seed: 1\n", "not valid YAML"),
-        ("train: {seed: 1, seed: 2}\n", "'seed' is given twice"),
+        ("train: {seed: 1, seed: 2}\n", "duplicate key 'seed'"),
         ("- 1\n", "expected sections with settings, got list"),
         ("train: 3\n", "train: expected settings, got 3"),
         ("method: pais\n", "write method.name=pais"),

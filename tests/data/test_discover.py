@@ -286,7 +286,7 @@ def test_what_is_said_beside_it_wins(photos):
 
 def test_alone_it_is_the_papers_method_and_says_so(photos, tmp_path):
     spelt = expand_words([f"data={photos}"])
-    assert spelt.chosen == ["no other words, so these: mask_rcnn pais"]
+    assert spelt.chosen == ["Defaults: mask_rcnn pais (no other word names a segmentor or a method)"]
     config = compose([f"data={photos}"])
     assert (config.segmentor.name, config.method.name, config.data.labeled) == ("mask_rcnn", "pais", 1.0)
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -296,7 +296,7 @@ def test_alone_it_is_the_papers_method_and_says_so(photos, tmp_path):
 
 def test_other_words_choose_and_their_own_data_give_way(photos):
     knet = expand_words([f"data={photos}", "knet"])
-    assert knet.chosen == ["no other words, so these: pais"]
+    assert knet.chosen == ["Defaults: pais (no other word names a method)"]
     config = compose([f"data={photos}", "quickstart"])
     assert expand_words([f"data={photos}", "quickstart"]).chosen == []
     assert (config.data.train, config.data.labeled, config.data.image_size) == (f"{photos}/labels.json", 1.0, 128)
@@ -364,10 +364,10 @@ def test_verbs_print_what_they_found(photos, tmp_path):
     done = call("show", f"data={photos}", "--json", tmp_path / "show.json")
     assert done.exit_code == 0, done.output
     assert "#   data.holdout=0.2  (no JSON is named as validation)" in done.output
-    assert "# no other words, so these: mask_rcnn pais" in done.output
+    assert "# Defaults: mask_rcnn pais (no other word names a segmentor or a method)" in done.output
     assert json.loads((tmp_path / "show.json").read_text())["config"]["data"]["unlabeled"] == str(photos)
     done = call("validate", f"data={photos}")
     assert done.exit_code == 0, done.output
     assert "found a COCO data set" in done.output
-    assert "no other words" not in done.output
+    assert "# Defaults: " not in done.output
     assert "10 images (10 decoded)" in done.output
