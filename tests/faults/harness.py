@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs.checkpoints import checkpoint_folder, checkpoints
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,14 +83,6 @@ class Recovery:
     resumed: int = -1  # steps of the checkpoint it went on from
     seconds: float = 0.0  # until the first step after it
     lost: int = field(default=0)
-
-
-def wait_for(event, going=lambda: True):
-    """Waits until ``event()`` is true and returns it."""
-    while not (found := event()):
-        assert going(), "the run ended before what was waited for"
-        time.sleep(0.1)
-    return found
 
 
 def steps_logged(root: Path) -> list[int]:

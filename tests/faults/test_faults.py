@@ -34,12 +34,12 @@ from tests.faults.harness import (
     newest,
     steps_logged,
     stop,
-    wait_for,
     weights,
     words,
     workers,
 )
 from tests.support.servers import mlflow_server
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(3600)]
 MINUTES = float(os.environ.get("MINUTES", "20"))

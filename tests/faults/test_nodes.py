@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pais_ray.files.json_lines import metric_rows
-from tests.faults.harness import Driver, assert_same_end, events, last_step, steps_logged, wait_for, words
+from tests.faults.harness import Driver, assert_same_end, events, last_step, steps_logged, words
 from tests.faults.test_faults import SEED, report
 from tests.support.nodes import Nodes, command_line, nodes, processes
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 NODE_KILLS = 3

@@ -15,8 +15,8 @@ from pais_ray.cli import main
 from pais_ray.data.validation.rules import DataError
 from pais_ray.inference import batch
 from pais_ray.inference.predictor import Predictor, image_records
-from tests.ray.test_main_job import wait_for
 from tests.support.untrained import untrained_run
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -19,9 +19,10 @@ from pyarrow import fs
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs.directory import steps_made
 from tests.faults.harness import assert_same_end, events, steps_logged
-from tests.ray.test_main_job import wait_for, words
+from tests.ray.test_main_job import words
 from tests.support.nodes import RAY, Nodes, command_line, nodes, processes
 from tests.support.untrained import untrained_run
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 SUBMIT = [sys.executable, "-m", "pais_ray.cli", "submit"]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from pais_ray.train.driver import launch
 from tests.faults.harness import assert_same_end, steps_logged
 from tests.support.mlflow_runs import history
 from tests.support.servers import mlflow_server
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 STEPS = 8
@@ -145,13 +145,6 @@ def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storag
         assert [s for s, _ in history(server.url, whole.run_id, "teacher/segm_AP")] == [4, STEPS]
     assert_same_end(storage / "halves", undisturbed, STEPS)
     assert steps_logged(storage / "halves") == list(range(1, STEPS + 1))
-
-
-def wait_for(event, still_going=lambda: True) -> None:
-    """Waits for an event of the run; the test's own timeout bounds it."""
-    while not event():
-        assert still_going()
-        time.sleep(0.1)
 
 
 def train_workers() -> list[psutil.Process]:

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pais_ray.config.tree import load
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs.checkpoints import checkpoints
 from pais_ray.search.trials import TrialStore
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 8
@@ -53,9 +53,7 @@ def killed(arguments: list[str], address: str, ledger: Path, event) -> None:
     env = {**os.environ, "RAY_ADDRESS": address}
     driver = subprocess.Popen([sys.executable, "-m", "pais_ray.cli", *arguments], env=env)
     try:
-        while not (ledger.exists() and event(TrialStore(ledger).trials)):
-            assert driver.poll() is None, "the search ended before it could be killed"
-            time.sleep(0.05)
+        wait_for(lambda: ledger.exists() and event(TrialStore(ledger).trials), lambda: driver.poll() is None)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
