@@ -225,7 +225,7 @@ def test_more_instances_than_pycocotools_measures_at_once(tmp_path):
     tree = copy.deepcopy(TREE)
     tree["annotations"] = [tree["annotations"][0] | {"id": i} for i in range(300)]
     assert len(read(tmp_path, tree).records[0].rles) == 300
-    with pytest.raises(DataError, match=r"300 annotations are more than max_instances = 299; .*data\.max_instances"):
+    with pytest.raises(DataError, match=r"at most max_instances = 299, got 300 annotations; .*data\.max_instances"):
         read_coco(str(tmp_path / "set.json"), str(tmp_path), Limits(max_instances=299))
 
 
@@ -270,7 +270,7 @@ def with_image(**image) -> dict:
         (TREE | {"categories": TREE["categories"] * 2}, "id-duplicate", "category 7"),
         (TREE | {"annotations": TREE["annotations"] * 2}, "id-duplicate", "annotation 4"),
         (TREE | {"annotations": [3]}, "key-type", "annotation"),
-        (twins(), "category-name", "category 7: .*'cat' like category 0"),
+        (twins(), "category-name", "category 7: .*same name as category 0, 'cat'"),
         ([1], "file-json", "list"),
         (with_image(height=0), "image-size", "image 0"),
         (with_image(width=12.0), "image-size", "image 0"),
