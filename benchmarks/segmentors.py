@@ -35,7 +35,7 @@ def scene(side: int, device: str) -> tuple[torch.Tensor, list[Targets]]:
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
         labels = torch.randint(0, CLASSES, (OBJECTS,), generator=g)
-        targets.append(Targets(boxes=boxes, labels=labels, masks=Masks.full(masks)).to(device))
+        targets.append(Targets.ground_truth(boxes=boxes, labels=labels, masks=Masks.full(masks)).to(device))
     return torch.rand(IMAGES, 3, height, width, generator=g).to(device), targets
 
 

@@ -159,7 +159,7 @@ class Study:
         """The teacher's predictions, the truth and the size of a record's test view."""
         views = make_views([sample_of(record, False)], self.config.scaled_views, 0, "test", "cpu")
         masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
-        whole = Targets(
+        whole = Targets.ground_truth(
             boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
         )
         height, width = views.sizes[0].tolist()

@@ -84,7 +84,7 @@ def _targets_of(sample: Sample, plan: Plan, device: torch.device | str) -> Targe
         affine = geometry.scale(plan.size[1] / width, plan.size[0] / height).float().to(device)
         grids = grids.to(device, non_blocking=True)
         masks = Masks(grids=grids.flip(-1) if plan.flip else grids, affine=affine.expand(len(grids), 3, 3))
-    return Targets(boxes=boxes[keep].to(device), labels=sample.labels[keep].to(device), masks=masks)
+    return Targets.ground_truth(boxes=boxes[keep].to(device), labels=sample.labels[keep].to(device), masks=masks)
 
 
 def make_batch(

@@ -125,7 +125,7 @@ def seen(
         [Sample(image=image, image_id=record.image_id, row=0, slot=0)], config.scaled_views, 0, "test", device
     )
     masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
-    whole = Targets(
+    whole = Targets.ground_truth(
         boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)
     )
     with torch.no_grad():

@@ -27,7 +27,7 @@ def masks(*boxes):
 
 
 def targets(boxes, labels):
-    return Targets(
+    return Targets.ground_truth(
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor(labels, dtype=torch.int64),
         masks=masks(*boxes),

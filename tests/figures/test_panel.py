@@ -27,7 +27,7 @@ def test_kept_predictions_are_in_color_and_dropped_ones_in_gray(tmp_path):
         ious=torch.tensor([0.8, 0.1]),
         masks=soft,
     )
-    targets = Targets(boxes=found.boxes[:1], labels=found.labels[:1], masks=soft[:1])
+    targets = Targets.ground_truth(boxes=found.boxes[:1], labels=found.labels[:1], masks=soft[:1])
     kept = torch.tensor([True, False])
     row = panel.PanelRow(weak=image, strong=image[::-1], predictions=found, kept=kept, targets=targets)
     no_instances = panel.PanelRow(weak=image, strong=image, predictions=found[:0], kept=kept[:0], targets=targets[[]])

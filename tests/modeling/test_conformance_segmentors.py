@@ -57,7 +57,8 @@ def rectangles(boxes, labels, **weights):
     masks = torch.zeros(len(boxes), HEIGHT, WIDTH, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y1:y2, x1 : (x1 + x2) // 2] = 1  # the left half of the box
-    return Targets(boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), masks=Masks.full(masks), **weights)
+    labels = torch.tensor(labels, dtype=torch.long)
+    return dataclasses.replace(Targets.ground_truth(boxes=boxes, labels=labels, masks=Masks.full(masks)), **weights)
 
 
 def scene(first=1.0, second=1.0, negative=1.0, normalizer="mean"):

@@ -1,5 +1,6 @@
 """K-Net's parts, each against a slow reference written out here; its losses, masks and options."""
 
+import dataclasses
 import math
 
 import pytest
@@ -168,10 +169,9 @@ def squares(normalizer="mean", weight=1.0, negative=1.0):
     masks[0, 8:32, 8:40], masks[1, 20:60, 50:90] = 1, 1
     boxes = torch.tensor([[8.0, 8, 40, 32], [50, 20, 90, 60]])
     weights = torch.full((2,), weight)
-    return Targets(
-        boxes=boxes,
-        labels=torch.tensor([0, 2]),
-        masks=Masks.full(masks),
+    annotated = Targets.ground_truth(boxes=boxes, labels=torch.tensor([0, 2]), masks=Masks.full(masks))
+    return dataclasses.replace(
+        annotated,
         class_weight=weights,
         mask_weight=weights,
         negative_weight=negative,
@@ -291,7 +291,8 @@ def test_a_diverged_network_gives_a_loss_that_is_not_finite():
 
 
 def test_a_label_out_of_range_is_named():
-    target = Targets(boxes=torch.ones(1, 4), labels=torch.tensor([3]), masks=Masks.full(torch.ones(1, 64, 96)))
+    masks = Masks.full(torch.ones(1, 64, 96))
+    target = Targets.ground_truth(boxes=torch.ones(1, 4), labels=torch.tensor([3]), masks=masks)
     with pytest.raises(ValueError, match=r"labels in 0..2, got 3"):
         tiny()(torch.rand(1, 3, 64, 96), [target])
 

@@ -49,7 +49,8 @@ def views():
 def target(boxes, labels, **fields):
     boxes = torch.tensor(boxes)
     masks = torch.rand(len(boxes), HEIGHT, WIDTH, generator=torch.Generator().manual_seed(2)) > 0.4
-    return Targets(boxes=boxes, labels=torch.tensor(labels), masks=Masks.full(masks), **fields)
+    annotated = Targets.ground_truth(boxes=boxes, labels=torch.tensor(labels), masks=Masks.full(masks))
+    return dataclasses.replace(annotated, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +286,7 @@ def test_images_without_proposals_and_targets_teach_nothing(model, views, target
     """Weights that run away may propose nothing at all."""
     with torch.no_grad():
         _, features = model._features(views)
-    nothing = [Targets(boxes=t.boxes[:0], labels=t.labels[:0], masks=t.masks[:0]) for t in targets]
+    nothing = [t[:0] for t in targets]
     losses = model.roi_heads.losses(features, [torch.zeros(0, 4)] * 2, nothing)
     assert {name: value.item() for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
 

@@ -6,6 +6,7 @@ Legend: N instances of one image; c = ``scores``, s = ``ious`` of the teacher's 
 import dataclasses
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -95,6 +96,7 @@ class PAIS(BaseModel):
             labels=kept.labels,
             masks=dataclasses.replace(kept.masks, grids=kept.masks.grids.detach()),
             class_weight=self.class_scale * c.clamp(max=self.class_cap) ** self.alpha,
+            box_weight=torch.ones_like(c),
             mask_weight=self.mask_scale * s**self.beta,
             proposal_weight=(c > tau_proposal).float(),
             negative_weight=self.negative_weight,

@@ -58,4 +58,4 @@ class Supervised(BaseModel):
         """None of the predictions."""
         none = predictions[self.keeps(predictions)]
         masks = dataclasses.replace(none.masks, grids=none.masks.grids.detach())
-        return Targets(boxes=none.boxes.detach(), labels=none.labels, masks=masks)
+        return Targets.ground_truth(boxes=none.boxes.detach(), labels=none.labels, masks=masks)
