@@ -16,8 +16,8 @@ import ray
 from pais_ray.cluster import connect
 from pais_ray.data.annotations import coco
 from pais_ray.data.annotations.records import unlabel
-from pais_ray.data.stream import pipeline
-from pais_ray.data.stream.plan import StepPlan, rows_of
+from pais_ray.data.stream import batches, pipeline
+from pais_ray.data.stream.plan import StepPlan, rank_rows
 from pais_ray.data.synthetic import generator
 
 MARKS = ("gcs_server", "raylet/raylet", "_StatsActor", "_AutoscalingCoordinatorActor", "IDLE", "dashboard/dashboard")
@@ -46,9 +46,9 @@ def main() -> None:
         connect.connect()
         labeled, unlabeled = records[:4], [unlabel(record) for record in records[4:]]
         plan = StepPlan(seed=0, num_labeled=len(labeled), num_unlabeled=len(unlabeled), labeled=1, unlabeled=1)
-        feed, size = pipeline.make_feed(plan, labeled, unlabeled), pipeline.task_rows(plan)
+        feed, size = pipeline.make_feed(plan, labeled, unlabeled), pipeline.rows_per_task(plan)
         for made in range(args.number):
-            rows = list(pipeline.step_rows(feed, rows_of(made * size, size, 1, 1, 0)))
+            rows = list(batches.stream_decoded(feed, rank_rows(made * size, size, 1, 1, 0)))
             assert len(rows) == size
             if (made + 1) % 100 == 0 or made == 0:
                 print(json.dumps({"data_sets": made + 1, **resident()}), flush=True)

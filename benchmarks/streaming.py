@@ -33,8 +33,8 @@ from pais_ray.data.annotations.records import CocoDataset, Record
 from pais_ray.data.images.images import decode
 from pais_ray.data.shards import dataset
 from pais_ray.data.shards.writer import Source, write_shards
-from pais_ray.data.stream import pipeline
-from pais_ray.data.stream.plan import StepPlan, rows_of
+from pais_ray.data.stream import batches, pipeline
+from pais_ray.data.stream.plan import StepPlan, rank_rows
 
 BATCH, WARM_UP = 4, 160  # images
 SAMPLE_S = 0.02
@@ -91,7 +91,7 @@ def stream(records: tuple[Record, ...], images: int) -> Iterator[int]:
         unlabeled_groups=groups,
     )
     feed = pipeline.make_feed(plan, (), records)
-    for row in pipeline.step_rows(feed, rows_of(0, images // BATCH, 1, 1, 0)):
+    for row in batches.stream_decoded(feed, rank_rows(0, images // BATCH, 1, 1, 0)):
         assert len(row.unlabeled) == BATCH
         yield (row.g + 1) * BATCH
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""One decoded image before augmentation."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,16 +12,16 @@ from pais_ray.structures.batch import Predictions
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One decoded image, as the collate threads deliver it (CPU). Unlabeled ones have no truth."""
+    """One decoded image on the CPU. Unlabeled images have no boxes, labels and masks."""
 
     image: Tensor  # (3, H, W) uint8 RGB, upright
     image_id: int
-    row: int  # the global row g it came from
-    slot: int  # its position in that row
+    row: int  # global step row
+    slot: int  # position in the step row
     boxes: Tensor | None = None  # (N, 4) float XYXY px
     labels: Tensor | None = None  # (N,) int64 in 0..C-1
     masks: Tensor | None = None  # (N, H, W) uint8 {0, 1}
-    scored: Predictions | None = None  # of an unlabeled image: masks from elsewhere, in its frame
+    scored: Predictions | None = None  # of an unlabeled image: masks of data.pseudo_labels, in the frame of the image
 
     @classmethod
     def of(
@@ -34,8 +34,9 @@ class Sample:
         boxes: np.ndarray | None = None,
         labels: np.ndarray | None = None,
         masks: np.ndarray | None = None,
+        scored: Predictions | None = None,
     ) -> Self:
-        """From a decoded picture (H, W, 3) uint8 RGB and, for labeled ones, its truth as numpy arrays."""
+        """Build a sample from a decoded image (H, W, 3) uint8 RGB and, if it is labeled, numpy annotations."""
         return cls(
             image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
             image_id=image_id,
@@ -44,4 +45,5 @@ class Sample:
             boxes=None if boxes is None else torch.from_numpy(boxes),
             labels=None if labels is None else torch.from_numpy(labels),
             masks=None if masks is None else torch.from_numpy(masks),
+            scored=scored,
         )

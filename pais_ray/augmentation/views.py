@@ -104,11 +104,11 @@ def make_batch(
         targets=make_targets(labeled, plans, device),
         weak=weak,
         strong=make_views(unlabeled, config, seed, "strong", device) if unlabeled else None,
-        scored=None if weak is None else scored_in(weak, unlabeled),
+        scored=None if weak is None else warp_scored_masks(weak, unlabeled),
     )
 
 
-def scored_in(weak: Views, samples: list[Sample]) -> list[Predictions] | None:
+def warp_scored_masks(weak: Views, samples: list[Sample]) -> list[Predictions] | None:
     """The masks from elsewhere in the frame of the weak views, where the samples have any."""
     given = [sample.scored for sample in samples if sample.scored is not None]
     if not given:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pais_ray.data.stream.plan import StepPlan, rows_here, rows_of
+from pais_ray.data.stream.plan import StepPlan, rank_rows, rank_rows_per_step
 
 
 def make(seed=0, num_labeled=5, num_unlabeled=7, labeled=1, unlabeled=3):
@@ -69,11 +69,11 @@ def test_over_any_sequence_of_world_sizes_steps_see_the_same_rows(per_step, grou
     g_next, seen = 0, []
     for world, steps in groups:
         world = min(world, per_step)
-        ranks = [rows_of(g_next, steps, per_step, world, rank) for rank in range(world)]
+        ranks = [rank_rows(g_next, steps, per_step, world, rank) for rank in range(world)]
         for step in range(steps):
             taken = []
             for rank, rows in enumerate(ranks):
-                here = rows_here(per_step, world, rank)
+                here = rank_rows_per_step(per_step, world, rank)
                 assert here in (per_step // world, -(-per_step // world))
                 assert len(rows) == here * steps
                 taken += [rows[step * here + i] for i in range(here)]
@@ -84,10 +84,13 @@ def test_over_any_sequence_of_world_sizes_steps_see_the_same_rows(per_step, grou
 
 
 def test_rows_that_divide_evenly_are_dealt_in_turns():
-    assert [list(rows_of(10, 2, 4, 2, rank)) for rank in range(2)] == [[10, 12, 14, 16], [11, 13, 15, 17]]
-    assert [list(rows_of(0, 2, 3, 2, rank)) for rank in range(2)] == [[1, 4], [0, 2, 3, 5]]  # the first round lacks one
+    assert [list(rank_rows(10, 2, 4, 2, rank)) for rank in range(2)] == [[10, 12, 14, 16], [11, 13, 15, 17]]
+    assert [list(rank_rows(0, 2, 3, 2, rank)) for rank in range(2)] == [
+        [1, 4],
+        [0, 2, 3, 5],
+    ]  # the first round lacks one
     with pytest.raises(ValueError, match=r"3 workers cannot share 2 rows"):
-        rows_of(0, 1, 2, 3, 0)
+        rank_rows(0, 1, 2, 3, 0)
 
 
 def test_an_empty_part_is_refused_by_name():

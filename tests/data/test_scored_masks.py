@@ -9,7 +9,7 @@ import torch
 
 from pais_ray.augmentation import sampling, views
 from pais_ray.augmentation.presets import AugmentConfig
-from pais_ray.augmentation.views import make_batch, scored_in
+from pais_ray.augmentation.views import make_batch, warp_scored_masks
 from pais_ray.data.annotations.coco import read_coco
 from pais_ray.data.annotations.records import unlabel
 from pais_ray.data.annotations.rle import decode_rle, encode_masks
@@ -113,7 +113,7 @@ def test_masks_and_boxes_lie_where_the_weak_view_shows_the_object():
         Views.of(torch.zeros(1, 3, 64, 64)), matrix=matrix.float()[None], sizes=torch.tensor([[40, 60]])
     )
     bare = dataclasses.replace(sample(0, 0, False), scored=given)
-    (there,) = scored_in(weak, [bare])
+    (there,) = warp_scored_masks(weak, [bare])
     assert there.boxes.tolist() == [[40, 10, 55, 30]]
     assert (there.labels.tolist(), there.scores.tolist()) == ([1], pytest.approx([0.7]))
     expected = torch.zeros(40, 60, dtype=torch.bool)
@@ -152,7 +152,9 @@ def test_images_without_masks_give_no_pseudo_labels_and_all_or_none_have_an_answ
     assert batch_of(labeled, nothing).to("cpu").scored is not None, "a batch takes its masks along"
     assert all(torch.isfinite(value) for value in losses.values())
     with pytest.raises(ValueError, match="all 2 samples, got 1"):
-        scored_in(batch_of(labeled, nothing).weak, [sample(0, 1, False), dataclasses.replace(labeled, scored=nothing)])
+        warp_scored_masks(
+            batch_of(labeled, nothing).weak, [sample(0, 1, False), dataclasses.replace(labeled, scored=nothing)]
+        )
 
 
 # ---- the file --------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from pais_ray.data.annotations.records import CocoDataset, Record
 from pais_ray.data.images.images import decode
 from pais_ray.data.shards import dataset
 from pais_ray.data.shards.writer import Source, write_shards
-from pais_ray.data.stream import pipeline
-from pais_ray.data.stream.plan import StepPlan, rows_of
+from pais_ray.data.stream import batches, pipeline
+from pais_ray.data.stream.plan import StepPlan, rank_rows
 from pais_ray.runs.prepare import read_data
 from pais_ray.train.driver import launch
 from tests.faults.harness import assert_same_end
@@ -75,7 +75,7 @@ class Consumer:
     """A process that takes rows until it is killed."""
 
     def __init__(self, feed: pipeline.Feed, steps: int) -> None:
-        self.rows = pipeline.step_rows(feed, rows_of(0, steps, 2, 1, 0))
+        self.rows = batches.stream_decoded(feed, rank_rows(0, steps, 2, 1, 0))
 
     def take(self, count: int) -> tuple[int, list[int]]:
         """(the row to go on with, images of the next ``count`` rows)."""
@@ -83,24 +83,24 @@ class Consumer:
         return rows[-1].g + 1, ids(rows)
 
 
-def test_killed_in_the_middle_of_a_pass_the_next_1000_images_are_those_of_an_undisturbed_stream(cluster, many):
+def test_after_a_kill_during_a_pass_the_next_1000_images_are_those_of_an_uninterrupted_stream(cluster, many):
     feed = feed_of(many, lanes=2)
-    undisturbed = ids(pipeline.step_rows(feed, rows_of(0, 250, 2, 1, 0)))
-    assert sorted(undisturbed[:IMAGES]) == list(range(IMAGES)), "a pass holds each image once"
+    uninterrupted = ids(batches.stream_decoded(feed, rank_rows(0, 250, 2, 1, 0)))
+    assert sorted(uninterrupted[:IMAGES]) == list(range(IMAGES)), "a pass holds each image once"
     consumer = Consumer.remote(feed, 250)
     g_next, seen = ray.get(consumer.take.remote(150))
     ray.kill(consumer)
-    assert seen == undisturbed[: 4 * g_next]
-    again = [pipeline.step_rows(feed, rows_of(g_next, 125, 2, 2, rank)) for rank in range(2)]
+    assert seen == uninterrupted[: 4 * g_next]
+    again = [batches.stream_decoded(feed, rank_rows(g_next, 125, 2, 2, rank)) for rank in range(2)]
     rows = [row for pair in zip(*again, strict=True) for row in pair]
-    assert ids(rows) == undisturbed[4 * g_next : 4 * g_next + 1000]
+    assert ids(rows) == uninterrupted[4 * g_next : 4 * g_next + 1000]
 
 
 def test_a_cut_connection_under_the_stream_loses_and_doubles_nothing(cluster, s3, many, bucket):
     with CuttingProxy(s3, after=2000) as proxy:
         feed = feed_of(proxy.url(bucket, "many"), lanes=1)
         proxy.cuts = 4
-        seen = ids(pipeline.step_rows(feed, rows_of(0, IMAGES // 4, 1, 1, 0)))
+        seen = ids(batches.stream_decoded(feed, rank_rows(0, IMAGES // 4, 1, 1, 0)))
         assert proxy.cuts == 0
     assert Counter(seen) == Counter(range(IMAGES))
 
@@ -120,10 +120,11 @@ def test_labels_of_shards_are_not_in_the_feed_and_those_read_are_the_sources(clu
         unlabeled_groups=data.unlabeled_groups,
     )
     feed = pipeline.make_feed(plan, data.labeled, data.unlabeled)
-    for table in ray.get([feed.labeled, feed.unlabeled]):
+    tables = ray.get(feed.tables)
+    for table in (tables.labeled, tables.unlabeled):
         assert table.column_names == ["image_id", "path", "height", "width"]
     truth = {r.image_id: r for r in source.train.records}
-    rows = list(pipeline.step_rows(feed, rows_of(0, 6, 1, 1, 0)))
+    rows = list(batches.stream_decoded(feed, rank_rows(0, 6, 1, 1, 0)))
     for row in rows:
         for sample in row.labeled:
             record = truth[sample.image_id]
@@ -146,10 +147,10 @@ def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
         client.put_object(Bucket=bucket, Key=f"plain/{i}.png", Body=data.getvalue())
     records = coco.read_unlabeled(f"s3://{bucket}/plain", None)
     plan = StepPlan(seed=0, num_labeled=0, num_unlabeled=3, labeled=0, unlabeled=3)
-    (row,) = pipeline.step_rows(pipeline.make_feed(plan, (), records), rows_of(0, 1, 1, 1, 0))
+    (row,) = batches.stream_decoded(pipeline.make_feed(plan, (), records), rank_rows(0, 1, 1, 1, 0))
     assert {(s.image_id, int(s.image[0, 0, 0])) for s in row.unlabeled} == {(0, 0), (1, 1), (2, 2)}
     with pytest.raises(Exception, match="image-pixels"):
-        list(pipeline.step_rows(pipeline.make_feed(plan, (), records, max_pixels=63), rows_of(0, 1, 1, 1, 0)))
+        list(batches.stream_decoded(pipeline.make_feed(plan, (), records, max_pixels=63), rank_rows(0, 1, 1, 1, 0)))
 
 
 @pytest.mark.slow

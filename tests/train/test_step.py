@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pais_ray.data.stream.plan import rows_of
+from pais_ray.data.stream.plan import rank_rows
 from pais_ray.modeling.methods.pais import PAIS
 from pais_ray.modeling.methods.supervised import Supervised
 from pais_ray.modeling.optim import Schedule
@@ -274,7 +274,7 @@ def _sharing_rank(rank: int, port: int, out: str) -> None:
     state = state_of()
     network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
     settings = dataclasses.replace(SETTINGS, rows=3, ranks=dist.new_group(backend="gloo"))
-    mine = rows_of(0, 2, 3, 2, rank)
+    mine = rank_rows(0, 2, 3, 2, rank)
     for _ in range(2):
         batches = [tiny_batch(mine[i + 2 * state.step if rank else state.step]) for i in range(1 + rank)]
         train_step(state, network, [None] * (2 - len(batches)) + batches, PAIS(), settings)

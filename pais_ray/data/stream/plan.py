@@ -1,17 +1,19 @@
-"""Which images the global step row g holds: a pure function of (seed, g), and nothing else. Torch-free.
+"""Which images a global step row holds: a pure function of (seed, g). Torch-free.
 
-Row g of a run has ``labeled`` labeled and ``unlabeled`` unlabeled images. Each of the two parts is walked pass
-after pass, every pass in an order of its own, and the passes are laid end to end: no image is skipped or
-doubled within a pass, and the small labeled part simply repeats more often. A step takes the next R rows, R fixed
-for the run; rank r of W takes row ``g_next + i * W + r`` in round i. A checkpoint stores ``g_next``, which does not
-depend on W: over any sequence of world sizes the steps see the same rows.
+Row g of a run has ``labeled`` labeled and ``unlabeled`` unlabeled images. Each of the two parts is traversed in passes.
+Every pass has its own order, and the passes follow each other without a gap: no image is skipped or repeated within a
+pass, and the small labeled part is repeated more often. A step takes the next R rows, where R is fixed for the run; in
+round i, rank r of W takes row ``g_next + i * W + r``. A checkpoint stores ``g_next``, which does not depend on W: for
+any sequence of world sizes the steps see the same rows.
 
-A part that lies in shards is walked in file order: row groups in an order of the pass, the rows of a group in one
-of theirs. So that ranks do not all read every group, the rows of a run go in ``lanes``: row g is of lane g % lanes.
-A pass is the same as ever, ``size`` draws in a row over all lanes; each lane's draws of the pass are one stretch
-of the pass's order, lane after lane. At most ``lanes - 1`` groups a pass are read by two lanes.
+A part in shards is traversed in file order: the row groups are permuted per pass, and the rows are permuted within
+their group. To avoid that every rank reads every group, the rows of a run are divided into ``lanes``: row g belongs to
+lane g % lanes. A pass still consists of ``size`` consecutive draws over all lanes; the draws of one lane within a pass
+are one contiguous section of the order of the pass, lane after lane. At most ``lanes - 1`` groups per pass are read by
+two lanes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,28 +24,26 @@ _LABELED, _UNLABELED = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The composition of every row of a run."""
+    """The composition of every step row of a run."""
 
     seed: int
     num_labeled: int  # images in the labeled part
     num_unlabeled: int  # images in the unlabeled part
-    labeled: int  # labeled images a row
-    unlabeled: int  # unlabeled images a row
-    # rows of each row group of a part that lies in shards, whose images are numbered group after group
+    labeled: int  # labeled images per row
+    unlabeled: int  # unlabeled images per row
+    # Number of images in each row group of a part in shards. The images are numbered group after group.
     labeled_groups: tuple[int, ...] | None = None
     unlabeled_groups: tuple[int, ...] | None = None
-    lanes: int = 1  # of a run the rows of a step: each rank walks the same few, whatever their number
+    lanes: int = 1  # the rows per step of a run: each rank then reads a fixed subset of lanes for any world size
 
     def __post_init__(self) -> None:
-        for part, wanted, there in (
+        for part, wanted, available in (
             ("labeled", self.labeled, self.num_labeled),
             ("unlabeled", self.unlabeled, self.num_unlabeled),
         ):
-            if wanted > 0 and there == 0:
-                raise ValueError(
-                    f"batch.{part}={wanted}: the data set has no {part} images; "
-                    + ("give data.labeled > 0" if part == "labeled" else "give data.unlabeled or data.labeled < 1")
-                )
+            if wanted > 0 and available == 0:
+                remedy = "set data.labeled > 0" if part == "labeled" else "set data.unlabeled or data.labeled < 1"
+                raise ValueError(f"batch.{part}={wanted}: the data set has no {part} images; {remedy}")
 
     @property
     def images_per_row(self) -> int:
@@ -58,74 +58,99 @@ class StepPlan:
 
     def _draw(self, part: int, size: int, groups: tuple[int, ...] | None, start: int, count: int) -> np.ndarray:
         drawn = np.empty(count, dtype=np.int64)
-        for place in range(start, start + count):
-            if place == start or place % size == 0:
-                order = _order(self.seed, part, place // size, size, groups)
-            within = place % size if groups is None else _place_in_pass(place, size, count, self.lanes)
-            drawn[place - start] = order[within]
+        for draw in range(start, start + count):
+            if draw == start or draw % size == 0:
+                order = _pass_order(self.seed, part, draw // size, size, groups)
+            position = draw % size if groups is None else _position_in_pass(draw, size, count, self.lanes)
+            drawn[draw - start] = order[position]
         return drawn
 
 
-def _place_in_pass(place: int, size: int, count: int, lanes: int) -> int:
-    """Where draw ``place`` of a part lies in the order of its pass, ``count`` draws a row: behind the draws that the
-    lanes before its own have in this pass, and behind its own lane's earlier ones."""
+def _position_in_pass(draw: int, size: int, count: int, lanes: int) -> int:
+    """Position of a draw in the order of its pass, with ``count`` draws per row: it comes after all draws that the
+    preceding lanes make in this pass, and after the earlier draws of its own lane."""
 
-    def before(lane: int, stop: int) -> int:
-        """Draws 0 .. stop - 1 that are of the lanes 0 .. lane - 1."""
-        return stop // (count * lanes) * count * lane + min(stop % (count * lanes), count * lane)
+    def draws_of_lanes(num_lanes: int, stop: int) -> int:
+        """Number of draws among 0 .. stop - 1 that belong to lanes 0 .. num_lanes - 1."""
+        return stop // (count * lanes) * count * num_lanes + min(stop % (count * lanes), count * num_lanes)
 
-    lane = place // count % lanes
-    begin = place - place % size
-    of_lanes_before = before(lane, begin + size) - before(lane, begin)
-    own = before(lane + 1, place) - before(lane, place) - (before(lane + 1, begin) - before(lane, begin))
-    return of_lanes_before + own
+    lane = draw // count % lanes
+    begin = draw - draw % size
+    preceding_lanes = draws_of_lanes(lane, begin + size) - draws_of_lanes(lane, begin)
+    own_until_draw = draws_of_lanes(lane + 1, draw) - draws_of_lanes(lane, draw)
+    own_until_begin = draws_of_lanes(lane + 1, begin) - draws_of_lanes(lane, begin)
+    return preceding_lanes + own_until_draw - own_until_begin
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, part: int, pass_index: int, size: int, groups: tuple[int, ...] | None) -> np.ndarray:
-    """The order of one pass: raw generator output is the same in every numpy, ``permutation`` need not be."""
+def _pass_order(seed: int, part: int, pass_index: int, size: int, groups: tuple[int, ...] | None) -> np.ndarray:
+    """The order of one pass. Uses raw generator output, which is identical in every version of numpy; the result of
+    ``permutation`` may change between versions."""
     raw = np.random.PCG64(np.random.SeedSequence([seed, part, pass_index]))
     if groups is None:
         return np.argsort(raw.random_raw(size), kind="stable")
-    turn = np.argsort(np.argsort(raw.random_raw(len(groups)), kind="stable"))  # of each group
-    rows = np.random.PCG64(np.random.SeedSequence([seed, part, pass_index, 1])).random_raw(size)
-    return np.lexsort((rows, np.repeat(turn, groups)))
+    group_rank = np.argsort(np.argsort(raw.random_raw(len(groups)), kind="stable"))
+    row_keys = np.random.PCG64(np.random.SeedSequence([seed, part, pass_index, 1])).random_raw(size)
+    return np.lexsort((row_keys, np.repeat(group_rank, groups)))
 
 
 @dataclass(frozen=True)
 class RankRows:
-    """The global rows that one rank walks, in order, not written out."""
+    """The global rows of one rank over some steps, in order, computed on access."""
 
-    start: int
-    per_step: int  # rows of a step, over all ranks
+    start: int  # first global row of all ranks
+    per_step: int  # rows per step, over all ranks
     world: int
     rank: int
     steps: int
+    labeled_only_steps: int = 0  # the first steps, in which no unlabeled image is read
 
     def __len__(self) -> int:
-        return self.steps * rows_here(self.per_step, self.world, self.rank)
+        return self.steps * self.per_step_and_rank
 
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        here = rows_here(self.per_step, self.world, self.rank)
-        step, i = divmod(index, here)
-        missing = -self.per_step % self.world  # ranks without a row in the first round
-        i += self.rank < missing
-        return self.start + step * self.per_step + i * self.world + self.rank - missing
+        step, i = divmod(index, self.per_step_and_rank)
+        without_row = -self.per_step % self.world  # ranks that have no row in the first round
+        i += self.rank < without_row
+        return self.start + step * self.per_step + i * self.world + self.rank - without_row
+
+    @property
+    def per_step_and_rank(self) -> int:
+        """Rows per step of this rank."""
+        return rank_rows_per_step(self.per_step, self.world, self.rank)
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches per step: the largest number of rows per step of any rank."""
+        return -(-self.per_step // self.world)
+
+    @property
+    def num_labeled_only(self) -> int:
+        """Number of leading rows without unlabeled images."""
+        return min(self.labeled_only_steps, self.steps) * self.per_step_and_rank
 
 
-def rows_of(start: int, steps: int, per_step: int, world: int, rank: int) -> RankRows:
-    """The global rows of ``rank`` of ``world`` over ``steps`` steps from row ``start`` on.
+def rank_rows(start: int, steps: int, per_step: int, world: int, rank: int, *, labeled_only_steps: int = 0) -> RankRows:
+    """The global rows of ``rank`` of ``world`` over ``steps`` steps, starting at row ``start``.
 
-    A step takes the next ``per_step`` rows, dealt to the ranks in rounds; where they do not come out even, it is
-    the first round that lacks some ranks, so that all of them end a step together.
+    A step takes the next ``per_step`` rows and distributes them over the ranks in rounds. If they do not divide evenly,
+    some ranks have no row in the first round, so that all ranks end a step together. The first ``labeled_only_steps``
+    steps have no unlabeled images. Raises ValueError if there are more ranks than rows per step.
     """
     if world > per_step:
-        raise ValueError(f"{world} workers cannot share {per_step} rows a step; lower scaling.num_workers")
-    return RankRows(start, per_step, world, rank, steps)
+        raise ValueError(f"{world} workers cannot share {per_step} rows per step; lower scaling.num_workers")
+    return RankRows(start, per_step, world, rank, steps, labeled_only_steps)
 
 
-def rows_here(per_step: int, world: int, rank: int) -> int:
-    """How many of a step's rows are ``rank``'s."""
-    return per_step // world + (rank >= world - per_step % world if per_step % world else 0)
+def rank_rows_per_step(per_step: int, world: int, rank: int) -> int:
+    """How many of the ``per_step`` rows of a step belong to ``rank``."""
+    remainder = per_step % world
+    return per_step // world + (rank >= world - remainder if remainder else 0)
+
+
+def count_labeled_only_steps(unlabeled_weight: Callable[[int], float], first: int, last: int) -> int:
+    """Number of steps, counted from step ``first``, before the first step below ``last`` whose loss uses unlabeled
+    images: a method's burn-in. ``unlabeled_weight`` is the method's weight of the unlabeled loss at a step."""
+    return next((step - first for step in range(first, last) if unlabeled_weight(step)), last - first)

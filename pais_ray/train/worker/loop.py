@@ -23,11 +23,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pais_ray.augmentation.views import make_batch
 from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, rows_per_step
-from pais_ray.data.stream import pipeline
-from pais_ray.data.stream.plan import rows_here, rows_of
+from pais_ray.data.stream.batches import stream_batches
+from pais_ray.data.stream.plan import count_labeled_only_steps, rank_rows
 from pais_ray.evaluation import coco
 from pais_ray.figures.panel import PanelRow, pseudo_label_panel
 from pais_ray.files.atomic import replace_text
@@ -198,7 +197,7 @@ class Worker:
     def train(self) -> None:
         cfg, state = self.config, self.state
         last = min(self.job.schedule.steps, cfg.train.stop_at or self.job.schedule.steps)
-        rows = self.stream(last)
+        stream = self.stream(last)
         stopped = False
         window = Window()
         if self.owed is not None:
@@ -206,7 +205,7 @@ class Worker:
             self.heart.enter(state.step, "first_batch")
         while state.step < last and not stopped:
             waiting = time.perf_counter()
-            batches = self.next_batches(rows)
+            batches = next(stream)
             waited = time.perf_counter() - waiting
             self.heart.enter(state.step, "step")
             asked_to_stop = self.rank == 0 and self.heart.is_stop_requested()
@@ -218,7 +217,7 @@ class Worker:
             state.g_next += self.rows_per_step
             stopped = result.stop
             if self.look(result, batches):
-                rows, window = self.stream(last), Window()
+                stream, window = self.stream(last), Window()
                 self.heart.enter(state.step, "first_batch")  # of the new stream
                 continue
             window.add(result.metrics, waited, time.perf_counter() - waiting)
@@ -273,20 +272,17 @@ class Worker:
         if due:
             self.evaluate()
 
-    def stream(self, last: int) -> Iterator[pipeline.Row]:
-        cfg = self.config
-        photometric = None
-        if cfg.views.labeled.photometric is not None:
-            from pais_ray.augmentation.photometric import Photometric  # importing albumentations costs seconds
-
-            photometric = Photometric(cfg.views.labeled.photometric)
-        rows = rows_of(self.state.g_next, last - self.state.step, self.rows_per_step, self.world, self.rank)
-        return pipeline.step_rows(self.job.feed, rows, photometric=photometric)
-
-    def next_batches(self, rows: Iterator[pipeline.Row]) -> list[Batch | None]:
-        """This rank's rows of a step as batches, None in front where the ranks do not divide the step's rows."""
-        rounds, here = -(-self.rows_per_step // self.world), rows_here(self.rows_per_step, self.world, self.rank)
-        return [None] * (rounds - here) + [self.batch(next(rows)) for _ in range(here)]
+    def stream(self, last: int) -> Iterator[list[Batch | None]]:
+        """This rank's batches of each step until ``last``; no unlabeled images while the method does not use them."""
+        rows = rank_rows(
+            self.state.g_next,
+            last - self.state.step,
+            self.rows_per_step,
+            self.world,
+            self.rank,
+            labeled_only_steps=count_labeled_only_steps(self.method.unlabeled_weight, self.state.step, last),
+        )
+        return stream_batches(self.job.feed, rows, self.config.scaled_views, self.device)
 
     def look(self, result: StepResult, batches: list[Batch | None]) -> bool:
         """Guards the run after a step; True where it went back to an earlier checkpoint."""
@@ -332,11 +328,6 @@ class Worker:
         if self.log is not None:
             self.log.rewind(state.step)
             self.tell(text, {"event": "rollback", "from": was})
-
-    def batch(self, row: pipeline.Row) -> Batch:
-        """Views of one row; of its unlabeled images only where the method learns from them at this step."""
-        unlabeled = row.unlabeled if self.method.unlabeled_weight(self.state.step) else []
-        return make_batch(row.labeled, unlabeled, self.config.scaled_views, self.config.train.seed, self.device)
 
     def asked_to_save(self) -> bool:
         """Whether the driver asked for a checkpoint; true once per request."""

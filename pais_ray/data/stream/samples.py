@@ -1,0 +1,66 @@
+"""Decode encoded images to samples: the same steps for training, evaluation and prediction."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pais_ray.augmentation.sample import Sample
+from pais_ray.augmentation.sampling import view_seed
+from pais_ray.data.annotations.records import Record
+from pais_ray.data.annotations.rle import decode_rle
+from pais_ray.data.images.images import decode
+from pais_ray.data.images.reader import Reader
+from pais_ray.data.sources.scored_masks import to_predictions
+from pais_ray.data.validation.rules import MAX_PIXELS
+from pais_ray.data.validation.values import check_upright
+from pais_ray.files import storage
+
+AHEAD, THREADS = 4, 2  # images that are decoded in advance, and the threads that decode them
+
+# Changes the colors of an image (H, W, 3) uint8 RGB with a seed.
+PixelAugmentation = Callable[[np.ndarray, int], np.ndarray]
+
+
+def decode_image(
+    image: Mapping[str, Any], max_pixels: int, seed: int = 0, augment: PixelAugmentation | None = None
+) -> Sample:
+    """The sample of one image of a block (``rows.BLOCK_SCHEMA``) as a mapping.
+
+    ``augment`` is applied to labeled images, with a seed from the run's ``seed``. Raises DataError if the image does
+    not decode, or if its annotations are for another size.
+    """
+    pixels = decode(image["bytes"], image["path"], max_pixels)
+    height, width = image["height"], image["width"]
+    position = {"image_id": image["image_id"], "row": image["g"], "slot": image["slot"]}
+    if image["labeled"] or image["scored"] is not None:
+        check_upright(pixels.shape[0], pixels.shape[1], (height, width), image["path"])
+    if not image["labeled"]:
+        scored = None if image["scored"] is None else to_predictions(image["scored"], height, width)
+        return Sample.of(pixels, **position, scored=scored)
+    if augment is not None:
+        pixels = augment(pixels, view_seed(seed, image["g"], image["slot"], "photometric"))
+    return Sample.of(
+        pixels,
+        **position,
+        boxes=np.array(image["boxes"], dtype=np.float32).reshape(-1, 4),
+        labels=np.array(image["labels"], dtype=np.int64),
+        masks=decode_rle(image["rles"], height, width),
+    )
+
+
+def read_sample(record: Record, reader: Reader, max_pixels: int | None = None) -> Sample:
+    """Read and decode the image of one record, without annotations.
+
+    ``max_pixels`` defaults to a limit that the record's own size does not exceed: it was checked when the record was
+    made. Raises DataError if the image is missing or damaged, OSError if it cannot be read.
+    """
+    data = reader.read(record.path, record.image_id)["bytes"]
+    limit = max(MAX_PIXELS, record.height * record.width) if max_pixels is None else max_pixels
+    return Sample.of(decode(data, record.path, limit), image_id=record.image_id)
+
+
+def read_samples(records: Iterable[Record]) -> Iterator[Sample]:
+    """``read_sample`` of each record in order. Two threads read and decode a few images in advance."""
+    reader = Reader()
+    return storage.in_order(lambda record: read_sample(record, reader), records, THREADS, AHEAD)
