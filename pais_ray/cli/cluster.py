@@ -101,4 +101,9 @@ def batch_predict(run: Path, source: str, out: Path, json_path: str | None, **op
         click.echo(f"not read: {entry['error']}", err=True)
     if summary.unreadable:
         click.echo(f"images not read: {len(summary.unreadable)}", err=True)
+    for entry in summary.failed[:10]:
+        click.echo(f"part {entry['part']}: {entry['error']}", err=True)
+    if summary.failed:
+        click.echo(f"parts not finished: {len(summary.failed)}; repeat the command to retry them", err=True)
+    if summary.unreadable or summary.failed:
         sys.exit(FAILED)

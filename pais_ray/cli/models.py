@@ -63,7 +63,7 @@ def evaluate(
 )
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for results and overlays.")
 @click.option("--draw", type=click.IntRange(min=0), default=None, help="Overlays of so many images; default: all.")
-@click.option("--score", default=0.5, show_default=True, help="Detections below it are not drawn (all are written).")
+@click.option("--score", default=0.5, show_default=True, help="Minimum score to be drawn. Every detection is written.")
 @click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
 @click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
@@ -93,7 +93,9 @@ def predict(
     else:
         records = predictor.unlabeled() if part == "unlabeled" else predictor.validation().records
     summary = predictor.predict(records, Path(out), draw_above=score, draw=draw)
-    click.echo(f"{summary['images']} images, {summary['instances']} instances: {out}")
+    click.echo(f"{summary['images']} images, {summary['instances']} instances, {summary['drawn']} drawn: {out}")
+    if summary["instances"] and not summary["reach_threshold"]:
+        click.echo(f"no instance has a score of {score:g} or more; the overlays show the best of each image")
     write_json(json_path, summary)
 
 

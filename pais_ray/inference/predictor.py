@@ -1,12 +1,13 @@
-"""A checkpoint and images -> COCO results, in the images' own frame. No Ray: used by workers and by the CLI."""
+"""Predict with a checkpoint: images to COCO results in the frame of the images. Does not need Ray; workers and the CLI
+use it."""
 
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import click
 import numpy as np
@@ -23,10 +24,10 @@ from pais_ray.data.annotations.splits import SplitManifest
 from pais_ray.data.images.images import decode, upright_size
 from pais_ray.data.images.reader import Reader, name_of
 from pais_ray.data.sources.readers import is_folder, read_labeled
-from pais_ray.data.validation.rules import MAX_PIXELS, DataError
+from pais_ray.data.stream.samples import read_image, read_samples
+from pais_ray.data.validation.rules import DataError
 from pais_ray.evaluation import coco
 from pais_ray.figures.overlay import draw_instances
-from pais_ray.files import storage
 from pais_ray.modeling import registry
 from pais_ray.modeling.precision import autocast
 from pais_ray.modeling.protocols import Segmentor
@@ -34,10 +35,9 @@ from pais_ray.runs.checkpoints import CheckpointError, best_checkpoint, load_seg
 from pais_ray.runs.prepare import held_out, prepare
 from pais_ray.structures import geometry
 
-AHEAD, THREADS = 4, 2  # images decoded ahead of the network, and the threads that do it
+TOP_DRAWN = 3  # instances drawn per image if no instance of any image reaches the drawing threshold
 
-Item = TypeVar("Item")
-Read = TypeVar("Read")
+Json = dict[str, Any]
 
 
 def predict_records(
@@ -46,50 +46,42 @@ def predict_records(
     config: Config,
     category_ids: list[int],
     device: torch.device,
-) -> Iterator[dict[str, Any]]:
-    """COCO results of ``segmentor`` on images, in their own frame; decoding runs ahead in two threads."""
-    reader = Reader()
-
-    def read(record: Record) -> Sample:
-        image = torch.from_numpy(read_picture(record, reader)).permute(2, 0, 1)
-        return Sample(image=image, image_id=record.image_id, row=0, slot=0)
-
-    for sample in ahead(read, records):
+) -> Iterator[Json]:
+    """COCO results of ``segmentor`` on images, in their own frame. Images are read and decoded in advance."""
+    for sample in read_samples(records):
         yield from predict_sample(segmentor, sample, config, category_ids, device)
-
-
-def ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Iterator[Read]:
-    """``read`` of each item, in order, made in two threads while the caller works on the one before."""
-    return storage.map_in_order(read, items, THREADS, AHEAD)
 
 
 def predict_sample(
     segmentor: Segmentor, sample: Sample, config: Config, category_ids: list[int], device: torch.device
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """COCO results of one image in its own frame."""
     views = make_views([sample], config.scaled_views, config.train.seed, "test", device)
     with torch.no_grad(), autocast(device, config.train.precision):
         prediction = segmentor.predict(views)[0].to("cpu")
     height, width = sample.image.shape[-2:]
-    there = prediction.warp(geometry.invert(views.matrix[0].cpu()), torch.tensor([height, width]))
-    return coco.to_results(there, sample.image_id, (height, width), category_ids)
+    in_image = prediction.warp(geometry.invert(views.matrix[0].cpu()), torch.tensor([height, width]))
+    return coco.to_results(in_image, sample.image_id, (height, width), category_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """One role of one checkpoint, ready to look at images."""
+    """The model of one role of one checkpoint, ready to predict."""
 
     segmentor: Segmentor
     config: Config
-    categories: list[dict[str, Any]]  # id and name as in the data set, by label
+    categories: list[Json]  # id and name as in the data set, in the order of labels
     device: torch.device
-    manifest: SplitManifest | None = None  # of the run; None for an exported model
+    manifest: SplitManifest | None = None  # split of the run; None for an exported model
 
     @classmethod
     def open(cls, run: Path, *, role: str = "teacher", checkpoint: str = "best", device: str | None = None) -> Self:
-        """The ``best`` or ``last`` checkpoint of a run directory, or the checkpoint directory named."""
+        """Load the ``best`` or ``last`` checkpoint of a run directory, or a given checkpoint directory.
+
+        ``device`` defaults to CUDA if it is available. Raises ValueError if ``run`` is not a run directory.
+        """
         if not (run / "config.yaml").exists():
-            raise ValueError(f"{run}: expected a run directory with config.yaml; `pais-ray train` makes them")
+            raise ValueError(f"{run}: expected a run directory with config.yaml, as `pais-ray train` creates it")
         config = load(run / "config.yaml")
         manifest = SplitManifest.from_json((run / "split.json").read_text())
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -99,27 +91,29 @@ class Predictor:
         segmentor.to(where).eval()
         return cls(segmentor=segmentor, config=config, categories=categories, device=where, manifest=manifest)
 
-    def results(self, records: Sequence[Record], label: str) -> list[dict[str, Any]]:
+    def results(self, records: Sequence[Record], label: str) -> list[Json]:
         """COCO results of images, with a progress bar on a terminal."""
         ids = [c["id"] for c in self.categories]
         with click.progressbar(records, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
             return list(predict_records(self.segmentor, bar, self.config, ids, self.device))
 
-    def of_bytes(self, data: bytes, where: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """The upright picture (H, W, 3) of an encoded image within the run's size cap, and its COCO results. Raises
-        DataError naming ``where``."""
-        picture = decode(data, where, self.config.data.max_pixels)
-        sample = Sample(image=torch.from_numpy(picture).permute(2, 0, 1), image_id=0, row=0, slot=0)
-        ids = [c["id"] for c in self.categories]
-        return picture, predict_sample(self.segmentor, sample, self.config, ids, self.device)
+    def predict_bytes(self, data: bytes, place: str) -> tuple[np.ndarray, list[Json]]:
+        """Decode one encoded image: the upright image (H, W, 3) uint8 and its COCO results.
 
-    def evaluate(self, annotations: str | None = None, images: str | None = None) -> dict[str, Any]:
-        """COCO AP on the run's validation images, or on other annotated ones; of Cityscapes also its own."""
+        Raises DataError, which names ``place``, if the image does not decode or exceeds the run's size limit.
+        """
+        pixels = decode(data, place, self.config.data.max_pixels)
+        ids = [c["id"] for c in self.categories]
+        results = predict_sample(self.segmentor, Sample.of(pixels, image_id=0), self.config, ids, self.device)
+        return pixels, results
+
+    def evaluate(self, annotations: str | None = None, images: str | None = None) -> Json:
+        """Scores on the run's validation images or on other annotated images, as ``scoring.score`` returns them."""
         dataset = self.validation(annotations, images)
         return coco.score(dataset.truth, self.results(dataset.records, "evaluating"))
 
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
-        """The run's validation set, or other annotations with the same categories."""
+        """The run's validation set, or other annotations with the same categories. Raises ValueError."""
         data = self.config.data
         if annotations is None and data.holds_out and self.manifest is not None:
             dataset = held_out(read_labeled(*data.part("train"), data.limits()), self.manifest)
@@ -133,53 +127,59 @@ class Predictor:
             raise DataError(
                 "categories",
                 dataset.path,
-                "has other categories than the run was trained on",
-                "map them first",
+                "its categories differ from those of the run",
+                "map them to the categories of the run",
             )
         return dataset
 
     def unlabeled(self) -> Sequence[Record]:
-        """The run's unlabeled images, with the ids they have in it."""
+        """The run's unlabeled images with the image ids of the run."""
         data = self.config.data.model_copy(update={"pseudo_labels": None})
         return prepare(self.config.model_copy(update={"data": data}))[1].unlabeled
 
-    def predict(
-        self, records: Sequence[Record], out: Path, draw_above: float, draw: int | None = None
-    ) -> dict[str, Any]:
-        """Writes results.json, images.json and overlays/ (of the first ``draw`` images) for ``records``."""
+    def predict(self, records: Sequence[Record], out: Path, draw_above: float, draw: int | None = None) -> Json:
+        """Write results.json, images.json and overlays/ (of the first ``draw`` images) for ``records``.
+
+        The overlays show instances with a score of at least ``draw_above``. If no instance of any image reaches it,
+        they show the best few of each image. Returns the counts of images, of instances in results.json and of drawn
+        instances.
+        """
         results = self.results(records, "predicting")
         (out / "overlays").mkdir(parents=True, exist_ok=True)
         listing = [{"id": r.image_id, "file_name": r.path, "height": r.height, "width": r.width} for r in records]
         (out / "results.json").write_text(json.dumps(results))
         (out / "images.json").write_text(json.dumps({"images": listing, "categories": self.categories}, indent=1))
-        of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for result in results:
-            if result["score"] >= draw_above:
-                of_image[result["image_id"]].append(result)
+        to_draw = select_drawn(results, draw_above)
         names = {c["id"]: c["name"] for c in self.categories}
         reader = Reader()
         for record in records[:draw]:
-            picture = draw_results(record, of_image[record.image_id], names, reader)
+            overlay = draw_results(record, to_draw.get(record.image_id, []), names, reader)
             stem = f"{record.image_id:06d}_{Path(name_of(record.path)).stem}"
-            Image.fromarray(picture).save(out / "overlays" / f"{stem}.jpg", quality=90)
-        drawn = sum(len(v) for v in of_image.values())
+            Image.fromarray(overlay).save(out / "overlays" / f"{stem}.jpg", quality=90)
         return {
             "images": len(records),
-            "instances": drawn,
+            "instances": len(results),
+            "drawn": sum(len(to_draw.get(record.image_id, [])) for record in records[:draw]),
+            "reach_threshold": sum(result["score"] >= draw_above for result in results),
             "results": str(out / "results.json"),
             "out": str(out),
         }
 
 
-def read_picture(record: Record, reader: Reader | None = None) -> np.ndarray:
-    """The upright picture (H, W, 3) uint8 of a record, whose size has passed the cap of its data. ``reader`` helps
-    where many are read one after the other."""
-    data = (reader or Reader()).read(record.path, record.image_id)["bytes"]
-    return decode(data, record.path, max(MAX_PIXELS, record.height * record.width))
+def select_drawn(results: Iterable[Json], draw_above: float) -> dict[int, list[Json]]:
+    """Image id -> results to draw: those with a score of at least ``draw_above``, or the best ``TOP_DRAWN`` of each
+    image if no result at all reaches it."""
+    by_image: dict[int, list[Json]] = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    above = {image_id: [r for r in own if r["score"] >= draw_above] for image_id, own in by_image.items()}
+    if any(above.values()):
+        return above
+    return {image_id: sorted(own, key=lambda r: -r["score"])[:TOP_DRAWN] for image_id, own in by_image.items()}
 
 
 def image_records(sources: Sequence[Path]) -> Sequence[Record]:
-    """Records of image files and of all images in folders, ids by position."""
+    """Records of image files and of all images in folders. The image id is the position in the list."""
     found: list[tuple[str, int, int]] = []
     for source in sources:
         if source.is_dir():
@@ -190,10 +190,10 @@ def image_records(sources: Sequence[Path]) -> Sequence[Record]:
 
 
 def draw_results(
-    record: Record, results: Sequence[dict[str, Any]], names: dict[int, str], reader: Reader | None = None
+    record: Record, results: Sequence[Json], names: Mapping[int, str], reader: Reader | None = None
 ) -> np.ndarray:
-    """The image (H, W, 3) uint8 with COCO results drawn over it."""
-    image = read_picture(record, reader)
+    """The image (H, W, 3) uint8 with its COCO results drawn over it. ``names`` maps category ids to names."""
+    image = read_image(record, reader)
     rles = [r["segmentation"]["counts"].encode() for r in results]
     boxes = np.array([r["bbox"] for r in results], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -205,10 +205,13 @@ def draw_results(
 
 
 def choose_checkpoint(run: Path, role: str, which: str) -> Path:
-    """The directory of the ``best`` checkpoint of ``role``, of the ``last`` good one, or the one named."""
+    """The directory of the ``best`` checkpoint of ``role``, of the ``last`` valid one, or of a given path ``which``.
+
+    Raises CheckpointError if the run has no usable checkpoint.
+    """
     last, refused = newest_verified(run)
     if last is None:
-        raise CheckpointError(f"{run}: no usable checkpoint ({'; '.join(refused) or 'none was written yet'})")
+        raise CheckpointError(f"{run}: no usable checkpoint ({'; '.join(refused) or 'none has been written'})")
     if which == "last":
         return last
     if which != "best":

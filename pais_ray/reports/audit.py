@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from pais_ray.augmentation.sample import Sample
 from pais_ray.augmentation.views import make_views
 from pais_ray.config.tree import Config
 from pais_ray.data.annotations import rle
 from pais_ray.data.annotations.records import LabeledRecord, annotated
 from pais_ray.data.annotations.splits import SplitManifest
 from pais_ray.data.sources.readers import read_labeled
+from pais_ray.data.stream.samples import read_sample
 from pais_ray.evaluation import pseudo_labels
 from pais_ray.figures.audit import draw_audit
-from pais_ray.inference.predictor import Predictor, read_picture
+from pais_ray.inference.predictor import Predictor
 from pais_ray.modeling.protocols import Segmentor
 from pais_ray.structures.batch import Predictions, Targets
 from pais_ray.structures.masks import Masks
@@ -120,10 +120,7 @@ def seen(
     segmentor: Segmentor, record: LabeledRecord, config: Config, device: torch.device
 ) -> tuple[Predictions, Targets, tuple[int, int]]:
     """The predictions, the truth and the size (H, W) px of a record's test view, on the CPU."""
-    image = torch.from_numpy(read_picture(record)).permute(2, 0, 1).contiguous()
-    views = make_views(
-        [Sample(image=image, image_id=record.image_id, row=0, slot=0)], config.scaled_views, 0, "test", device
-    )
+    views = make_views([read_sample(record)], config.scaled_views, 0, "test", device)
     masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
     whole = Targets.ground_truth(
         boxes=torch.from_numpy(record.boxes), labels=torch.from_numpy(record.labels), masks=Masks.full(masks)

@@ -9,9 +9,10 @@ import numpy as np
 
 from pais_ray.data.annotations.records import LabeledRecord, annotated
 from pais_ray.data.annotations.rle import decode_rle
+from pais_ray.data.stream.samples import read_image
 from pais_ray.figures import canvas
 from pais_ray.figures.overlay import draw_instances
-from pais_ray.inference.predictor import Predictor, draw_results, read_picture
+from pais_ray.inference.predictor import Predictor, draw_results
 
 DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
 
@@ -65,4 +66,4 @@ def gallery(
 def truth(record: LabeledRecord, names: Sequence[str]) -> np.ndarray:
     """The image (H, W, 3) uint8 with its annotations drawn over it."""
     masks = decode_rle(record.rles, record.height, record.width).astype(bool)
-    return draw_instances(read_picture(record), record.boxes, record.labels, None, masks, names)
+    return draw_instances(read_image(record), record.boxes, record.labels, None, masks, names)

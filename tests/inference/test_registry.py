@@ -70,7 +70,7 @@ def champion(uri: str, name: str) -> str | None:
 
 def test_a_loaded_model_sees_what_the_run_sees(first, loaded, photo):
     [answer] = loaded.predict(pandas.DataFrame({"image": [photo]}), params={"score": 0.0})
-    picture, results = Predictor.open(first).of_bytes(photo, "photo")
+    picture, results = Predictor.open(first).predict_bytes(photo, "photo")
     assert (answer["height"], answer["width"]) == picture.shape[:2]
     assert len(results) > 0
     for seen, result in zip(answer["instances"], results, strict=True):
@@ -117,7 +117,7 @@ def test_mlflow_serves_an_answer_over_http(first, loaded, storage, uri, photo, t
                 return json.load(answer)
 
         encoded = base64.b64encode(photo).decode()
-        _, results = Predictor.open(first).of_bytes(photo, "photo")
+        _, results = Predictor.open(first).predict_bytes(photo, "photo")
         expected = [r["score"] for r in results]
         for content in ({"inputs": {"image": [encoded]}}, {"dataframe_records": [{"image": encoded}]}):
             [answer] = ask({**content, "params": {"score": 0.0}})["predictions"]

@@ -64,7 +64,7 @@ def test_killed_and_called_again_it_equals_one_process(cluster, run, tiny_coco, 
     assert listed["categories"] == predictor.categories
     done = CliRunner().invoke(main, [*words, "--role", "student"])
     assert done.exit_code == 2
-    assert "begun with another role; choose another --out" in done.stderr
+    assert "was created with a different role; choose another --out" in done.stderr
 
 
 def test_a_bucket_and_a_list_of_its_images(cluster, run, tiny_coco, tmp_path):
@@ -85,14 +85,14 @@ def test_a_bucket_and_a_list_of_its_images(cluster, run, tiny_coco, tmp_path):
 
 
 def test_listings(tiny_coco, tmp_path):
-    root, found = batch.listing(f"file://{tiny_coco}/images", None)
-    assert (root, found) == (f"file://{tiny_coco}/images", batch.listing(f"{tiny_coco}/images", None)[1])
+    root, found = batch.list_images(f"file://{tiny_coco}/images", None)
+    assert (root, found) == (f"file://{tiny_coco}/images", batch.list_images(f"{tiny_coco}/images", None)[1])
     assert len(found) == 16
     with pytest.raises(ValueError, match="--images: expected"):
-        batch.listing(f"{tiny_coco}/val.json", None)
-    with pytest.raises(ValueError, match="no credentials"):
-        batch.listing("s3://key:secret@bucket/images", None)
+        batch.list_images(f"{tiny_coco}/val.json", None)
+    with pytest.raises(ValueError, match="without keys"):
+        batch.list_images("s3://key:secret@bucket/images", None)
     leads_out = tmp_path / "out.json"
     leads_out.write_text(json.dumps({"images": [{"id": 1, "file_name": "../x.png"}]}))
     with pytest.raises(DataError, match="image-path"):
-        batch.listing(str(leads_out), "s3://bucket/images")
+        batch.list_images(str(leads_out), "s3://bucket/images")

@@ -54,6 +54,12 @@ def list_prefix(url: str) -> tuple[Record, ...]:
 
     Raises DataError.
     """
+    paths = (storage.join(url, name) for name in list_prefix_names(url))
+    return tuple(Record(image_id=i, path=path, height=0, width=0) for i, path in enumerate(paths))
+
+
+def list_prefix_names(url: str) -> list[str]:
+    """Returns the names of all image files under a URL prefix, in the order of ``list_folder``. Raises DataError."""
     try:
         files = storage.list_files(url)
     except storage.StorageError as error:
@@ -62,8 +68,7 @@ def list_prefix(url: str) -> tuple[Record, ...]:
     names = ["/".join(parts) for parts in sorted(shown) if not any(part.startswith(".") for part in parts)]
     if not names:
         raise DataError("image-missing", url, f"expected images ({' '.join(SUFFIXES)}), got none")
-    paths = (storage.join(url, name) for name in names)
-    return tuple(Record(image_id=i, path=path, height=0, width=0) for i, path in enumerate(paths))
+    return names
 
 
 def read_sizes(records: Sequence[Record], limits: Limits = LIMITS) -> Iterator[tuple[int, int] | DataError]:

@@ -1,7 +1,7 @@
 """Decode encoded images to samples: the same steps for training, evaluation and prediction."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from pais_ray.data.validation.values import check_upright
 from pais_ray.files import storage
 
 AHEAD, THREADS = 4, 2  # images that are decoded in advance, and the threads that decode them
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Changes the colors of an image (H, W, 3) uint8 RGB with a seed.
 PixelAugmentation = Callable[[np.ndarray, int], np.ndarray]
@@ -49,18 +52,29 @@ def decode_image(
     )
 
 
-def read_sample(record: Record, reader: Reader, max_pixels: int | None = None) -> Sample:
-    """Read and decode the image of one record, without annotations.
+def read_image(record: Record, reader: Reader | None = None, max_pixels: int | None = None) -> np.ndarray:
+    """Read and decode the image of one record: (H, W, 3) uint8 RGB, upright.
 
-    ``max_pixels`` defaults to a limit that the record's own size does not exceed: it was checked when the record was
-    made. Raises DataError if the image is missing or damaged, OSError if it cannot be read.
+    Pass the same ``reader`` for consecutive images. ``max_pixels`` defaults to a limit that the record's own size does
+    not exceed: it was checked when the record was made. Raises DataError if the image is missing or damaged, OSError if
+    it cannot be read.
     """
-    data = reader.read(record.path, record.image_id)["bytes"]
+    data = (reader or Reader()).read(record.path, record.image_id)["bytes"]
     limit = max(MAX_PIXELS, record.height * record.width) if max_pixels is None else max_pixels
-    return Sample.of(decode(data, record.path, limit), image_id=record.image_id)
+    return decode(data, record.path, limit)
+
+
+def read_sample(record: Record, reader: Reader | None = None, max_pixels: int | None = None) -> Sample:
+    """The image of one record as a sample without annotations. Arguments and errors as for ``read_image``."""
+    return Sample.of(read_image(record, reader, max_pixels), image_id=record.image_id)
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``read`` of each item, in order; two threads compute a few results in advance."""
+    return storage.map_in_order(read, items, THREADS, AHEAD)
 
 
 def read_samples(records: Iterable[Record]) -> Iterator[Sample]:
-    """``read_sample`` of each record in order. Two threads read and decode a few images in advance."""
+    """``read_sample`` of each record in order, read in advance."""
     reader = Reader()
-    return storage.in_order(lambda record: read_sample(record, reader), records, THREADS, AHEAD)
+    return read_ahead(lambda record: read_sample(record, reader), records)

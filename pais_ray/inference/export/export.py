@@ -27,10 +27,11 @@ from pais_ray.config.tree import Config, dump, load
 from pais_ray.data.annotations import ground_truth
 from pais_ray.data.annotations.records import Record
 from pais_ray.data.images.reader import Reader
+from pais_ray.data.stream.samples import read_image
 from pais_ray.evaluation import coco
 from pais_ray.inference.export import onnx_runner
 from pais_ray.inference.export.onnx_runner import FORMAT, MODEL, Detector
-from pais_ray.inference.predictor import Predictor, choose_checkpoint, predict_records, read_picture
+from pais_ray.inference.predictor import Predictor, choose_checkpoint, predict_records
 from pais_ray.modeling import registry
 from pais_ray.modeling.protocols import Exportable, ExportGraph, Segmentor
 from pais_ray.runs.checkpoints import MANIFEST, ROLES, load_segmentor, write_manifest
@@ -201,12 +202,12 @@ def compare(predictor: Predictor, detector: Detector, images: int | None = None)
     ids = [c["id"] for c in predictor.categories]
     raw: dict[str, float] = {}
     for record in records[:RAW_IMAGES]:
-        found = raw_differences(predictor.segmentor, detector, read_picture(record))
+        found = raw_differences(predictor.segmentor, detector, read_image(record))
         raw = {name: float(np.maximum(value, raw.get(name, 0.0))) for name, value in found.items()}  # NaN stays
     truth = ground_truth.load_ground_truth(dataset.truth, [r.image_id for r in records])
     ours = list(predict_records(predictor.segmentor, _bar(records, "PyTorch"), config, ids, predictor.device))
     reader = Reader()
-    theirs = [e for r in _bar(records, "ONNX") for e in detector.results(read_picture(r, reader), r.image_id)]
+    theirs = [e for r in _bar(records, "ONNX") for e in detector.results(read_image(r, reader), r.image_id)]
     return Parity(
         raw_images=len(records[:RAW_IMAGES]),
         raw=raw,

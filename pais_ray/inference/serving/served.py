@@ -59,7 +59,7 @@ class Served(mlflow.pyfunc.PythonModel):
         with contextlib.suppress(binascii.Error):  # MLflow decodes the base64 of `dataframe_*`, not that of `inputs`
             data = base64.b64decode(b"".join(data.split()), validate=True)
         try:
-            picture, results = self.predictor.of_bytes(data, where)
+            picture, results = self.predictor.predict_bytes(data, where)
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         names = {c["id"]: c["name"] for c in self.predictor.categories}
