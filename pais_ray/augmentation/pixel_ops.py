@@ -1,7 +1,7 @@
 """Pixel operations of one view: resize, warp, color, erase. Images are (3, H, W) float in [0, 1], RGB.
 
-Nothing here is random: views.py draws, this file obeys. Color operations are Kornia functionals chosen for
-PIL's meaning of the words (the paper's code calls PIL); tests compare each with PIL.
+The functions are deterministic; ``sampling`` draws their parameters. Color operations are the Kornia functionals that
+match PIL, which the released code uses; tests compare each of them with PIL.
 """
 
 from typing import Literal, get_args
@@ -28,9 +28,9 @@ COLORS: tuple[Color, ...] = get_args(Color)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The image at ``size`` = (h, w): bilinear, averaging the covered pixels when it shrinks.
+    """Resize to ``size`` = (h, w): bilinear, with antialiasing when the image shrinks.
 
-    Exactly the frame change ``geometry.scale(w / W, h / H)``; the same size gives the same pixels.
+    The change of frame is exactly ``geometry.scale(w / W, h / H)``. The same size returns the same pixels.
     """
     if tuple(image.shape[1:]) == size:
         return image
@@ -39,21 +39,21 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def warp(image: Tensor, matrix: Tensor, fill: float) -> Tensor:
-    """The image moved by ``matrix`` (3, 3; CPU; px -> px of the same frame), bilinear, ``fill`` outside."""
+    """Move the image by ``matrix`` (3, 3) on the CPU, px -> px of the same frame; bilinear, ``fill`` outside."""
     height, width = image.shape[1:]
     (a, b, tx), (c, d, ty), _ = geometry.invert(matrix).tolist()
     ys = torch.arange(height, device=image.device, dtype=image.dtype)[:, None] + 0.5
     xs = torch.arange(width, device=image.device, dtype=image.dtype) + 0.5
     x = (2 * a / width) * xs + ((2 * b / width) * ys + (2 * tx / width - 1))
     y = (2 * c / height) * xs + ((2 * d / height) * ys + (2 * ty / height - 1))
-    where = torch.stack([x, y], dim=-1)[None]  # (1, H, W, 2)
-    # grid_sample knows no other border than zero, so the fill value is made the zero.
-    moved = F.grid_sample((image - fill)[None], where, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = torch.stack([x, y], dim=-1)[None]  # (1, H, W, 2)
+    # grid_sample can only fill with zero, so the fill value is subtracted first.
+    moved = F.grid_sample((image - fill)[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved[0].add_(fill).clamp_(0.0, 1.0)
 
 
 def color(image: Tensor, name: Color, level: int) -> Tensor:
-    """One color operation at an integer ``level`` of 1..9 (method 3; PIL's meaning of each word)."""
+    """Apply one color operation as PIL defines it, at an integer ``level`` of 1..9 (method 3)."""
     factor = 0.18 * level + 0.1
     match name:
         case "identity":
@@ -63,7 +63,7 @@ def color(image: Tensor, name: Color, level: int) -> Tensor:
         case "equalize":
             return enhance.equalize(_to_levels(image))
         case "solarize":
-            # Half a level below: "at or above the threshold" must not hang on float rounding.
+            # Half a level lower, so that "at or above the threshold" does not depend on float rounding.
             return enhance.solarize(image, (min(int(25.6 * level), 255) - 0.5) / 255)
         case "color":
             return enhance.adjust_saturation_with_gray_subtraction(image, factor)
@@ -75,11 +75,11 @@ def color(image: Tensor, name: Color, level: int) -> Tensor:
             return enhance.sharpness(image, factor)
         case "posterize":
             return enhance.posterize(_to_levels(image), 4 - int(0.4 * level))
-    raise ValueError(f"color: no operation named {name!r}; expected one of {', '.join(COLORS)}")
+    raise ValueError(f"color: expected one of {', '.join(COLORS)}, got {name!r}")
 
 
 def erase(image: Tensor, patches: tuple[tuple[int, int, int, int], ...], fill: tuple[float, float, float]) -> Tensor:
-    """A copy of the image with every patch (x1, y1, x2, y2) px painted in ``fill`` (R, G, B)."""
+    """A copy of the image with every patch (x1, y1, x2, y2) px filled with ``fill`` (R, G, B)."""
     image = image.clone()
     for x1, y1, x2, y2 in patches:
         for channel, value in enumerate(fill):
@@ -88,12 +88,12 @@ def erase(image: Tensor, patches: tuple[tuple[int, int, int, int], ...], fill: t
 
 
 def _autocontrast(image: Tensor) -> Tensor:
-    """Each channel stretched to [0, 1]; a constant channel stays as it is (Kornia would blacken it)."""
+    """Stretch each channel to [0, 1]. A constant channel is unchanged; Kornia would make it black."""
     stretched = enhance.normalize_min_max(image[None])[0]
     flat = image.amax(dim=(1, 2), keepdim=True) <= image.amin(dim=(1, 2), keepdim=True)
     return torch.where(flat, image, stretched)
 
 
 def _to_levels(image: Tensor) -> Tensor:
-    """Rounded to PIL's 256 levels: without it a resized 127.9999 would fall by a whole posterize step."""
+    """Round to the 256 levels of PIL; otherwise 127.9999 after a resize would lose a whole posterize step."""
     return (image * 255).round_().div_(255)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Settings of the views (section `views:` of a config) and their presets."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -24,46 +24,77 @@ Floats = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class ViewConfig(BaseModel):
-    """The pipeline of one stream: resize, flip, then what is switched on of color, geometric, erase."""
+    """The operations of one kind of view: resize, flip, then the enabled ones of color, geometric and erase."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    short_side: Ints = Field(default=(400, 1200), description="px, uniform integer; COCO: paper's code 400..1200")
-    long_side: int = Field(
-        default=1333, ge=1, description="px, cap that wins over short_side; COCO 1333, Cityscapes 2048"
+    short_side: Ints = Field(
+        default=(400, 1200), description="Short side in px, drawn uniformly. COCO: 400..1200 (released code)."
     )
-    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip; paper's code .5")
+    long_side: int = Field(
+        default=1333,
+        ge=1,
+        description="Maximum of the long side in px; takes precedence over short_side. COCO: 1333, Cityscapes: 2048.",
+    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip (released code: 0.5).")
     photometric: Literal["cityscapes"] | None = Field(
         default=None,
-        description="albumentations preset at decode time, labeled stream only; the paper's Cityscapes",
+        description="Preset of photometric operations, for the labeled view only (paper: Cityscapes).",
     )
-    color: bool = Field(default=False, description="always one of nine color operations")
-    color_level: Ints = Field(default=(1, 9), description="uniform integer; paper's code randint(1, 10)")
-    geometric: bool = Field(default=False, description="always one of translate-x, translate-y, rotate, shear")
-    translate: float = Field(default=0.1, ge=0, le=1, description="+- share of the side; paper's code 10 %")
-    rotate: float = Field(default=30.0, ge=0, le=180, description="+- degrees about the center; paper's code 30")
-    shear: float = Field(default=30.0, ge=0, lt=90, description="+- degrees, factor tanh(radians); paper's code 30")
+    color: bool = Field(default=False, description="Apply one of nine color operations to every image.")
+    color_level: Ints = Field(
+        default=(1, 9), description="Level of the color operation, drawn uniformly (released code: randint(1, 10))."
+    )
+    geometric: bool = Field(
+        default=False, description="Apply a translation in x or y, a rotation or a shear to every image."
+    )
+    translate: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Maximum translation as a fraction of the side, in both directions (released code: 10 %).",
+    )
+    rotate: float = Field(
+        default=30.0,
+        ge=0,
+        le=180,
+        description="Maximum rotation about the center in degrees, in both directions (released code: 30).",
+    )
+    shear: float = Field(
+        default=30.0,
+        ge=0,
+        lt=90,
+        description="Maximum shear in degrees, in both directions; the factor is tanh(radians) (released code: 30).",
+    )
     fill: float = Field(
-        default=125 / 255, ge=0, le=1, description="outside the picture, all channels; paper's code 125"
+        default=125 / 255,
+        ge=0,
+        le=1,
+        description="Value of all channels outside of the image (released code: 125 of 255).",
     )
     erase: bool = Field(
-        default=False, description="paint patches over the picture; masks stay: objects are to be completed"
+        default=False,
+        description="Erase patches of the image. Masks are unchanged: the student has to complete the objects.",
     )
-    erase_count: Ints = Field(default=(1, 4), description="patches; paper's code randint(1, 5), Cityscapes CutOut 1..5")
+    erase_count: Ints = Field(
+        default=(1, 4),
+        description="Number of patches, drawn uniformly. Released code: randint(1, 5), for Cityscapes 1..5.",
+    )
     erase_ratio: Floats = Field(
-        default=(0.0, 0.2), description="patch side / view side, one draw for both; paper's code"
+        default=(0.0, 0.2),
+        description="Side of a patch divided by the side of the view, one draw for both sides (released code).",
     )
     erase_holes: tuple[tuple[int, int], ...] = Field(
         default=(),
-        description="(w, h) px to choose from instead of erase_ratio, cut at the border; Cityscapes CutOut",
+        description="Patch sizes (w, h) in px to choose from instead of erase_ratio, clipped at the border (CutOut).",
     )
     erase_fill: tuple[float, float, float] = Field(
         default=(125 / 255, 125 / 255, 125 / 255),
-        description="R, G, B; paper's code 125, Cityscapes the ImageNet mean",
+        description="R, G, B of patches. Released code: 125 of 255, for Cityscapes the ImageNet mean.",
     )
     order: Literal["random", "erase_last"] = Field(
         default="erase_last",
-        description="shuffle all three (K-Net DALoss config), or the first two (all others)",
+        description="random: shuffle all operations (K-Net with DALoss); erase_last: shuffle the first two (others).",
     )
 
 
@@ -82,12 +113,12 @@ _CUTOUT: dict[str, Any] = {
     "erase": True,
     "erase_count": (1, 5),
     "erase_holes": ((0, 0), (60, 30), (120, 60), (200, 100), (300, 150), (400, 200)),
-    # The paper's code cuts out zeros after normalization: the mean color before it.
+    # The released code fills with zeros after normalization, which is the mean color before it.
     "erase_fill": (0.485, 0.456, 0.406),
 }
 
 PRESETS: dict[str, dict[str, ViewConfig]] = {
-    # Method 3. coco: Mask R-CNN and "w/o DALoss" configs; coco_knet: the K-Net DALoss config.
+    # Method 3. coco: the configs of Mask R-CNN and "w/o DALoss"; coco_knet: the config of K-Net with DALoss.
     "coco": _COCO,
     "coco_knet": _COCO | {"strong": _COCO["strong"].model_copy(update={"order": "random"})},
     "cityscapes": {
@@ -96,17 +127,19 @@ PRESETS: dict[str, dict[str, ViewConfig]] = {
         "strong": ViewConfig(color=True, geometric=True, **_STREET, **_CUTOUT),
         "test": ViewConfig(short_side=(1024, 1024), long_side=2048, flip=0.0),
     },
-    # The supervised baseline without the semi-supervised augmentation (no dagger): one scale and a flip.
+    # The supervised baseline without the augmentation of the semi-supervised method (no dagger): one scale and a flip.
     "plain": _COCO | {"labeled": ViewConfig(short_side=(800, 800))},
 }
 
 
 class AugmentConfig(BaseModel):
-    """The four streams. What is not given comes from ``preset``. `data.image_size` scales all of them."""
+    """The four kinds of views. Values that are not given come from ``preset``. `data.image_size` scales all of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Preset = Field(default="coco", description="where unnamed values come from (method 3, the paper's code)")
+    preset: Preset = Field(
+        default="coco", description="Source of the values that are not given (method 3, released code)."
+    )
     labeled: ViewConfig = _COCO["labeled"]
     weak: ViewConfig = _COCO["weak"]
     strong: ViewConfig = _COCO["strong"]
@@ -116,7 +149,7 @@ class AugmentConfig(BaseModel):
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("preset", "coco") not in PRESETS:
-            return given  # pydantic names the error
+            return given  # pydantic reports the error
         merged = dict(given)
         for kind, view in PRESETS[given.get("preset", "coco")].items():
             words = given.get(kind, {})
@@ -124,9 +157,10 @@ class AugmentConfig(BaseModel):
         return merged
 
     def at_size(self, image_size: int | None) -> ViewSet:
-        """The pipeline of every view, all scaled so that the test view has a short side of ``image_size`` px.
+        """The settings of each kind of view, scaled so that the test view has a short side of ``image_size`` px.
 
-        None keeps the configured sizes."""
+        None keeps the configured sizes.
+        """
         views: dict[Kind, ViewConfig] = {kind: getattr(self, kind) for kind in get_args(Kind)}
         if image_size is None:
             return views
@@ -135,10 +169,10 @@ class AugmentConfig(BaseModel):
 
 
 def scale_view(config: ViewConfig, ratio: float) -> ViewConfig:
-    """The same pipeline for pictures ``ratio`` times as large: every length in px scaled and rounded.
+    """The same operations for images that are ``ratio`` times as large: every length in px is scaled and rounded.
 
-    So image_size 192 on the COCO preset is ratio .24: short side 96..288, test 192, long side cap 320.
-    Ours; the paper only trains at full size. The shares and angles of the other operations have no unit.
+    For example, image_size 192 with the COCO preset is ratio .24: short side 96..288, test view 192, long side at most
+    320. Ours; the paper trains at full size only. Fractions and angles do not change.
     """
 
     def px(length: int) -> int:

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Draw the random parameters of a view from a seed, on the CPU."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from pais_ray.structures import geometry
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
-    """Everything drawn for one image's view, on the CPU."""
+class ViewPlan:
+    """All parameters drawn for the view of one image."""
 
     size: tuple[int, int]  # (h, w) of the view, before padding
     flip: bool
-    steps: tuple[Step, ...]  # in the order of application
-    color: tuple[Color, int]  # operation and level
-    moved: Tensor  # (3, 3) float64, the geometric operation: view px -> view px
+    steps: tuple[Step, ...]  # in order of application
+    color: tuple[Color, int]  # operation and its level
+    motion: Tensor  # (3, 3) float64, the geometric operation: view px -> view px
     patches: tuple[tuple[int, int, int, int], ...]  # x1, y1, x2, y2 px of the view
-    matrix: Tensor  # (3, 3) float64: original px -> view px, all of the above composed
+    matrix: Tensor  # (3, 3) float64: px of the original -> px of the view, all geometric parameters composed
 
 
 def view_seed(seed: int, row: int, slot: int, kind: Kind | Literal["photometric"]) -> int:
-    """The seed of one view: a hash of the run's seed, the global row, the position in it and the kind."""
+    """The seed of one view: a hash of the run's seed, the global row, the position in the row, and the kind."""
     digest = hashlib.blake2b(f"{seed}/{row}/{slot}/{kind}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
-    """Draws the view of an image of ``size`` = (H, W) px. The same arguments give the same plan anywhere."""
+def draw_view(config: ViewConfig, size: tuple[int, int], seed: int) -> ViewPlan:
+    """Draw the view of an image of ``size`` = (H, W) px. The same arguments give the same plan on every machine."""
     rng = np.random.Generator(np.random.PCG64(seed))
     height, width = size
     short = rng.integers(config.short_side[0], config.short_side[1], endpoint=True)
@@ -42,19 +42,19 @@ def draw(config: ViewConfig, size: tuple[int, int], seed: int) -> Plan:
     flip = bool(rng.random() < config.flip)
     steps = _draw_order(config, rng)
     name, level = COLORS[rng.integers(len(COLORS))], int(rng.integers(*config.color_level, endpoint=True))
-    moved = _draw_move(config, view, rng) if config.geometric else geometry.identity()
+    motion = _draw_motion(config, view, rng) if config.geometric else geometry.identity()
     patches = _draw_patches(config, view, rng) if config.erase else ()
     matrix = geometry.scale(view[1] / width, view[0] / height)
     if flip:
         matrix = geometry.flip_horizontal(view[1]) @ matrix
-    return Plan(
+    return ViewPlan(
         size=view,
         flip=flip,
         steps=steps,
         color=(name, level),
-        moved=moved,
+        motion=motion,
         patches=patches,
-        matrix=moved @ matrix,
+        matrix=motion @ matrix,
     )
 
 
@@ -62,12 +62,12 @@ def _draw_order(config: ViewConfig, rng: np.random.Generator) -> tuple[Step, ...
     steps: list[Step] = ["color", "geometric", "erase"]
     shuffled = [steps[i] for i in rng.permutation(3)]
     if config.order == "erase_last":
-        shuffled.sort(key=lambda step: step == "erase")  # stable: the other two stay shuffled
+        shuffled.sort(key=lambda step: step == "erase")  # the sort is stable: the other two stay shuffled
     return tuple(step for step in shuffled if getattr(config, step))
 
 
-def _draw_move(config: ViewConfig, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """One of four (method 3), (3, 3) float64. Matrices refer to the unpadded view."""
+def _draw_motion(config: ViewConfig, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """The matrix (3, 3) float64 of one of four operations (method 3), in the frame of the view before padding."""
     height, width = size
     choice, first, second = rng.integers(4), rng.uniform(-1, 1), rng.uniform(-1, 1)
     center = (width / 2, height / 2)
@@ -77,7 +77,7 @@ def _draw_move(config: ViewConfig, size: tuple[int, int], rng: np.random.Generat
         return geometry.translate(0.0, first * config.translate * height)
     if choice == 2:
         return geometry.rotate(first * config.rotate, center)
-    # The paper's code has tanh where tan was meant: at most .48 at 30 degrees.
+    # Released code: tanh, where tan was probably intended; at most .48 at 30 degrees.
     largest = np.radians(config.shear)
     return geometry.shear(float(np.tanh(first * largest)), float(np.tanh(second * largest)), center)
 
@@ -99,7 +99,9 @@ def _draw_patches(
     return tuple(patches)
 
 
-def plan(samples: list[Sample], config: ViewSet, seed: int, kind: Kind) -> list[Plan]:
-    """One plan a sample; each depends on its own row, slot and size only, never on its neighbors."""
-    view = config[kind]
-    return [draw(view, (s.image.shape[1], s.image.shape[2]), view_seed(seed, s.row, s.slot, kind)) for s in samples]
+def plan_views(samples: list[Sample], views: ViewSet, seed: int, kind: Kind) -> list[ViewPlan]:
+    """One plan per sample. It depends on the row, the slot and the size of the sample, never on other samples."""
+    view = views[kind]
+    return [
+        draw_view(view, (s.image.shape[1], s.image.shape[2]), view_seed(seed, s.row, s.slot, kind)) for s in samples
+    ]

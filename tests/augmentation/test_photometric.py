@@ -54,5 +54,5 @@ def test_a_seed_of_64_bits_is_taken(image):
 def test_what_is_not_a_picture_is_refused(image):
     with pytest.raises(ValueError, match=r"expected \(H, W, 3\) uint8 RGB, got \(48, 64\) uint8"):
         Photometric("cityscapes").apply(image[..., 0], 0)
-    with pytest.raises(ValueError, match="no preset named 'coco'"):
+    with pytest.raises(ValueError, match="expected 'cityscapes' or null, got 'coco'"):
         Photometric("coco")

@@ -69,7 +69,7 @@ def test_truth_given_as_scored_masks_is_learned_like_truth(row):
     state, labeled = state_of(), sample(row, 1, True)
     state.teacher.__class__ = NobodyAsks
     batch = batch_of(labeled, given(labeled))
-    plans = sampling.plan([labeled], VIEWS, 0, "strong")
+    plans = sampling.plan_views([labeled], VIEWS, 0, "strong")
     truth = views.make_targets([labeled], plans, "cpu")
     (pseudo,) = spied(batch, PLAIN)
     torch.testing.assert_close(pseudo.boxes, truth[0].boxes, rtol=1e-5, atol=1e-4)

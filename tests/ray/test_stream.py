@@ -14,6 +14,7 @@ from pais_ray.data.stream import batches, pipeline
 from pais_ray.data.stream.plan import StepPlan, rank_rows
 from pais_ray.data.stream.rows import build_tables
 
+VIEWS = AugmentConfig().at_size(64)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
@@ -74,11 +75,10 @@ def test_no_unlabeled_image_is_read_during_the_burn_in(cluster, plan, parts, ran
 @pytest.mark.parametrize("labeled_only", [0, 2, 5])
 def test_the_burn_in_changes_nothing_but_the_unlabeled_part(feed, plan, parts, labeled_only):
     """Images, seeds and global rows are those of a stream without burn-in, and of ``local_batches``."""
-    views = AugmentConfig(image_size=64)
     whole, rows = rank_rows(6, 5, 3, 2, 0), rank_rows(6, 5, 3, 2, 0, labeled_only_steps=labeled_only)
-    expected = list(batches.stream_batches(feed, whole, views, "cpu"))
-    streamed = list(batches.stream_batches(feed, rows, views, "cpu"))
-    local = list(batches.local_batches(plan, build_tables(*parts), rows, views))
+    expected = list(batches.stream_batches(feed, whole, VIEWS, "cpu"))
+    streamed = list(batches.stream_batches(feed, rows, VIEWS, "cpu"))
+    local = list(batches.local_batches(plan, build_tables(*parts), rows, VIEWS))
     assert len(expected) == len(streamed) == len(local) == 5
     for step in range(5):
         for one, burned_in, alike in zip(expected[step], streamed[step], local[step], strict=True):
@@ -100,7 +100,7 @@ def test_the_burn_in_changes_nothing_but_the_unlabeled_part(feed, plan, parts, l
 
 
 def test_ranks_without_a_row_in_the_first_round_start_with_none(feed):
-    steps = list(batches.stream_batches(feed, rank_rows(0, 2, 3, 2, 0), AugmentConfig(image_size=64), "cpu"))
+    steps = list(batches.stream_batches(feed, rank_rows(0, 2, 3, 2, 0), VIEWS, "cpu"))
     assert [[batch is None for batch in step] for step in steps] == [[True, False]] * 2
     assert [step[1].labeled.rows.tolist() for step in steps] == [[1], [4]]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from pais_ray.augmentation.presets import AugmentConfig
+from pais_ray.augmentation.presets import ViewSet
 from pais_ray.augmentation.sample import Sample
 from pais_ray.augmentation.views import make_batch
 from pais_ray.data.stream.pipeline import Feed, stream_rows
@@ -27,7 +27,7 @@ class DecodedRow:
 
 
 def stream_batches(
-    feed: Feed, rows: RankRows, views: AugmentConfig, device: torch.device | str
+    feed: Feed, rows: RankRows, views: ViewSet, device: torch.device | str
 ) -> Iterator[list[Batch | None]]:
     """The micro-batches of each step of one rank, read with Ray Data.
 
@@ -38,7 +38,7 @@ def stream_batches(
 
 
 def stream_decoded(
-    feed: Feed, rows: RankRows, views: AugmentConfig | None = None, *, prefetch: int = 4
+    feed: Feed, rows: RankRows, views: ViewSet | None = None, *, prefetch: int = 4
 ) -> Iterator[DecodedRow]:
     """The decoded images of each row, read with Ray Data; without ``views`` there is no photometric augmentation."""
     decode = row_decoder(feed.plan, views, feed.max_pixels)
@@ -46,7 +46,7 @@ def stream_decoded(
 
 
 def local_batches(
-    plan: StepPlan, tables: PartTables, rows: RankRows, views: AugmentConfig, device: torch.device | str = "cpu"
+    plan: StepPlan, tables: PartTables, rows: RankRows, views: ViewSet, device: torch.device | str = "cpu"
 ) -> Iterator[list[Batch | None]]:
     """The batches of ``stream_batches``, read in this process without Ray; for notebooks and tests."""
 
@@ -63,7 +63,7 @@ def local_batches(
     return _step_batches(decoded(), rows, views, plan.seed, device)
 
 
-def row_decoder(plan: StepPlan, views: AugmentConfig | None, max_pixels: int) -> Callable[[pa.Table], DecodedRow]:
+def row_decoder(plan: StepPlan, views: ViewSet | None, max_pixels: int) -> Callable[[pa.Table], DecodedRow]:
     """A function that decodes the images of one step row. It has no state, so that several threads may call it."""
     augment = _pixel_augmentation(views)
 
@@ -77,7 +77,7 @@ def row_decoder(plan: StepPlan, views: AugmentConfig | None, max_pixels: int) ->
 
 
 def _step_batches(
-    decoded: Iterator[DecodedRow], rows: RankRows, views: AugmentConfig, seed: int, device: torch.device | str
+    decoded: Iterator[DecodedRow], rows: RankRows, views: ViewSet, seed: int, device: torch.device | str
 ) -> Iterator[list[Batch | None]]:
     missing: list[Batch | None] = [None] * (rows.rounds - rows.per_step_and_rank)
     for _ in range(rows.steps):
@@ -85,10 +85,11 @@ def _step_batches(
         yield missing + [make_batch(row.labeled, row.unlabeled, views, seed, device) for row in own]
 
 
-def _pixel_augmentation(views: AugmentConfig | None) -> PixelAugmentation | None:
+def _pixel_augmentation(views: ViewSet | None) -> PixelAugmentation | None:
     """The photometric augmentation of labeled images, if the configuration has one."""
-    if views is None or views.labeled.photometric is None:
+    preset = None if views is None else views["labeled"].photometric
+    if preset is None:
         return None
     from pais_ray.augmentation.photometric import Photometric  # importing albumentations takes seconds
 
-    return Photometric(views.labeled.photometric).apply
+    return Photometric(preset).apply
