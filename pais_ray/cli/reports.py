@@ -61,21 +61,21 @@ def tables(
     """The table of many runs: methods by shares of labels, mean ± standard deviation (runs) over folds and seeds.
 
     PLACES are run directories or folders of them. Only finished runs count."""
-    from pais_ray.reports import tables as made_of
+    from pais_ray.reports import tables as table
 
     results, unfinished = [], []
-    for run in made_of.find_runs(places):
-        result = made_of.read_result(run, role, metric)
+    for run in table.find_runs(places):
+        result = table.read_result(run, role, metric)
         if result is None:
             unfinished.append(run.name)
         else:
             results.append(result)
-    cells = made_of.cells(results)
-    text = made_of.markdown(cells, f"{role} {metric}")
+    cells = table.build_cells(results)
+    text = table.to_markdown(cells, f"{role} {metric}")
     echo(text.rstrip())
     if unfinished:
         echo(f"left out, without {role}/{metric} at their last step: {', '.join(unfinished)}")
-    for path, content in ((markdown, text), (csv_path, made_of.as_csv(cells))):
+    for path, content in ((markdown, text), (csv_path, table.to_csv(cells))):
         if path is not None:
             path.write_text(content, encoding="utf-8")
     write_json(json_path, {"cells": [vars(cell) for cell in cells], "unfinished": unfinished})

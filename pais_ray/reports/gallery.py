@@ -1,4 +1,4 @@
-"""What runs see on the same validation images, beside the ground truth: the paper's Fig. 5. No Ray."""
+"""Predictions of runs on the same validation images beside the ground truth, as in Fig. 5 of the paper. No Ray."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,20 @@ from pais_ray.figures import canvas
 from pais_ray.figures.overlay import draw_instances
 from pais_ray.inference.predictor import Predictor, draw_results
 
-DRAW_ABOVE = 0.5  # score; as `pais-ray predict`
+DRAW_ABOVE = 0.5  # score, as in `pais-ray predict`
 
 
 def of_run(root: Path, images: int) -> np.ndarray:
-    """The picture (H, W, 3) uint8 of a run's best teacher: ground truth | predictions, a line an image."""
-    predictor = Predictor.open(root, device="cpu")  # the GPUs that this process sees may be other runs'
-    return gallery({"teacher at its best": predictor}, choose(annotated(predictor.validation()), images))
+    """The gallery (H, W, 3) uint8 of a run's best teacher: ground truth and predictions, one row per image."""
+    predictor = Predictor.open(root, device="cpu")  # visible GPUs may be in use by other runs
+    return gallery({"best teacher": predictor}, choose_records(annotated(predictor.validation()), images))
 
 
 def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) -> np.ndarray:
-    """The same for the best checkpoint of ``role`` of several runs. Raises ValueError where they are not scored on
-    the same images."""
+    """The gallery of the best checkpoints of ``role`` of several runs, one column per run.
+
+    Raises ValueError if their validation annotations differ.
+    """
     names = [root.name for root in roots]
     titles = names if len(set(names)) == len(names) else [str(root) for root in roots]
     predictors = {title: Predictor.open(root, role=role) for title, root in zip(titles, roots, strict=True)}
@@ -33,24 +35,26 @@ def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) ->
     first, dataset = next(iter(datasets.items()))
     for name, other in datasets.items():
         if other.sha256 != dataset.sha256:
-            raise ValueError(f"{name} and {first} have other validation annotations; compare them without --out")
-    return gallery(predictors, choose(annotated(dataset), images), draw_above)
+            raise ValueError(f"{name}: expected the validation annotations of {first}, got others; omit --out")
+    return gallery(predictors, choose_records(annotated(dataset), images), draw_above)
 
 
-def choose(records: Sequence[LabeledRecord], count: int) -> list[LabeledRecord]:
-    """``count`` of the images with an instance, evenly spread over them: the same ones for every run."""
-    filled = [record for record in records if len(record.labels)] or list(records)
-    places = np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)
-    return [filled[i] for i in places]
+def choose_records(records: Sequence[LabeledRecord], count: int) -> list[LabeledRecord]:
+    """Up to ``count`` images with instances, evenly spread over all of them: the same for every run."""
+    non_empty = [record for record in records if len(record.labels)] or list(records)
+    positions = np.linspace(0, len(non_empty) - 1, min(count, len(non_empty))).round().astype(int)
+    return [non_empty[i] for i in positions]
 
 
 def gallery(
     predictors: Mapping[str, Predictor], records: Sequence[LabeledRecord], draw_above: float = DRAW_ABOVE
 ) -> np.ndarray:
-    """A picture (H, W, 3) uint8: ground truth and one column for each of ``predictors`` under its title. All of them
-    know the same categories; instances that score below ``draw_above`` are not drawn."""
+    """An image (H, W, 3) uint8 with a column of ground truth and one titled column per predictor.
+
+    All predictors have the same categories. Instances with a score below ``draw_above`` are not drawn.
+    """
     names = {c["id"]: c["name"] for c in next(iter(predictors.values())).categories}
-    columns = [[truth(record, list(names.values())) for record in records]]
+    columns = [[draw_truth(record, list(names.values())) for record in records]]
     for title, predictor in predictors.items():
         of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for result in predictor.results(records, title):
@@ -63,7 +67,7 @@ def gallery(
     return canvas.grid(cells, columns=len(columns))
 
 
-def truth(record: LabeledRecord, names: Sequence[str]) -> np.ndarray:
-    """The image (H, W, 3) uint8 with its annotations drawn over it."""
+def draw_truth(record: LabeledRecord, names: Sequence[str]) -> np.ndarray:
+    """The image (H, W, 3) uint8 with its ground truth drawn over it."""
     masks = decode_rle(record.rles, record.height, record.width).astype(bool)
     return draw_instances(read_image(record), record.boxes, record.labels, None, masks, names)

@@ -1,4 +1,4 @@
-"""The audit looks at images whose truth training did not see, and its figures are those of its rows."""
+"""The audit uses images whose annotations training did not use, and its figures follow from its rows."""
 
 import csv
 import json
@@ -29,9 +29,9 @@ def test_the_audit_of_a_run(run, tmp_path):
     assert "5 images, teacher: " in done.output
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     hidden = SplitManifest.from_json((run / "split.json").read_text()).split.unlabeled_ids
-    seen = {int(row["image_id"]) for row in rows}
-    assert seen <= set(hidden), "labeled images are no test of pseudo-labels"
-    assert len(seen) == 5
+    image_ids = {int(row["image_id"]) for row in rows}
+    assert image_ids <= set(hidden), "labeled images do not test pseudo-labels"
+    assert len(image_ids) == 5
     report = json.loads((out / "audit.json").read_text())
     kept = [row for row in rows if row["kept"] == "True"]
     assert report["kept"]["kept"] == len(kept) > 0
@@ -40,28 +40,27 @@ def test_the_audit_of_a_run(run, tmp_path):
     assert Image.open(out / "audit.png").size[0] > 1000
 
 
-def test_a_teacher_that_knows_the_truth_is_right(run, monkeypatch):
-    """The truth itself in the place of predictions: every figure of the audit is known."""
+def test_predictions_equal_to_the_ground_truth_get_perfect_figures(run, monkeypatch):
     predictor = predictor_file.Predictor.open(run)
-    records = audit.hidden(run, predictor.config)[:3]
+    records = audit.hidden_records(run, predictor.config)[:3]
 
-    def knows(*arguments):
-        _, truth, size = seen(*arguments)
+    def predict_truth(*arguments):
+        _, truth, size = original(*arguments)
         ones = torch.ones(len(truth))
         found = Predictions(
             boxes=truth.boxes, labels=truth.labels, scores=ones, ious=ones, masks=Masks.full(truth.masks.paste(size))
         )
         return found, truth, size
 
-    seen = audit.seen
-    monkeypatch.setattr(audit, "seen", knows)
-    report = audit.conclude(audit.look(predictor, records), predictor)
+    original = audit.predict_with_truth
+    monkeypatch.setattr(audit, "predict_with_truth", predict_truth)
+    report = audit.build_report(audit.audit_images(predictor, records), predictor)
     assert report["kept"]["precision"] == report["kept"]["recall"] == 1.0
     assert report["mask_iou"]["ece"] == report["score"]["ece"] == 0.0
     assert all(c["truth"] == c["kept"] for c in report["classes"])
 
 
-def test_unlabeled_images_without_truth_need_others(tiny_coco, tmp_path):
+def test_unlabeled_images_without_annotations_require_others(tiny_coco, tmp_path):
     (tmp_path / "others").mkdir()
     Image.new("RGB", (96, 96), (200, 30, 90)).save(tmp_path / "others" / "0.png")
     run = untrained_run(tiny_coco, tmp_path, "foreign", f"data.unlabeled={tmp_path}/others", "data.labeled=1")

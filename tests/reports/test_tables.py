@@ -1,4 +1,4 @@
-"""Runs to tables: cells by method and share, repeats within them, and what differs in the name."""
+"""Tables of runs: cells by method and share, with repetitions in one cell and differing settings in the name."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from pais_ray.cli import main
 from pais_ray.config.tree import compose, dump
-from pais_ray.reports.tables import cells, read_result
+from pais_ray.reports.tables import build_cells, read_result
 
 
 def run(root, name: str, ap: float | None, *words: str, method: str = "pais", batch=16) -> None:
@@ -26,7 +26,7 @@ def test_the_table_of_a_folder_of_runs(tmp_path):
     runs = tmp_path / "runs"
     for fold, ap in ((1, 0.20), (2, 0.22)):
         run(runs, f"a{fold}", ap, "data.labeled=0.01", f"data.fold={fold}", f"train.seed={fold}")
-    run(runs, "ten", 0.31, "data.labeled=0.1", "train.log_every=7")  # a free setting makes no other method
+    run(runs, "ten", 0.31, "data.labeled=0.1", "train.log_every=7")  # a setting that is not part of the identity
     run(runs, "plain", 0.19, "data.labeled=0.01", method="pais_wo_daloss")
     run(runs, "young", None, "data.labeled=0.01", "data.fold=3")
     out = {name: tmp_path / f"table.{name}" for name in ("md", "csv", "json")}
@@ -46,17 +46,17 @@ def test_the_table_of_a_folder_of_runs(tmp_path):
     assert len(json.loads(out["json"].read_text())["cells"]) == 3
 
 
-def test_runs_of_another_batch_are_no_repeats(tmp_path):
+def test_runs_with_another_batch_size_are_not_repetitions(tmp_path):
     for seed, batch in ((1, 16), (2, 16), (3, 64)):
         run(tmp_path, f"r{seed}", 0.2, "data.labeled=0.01", f"train.seed={seed}", batch=batch)
-    made = cells([read_result(tmp_path / f"r{seed}", "teacher", "segm_AP") for seed in (1, 2, 3)])
-    assert [(cell.method.split(" ", 2)[2], cell.runs) for cell in made] == [
+    cells = build_cells([read_result(tmp_path / f"r{seed}", "teacher", "segm_AP") for seed in (1, 2, 3)])
+    assert [(cell.method.split(" ", 2)[2], cell.runs) for cell in cells] == [
         ("schedule.images_per_step=16 schedule.lr=0.01", ("r1", "r2")),
         ("schedule.images_per_step=64 schedule.lr=0.04", ("r3",)),
     ]
 
 
-def test_no_runs_is_wrong_input(tmp_path):
+def test_a_folder_without_runs_is_refused(tmp_path):
     done = CliRunner().invoke(main, ["tables", str(tmp_path)])
     assert done.exit_code == 2
     assert "expected run directories" in done.stderr
