@@ -29,72 +29,92 @@ class ViewConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     short_side: Ints = Field(
-        default=(400, 1200), description="Short side in px, drawn uniformly. COCO: 400..1200 (released code)."
+        default=(400, 1200),
+        description="Range of the short side of a view, in pixels; a uniform random integer. Default: released code "
+        "on COCO.",
     )
     long_side: int = Field(
         default=1333,
         ge=1,
-        description="Maximum of the long side in px; takes precedence over short_side. COCO: 1333, Cityscapes: 2048.",
+        description="Maximum long side of a view, in pixels. It takes precedence over short_side. Default: released "
+        "code on COCO; 2048 on Cityscapes.",
     )
-    flip: float = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip (released code: 0.5).")
+    flip: float = Field(
+        default=0.5, ge=0, le=1, description="Probability of a horizontal flip. Default: released code."
+    )
     photometric: Literal["cityscapes"] | None = Field(
         default=None,
-        description="Preset of photometric operations, for the labeled view only (paper: Cityscapes).",
+        description="Name of a photometric augmentation by albumentations, applied to decoded images of the labeled "
+        "view only. Default: null, which means none; the released code has one for Cityscapes.",
     )
-    color: bool = Field(default=False, description="Apply one of nine color operations to every image.")
+    color: bool = Field(
+        default=False,
+        description="Whether one of nine random color operations is applied. Default: off, as in the weak view.",
+    )
     color_level: Ints = Field(
-        default=(1, 9), description="Level of the color operation, drawn uniformly (released code: randint(1, 10))."
+        default=(1, 9),
+        description="Range of the strength of the color operation; a uniform random integer. Default: released code, "
+        "randint(1, 10).",
     )
     geometric: bool = Field(
-        default=False, description="Apply a translation in x or y, a rotation or a shear to every image."
+        default=False,
+        description="Whether one random operation of horizontal translation, vertical translation, rotation and shear "
+        "is applied. Default: off, as in the weak view.",
     )
     translate: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="Maximum translation as a fraction of the side, in both directions (released code: 10 %).",
+        description="Maximum translation in either direction, as a share of the side. Default: released code.",
     )
     rotate: float = Field(
         default=30.0,
         ge=0,
         le=180,
-        description="Maximum rotation about the center in degrees, in both directions (released code: 30).",
+        description="Maximum rotation about the center in either direction, in degrees. Default: released code.",
     )
     shear: float = Field(
         default=30.0,
         ge=0,
         lt=90,
-        description="Maximum shear in degrees, in both directions; the factor is tanh(radians) (released code: 30).",
+        description="Maximum shear in either direction, in degrees. The factor is tanh of the angle in radians, as in "
+        "the released code. Default: released code.",
     )
     fill: float = Field(
         default=125 / 255,
         ge=0,
         le=1,
-        description="Value of all channels outside of the image (released code: 125 of 255).",
+        description="Value of all three channels outside the image after a geometric operation, from 0 to 1. Default: "
+        "released code, 125 of 255.",
     )
     erase: bool = Field(
         default=False,
-        description="Erase patches of the image. Masks are unchanged: the student has to complete the objects.",
+        description="Whether patches of the view are painted over. Masks are kept, so objects must be completed. "
+        "Default: off, as in the weak view.",
     )
     erase_count: Ints = Field(
         default=(1, 4),
-        description="Number of patches, drawn uniformly. Released code: randint(1, 5), for Cityscapes 1..5.",
+        description="Range of the number of patches; a uniform random integer. Default: released code, randint(1, 5).",
     )
     erase_ratio: Floats = Field(
         default=(0.0, 0.2),
-        description="Side of a patch divided by the side of the view, one draw for both sides (released code).",
+        description="Range of the patch side as a share of the view side; one uniform random number for both sides. "
+        "Default: released code.",
     )
     erase_holes: tuple[tuple[int, int], ...] = Field(
         default=(),
-        description="Patch sizes (w, h) in px to choose from instead of erase_ratio, clipped at the border (CutOut).",
+        description="Patch sizes (width, height) in pixels to choose from, cut at the border, instead of erase_ratio. "
+        "Default: none; the released code uses them for CutOut on Cityscapes.",
     )
     erase_fill: tuple[float, float, float] = Field(
         default=(125 / 255, 125 / 255, 125 / 255),
-        description="R, G, B of patches. Released code: 125 of 255, for Cityscapes the ImageNet mean.",
+        description="Red, green and blue of the patches, from 0 to 1. Default: released code, 125 of 255; the ImageNet "
+        "mean on Cityscapes.",
     )
     order: Literal["random", "erase_last"] = Field(
         default="erase_last",
-        description="random: shuffle all operations (K-Net with DALoss); erase_last: shuffle the first two (others).",
+        description="Order of the operations: random shuffles all three, erase_last only color and geometric. Default: "
+        "released code, except for its K-Net configuration with DALoss.",
     )
 
 
@@ -138,12 +158,14 @@ class AugmentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Preset = Field(
-        default="coco", description="Source of the values that are not given (method 3, released code)."
+        default="coco",
+        description="Name of the set of values for all view settings that are not given. The presets coco, coco_knet "
+        "and cityscapes follow the released code; plain has no semi-supervised augmentation. Default: coco.",
     )
-    labeled: ViewConfig = _COCO["labeled"]
-    weak: ViewConfig = _COCO["weak"]
-    strong: ViewConfig = _COCO["strong"]
-    test: ViewConfig = _COCO["test"]
+    labeled: ViewConfig = Field(default=_COCO["labeled"], description="The view of labeled images in training.")
+    weak: ViewConfig = Field(default=_COCO["weak"], description="The view of unlabeled images for the teacher.")
+    strong: ViewConfig = Field(default=_COCO["strong"], description="The view of unlabeled images for the student.")
+    test: ViewConfig = Field(default=_COCO["test"], description="The view of images in evaluation and prediction.")
 
     @model_validator(mode="before")
     @classmethod

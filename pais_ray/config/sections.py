@@ -1,254 +1,276 @@
-"""TODO docstring."""
+"""The typed sections `batch`, `train`, `guards`, `scaling` and `run` of a Config.
+
+The other sections live beside the code that they configure: `data` in data_section.py of this folder, `views` in
+augmentation/presets.py, `optim` in modeling/optim.py, `tracking` in tracking/settings.py, `segmentor` and `method` in
+the file of each plugin.
+"""
 
 import re
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pais_ray.config.overlays import ConfigError
-from pais_ray.data.shards import dataset
-from pais_ray.data.sources import readers
-from pais_ray.data.validation.rules import LIMITS, MAX_PIXELS, Limits
-from pais_ray.files import storage
-
-# May a resumed run change it? Unmarked settings are its identity; a free section is free whole.
+# Marks a setting, or all settings of a section, that a resumed run may change. All others are the run's identity.
 FREE: dict[str, Any] = {"role": "free"}
 
 
 class Section(BaseModel):
-    """A frozen part of the Config."""
+    """Base of the sections of a Config."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
 
-class DataConfig(Section):
-    """The section `data:`. Paths may be relative to where the command runs."""
-
-    train: str | None = Field(
-        default=None,
-        description="COCO JSON, Cityscapes' folder gtFine/train, or folder or URL of shards; null: the embedded, "
-        "generated data set",
-    )
-    train_images: str | None = Field(default=None, description="folder of the training images; null: images")
-    val: str | None = Field(
-        default=None,
-        description="COCO JSON to evaluate on, Cityscapes' folder gtFine/val, or shards; null: those of train",
-    )
-    val_images: str | None = Field(default=None, description="folder of the validation images; null: images")
-    unlabeled: str | None = Field(
-        default=None,
-        description="COCO JSON, or folder or URL of unlabeled images; null: what `labeled` leaves of train",
-    )
-    unlabeled_images: str | None = Field(default=None, description="folder of the JSON's images; null: images")
-    images: str | None = Field(default=None, description="the common default of the three folders")
-    image_size: int | None = Field(
-        default=None,
-        ge=16,
-        description="px, short side of the test view, the others in proportion; null: the preset's",
-    )
-    labeled: float = Field(default=1.0, gt=0, le=1, description="share of train that keeps its labels")
-    fold: int = Field(default=1, ge=0, description="which draw of that share")
-    holdout: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="share of train to evaluate on, held out before labels are drawn; where val is null",
-    )
-    split: str | None = Field(
-        default=None,
-        description="manifest of `pais-ray split` that says which images are labeled, instead of labeled and fold",
-    )
-    pseudo_labels: str | None = Field(
-        default=None,
-        description="COCO results with scores (scored masks) that label the unlabeled images; null: the teacher does",
-    )
-    max_pixels: int = Field(
-        default=MAX_PIXELS,
-        ge=1,
-        le=2 * MAX_PIXELS,
-        description="of an image; at most twice the default, where Pillow refuses",
-        json_schema_extra=FREE,
-    )
-    max_instances: int = Field(
-        default=LIMITS.max_instances, ge=1, description="annotations of an image", json_schema_extra=FREE
-    )
-    max_json_gib: float = Field(
-        default=LIMITS.max_json_gib,
-        gt=0,
-        description="memory an annotation file may take, parsed",
-        json_schema_extra=FREE,
-    )
-
-    def limits(self) -> Limits:
-        """The caps, as the readers take them."""
-        return Limits(max_pixels=self.max_pixels, max_instances=self.max_instances, max_json_gib=self.max_json_gib)
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether the validation images are some of train: a share of it, or those that the manifest names."""
-        return self.train is not None and self.val is None and not dataset.is_shards(self.train)
-
-    def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
-        """(annotations, image folder) of a part; a folder of annotations may know its images. Raises ConfigError
-        where one is not set."""
-        annotations, images = getattr(self, name), getattr(self, f"{name}_images") or self.images
-        if name == "val" and annotations is None and dataset.is_shards(self.train):
-            annotations = self.train
-        if annotations is None:
-            raise ConfigError(f"data.{name}: expected a COCO JSON, got null; set it")
-        if images is None and not readers.is_folder(annotations):
-            raise ConfigError(
-                f"data.{name}_images: expected the folder of {annotations}'s images; set it or data.images"
-            )
-        return annotations, images
-
-    @field_validator("train", "val", "unlabeled")
-    @classmethod
-    def _no_keys(cls, value: str | None) -> str | None:
-        return None if value is None else storage.check_url(value)
-
-    @model_validator(mode="after")
-    def _both_sides(self) -> Self:
-        if self.train is None and (self.val is not None or self.holdout is not None):
-            given = "val" if self.val is not None else "holdout"
-            raise ValueError(f"train: expected a COCO JSON because {given} is set, got null; set both or neither")
-        if self.holds_out and self.holdout is None and self.split is None:
-            raise ValueError(
-                "val: expected a COCO JSON because train is set, got null; set it, or hold images out: data.holdout=0.2"
-            )
-        if self.val is not None and self.holdout is not None:
-            raise ValueError(f"holdout: goes without val, got {self.holdout} and {self.val}; set one of them to null")
-        return self
-
-
 class BatchConfig(Section):
-    """The section `batch:`, per worker and micro-batch."""
+    """The section `batch:`. Image counts are per worker and micro-batch."""
 
-    labeled: int = Field(default=1, ge=1, description="labeled images; paper 4.2: 1")
-    unlabeled: int = Field(default=3, ge=0, description="unlabeled images; paper 4.2, Table 9: 3")
-    accumulation_steps: int = Field(default=1, ge=1, description="micro-batches an optimizer step; ours")
+    labeled: int = Field(
+        default=1,
+        ge=1,
+        description="Number of labeled images per worker and micro-batch. Default: paper 4.2.",
+    )
+    unlabeled: int = Field(
+        default=3,
+        ge=0,
+        description="Number of unlabeled images per worker and micro-batch. It must be 0 for a method that learns from "
+        "labeled images only. Default: paper 4.2 and Table 9.",
+    )
+    accumulation_steps: int = Field(
+        default=1,
+        ge=1,
+        description="Number of micro-batches per worker whose gradients are averaged for one optimizer step. It "
+        "enlarges the batch without more memory. Default: ours.",
+    )
 
 
 class TrainConfig(Section):
     """The section `train:`."""
 
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: the reference's, scaled")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length of the run, in optimizer steps. Default: null, which means optim.reference.steps scaled so "
+        "that the run sees as many images as the reference.",
+    )
     stop_at: int | None = Field(
-        default=None, ge=1, description="end early at this step, schedule untouched", json_schema_extra=FREE
+        default=None,
+        ge=1,
+        description="Step after which the run stops with a checkpoint, although its schedule is longer. The same "
+        "command with a larger value resumes it. Default: null, which means the last step.",
+        json_schema_extra=FREE,
     )
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps; null: after the last one only", json_schema_extra=FREE
+        default=None,
+        ge=1,
+        description="Interval between evaluations of teacher and student on the validation images, in optimizer steps. "
+        "Default: null, which means after the last step only.",
+        json_schema_extra=FREE,
     )
-    checkpoint_every: int = Field(default=1000, ge=1, description="steps", json_schema_extra=FREE)
-    log_every: int = Field(default=50, ge=1, description="steps", json_schema_extra=FREE)
+    checkpoint_every: int = Field(
+        default=1000,
+        ge=1,
+        description="Interval between checkpoints, in optimizer steps. A restart repeats at most this many steps. "
+        "Default: ours.",
+        json_schema_extra=FREE,
+    )
+    log_every: int = Field(
+        default=50,
+        ge=1,
+        description="Interval between rows of training metrics, in optimizer steps. A row holds means over the "
+        "interval. Default: ours.",
+        json_schema_extra=FREE,
+    )
     panel_every: int | None = Field(
         default=None,
         ge=1,
-        description="steps between pictures of pseudo-labels; null: none",
+        description="Interval between figures that show the current pseudo-labels, in optimizer steps. Default: null, "
+        "which means no such figures.",
         json_schema_extra=FREE,
     )
     keep_checkpoints: int = Field(
-        default=3, ge=1, description="the last so many, beside the best", json_schema_extra=FREE
+        default=3,
+        ge=1,
+        description="Number of newest checkpoints to keep. The best one of each role is kept in addition. "
+        "Default: ours.",
+        json_schema_extra=FREE,
     )
-    seed: int = Field(default=0, ge=0, description="of initial weights, order of images, views and samplers")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="Seed of the initial weights, the order of images, the views, and the samplers inside the network. "
+        "Default: ours.",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="of the forward passes; fp16 scales the loss (released code)"
+        default="fp32",
+        description="Number format of the forward passes. With fp16 the loss is scaled, as in the released code. "
+        "Default: ours, the format that every device supports.",
     )
-    deterministic: bool = Field(default=False, description="only deterministic kernels, slower", json_schema_extra=FREE)
+    deterministic: bool = Field(
+        default=False,
+        description="Whether PyTorch uses deterministic kernels only, which are slower. Default: ours.",
+        json_schema_extra=FREE,
+    )
     max_pseudo_labels: int = Field(
         default=100,
         ge=1,
-        description="an image, by score; torchvision's detections_per_img; halved where memory ran out in backward",
+        description="Maximum number of pseudo-labels per image, chosen by score. After a backward pass ran out of "
+        "memory, the run continues with a lower limit. Default: torchvision's detections_per_img.",
     )
     max_consecutive_skips: int = Field(
         default=20,
         ge=1,
-        description="steps in a row without a finite loss, then back to the last checkpoint",
+        description="Number of consecutive skipped steps (loss or gradient not finite, or out of memory) after which "
+        "the run returns to an earlier checkpoint. Default: ours.",
         json_schema_extra=FREE,
     )
     threads_per_worker: int | None = Field(
         default=None,
         ge=1,
-        description="torch threads; null: the node's cores over its workers",
+        description="Number of PyTorch threads per worker. Default: null, which means the CPU cores of a node divided "
+        "by its workers. The number is recorded at the start, because it can change results in the last bit.",
         json_schema_extra=FREE,
     )
 
 
 class ScalingConfig(Section):
-    """The section `scaling:`, after ray.train.ScalingConfig."""
+    """The section `scaling:`, modeled after ray.train.ScalingConfig."""
 
     num_workers: int | tuple[int, int] = Field(
         default=1,
-        description="training processes, each with its own batch; [least, most]: as many as the cluster has room for, "
-        "with the samples a step of the most",
+        description="Number of training processes, each with its own batch. A range [least, most] uses as many as the "
+        "cluster has resources for, with the images per step of the most. Default: ours.",
     )
     resize_check_s: float = Field(
-        default=60.0, ge=0, description="between two looks for room for more workers, where num_workers is a range"
+        default=60.0,
+        ge=0,
+        description="Interval between checks for resources for more workers, in seconds, if num_workers is a range. "
+        "Default: Ray's.",
     )
-    use_gpu: bool = Field(default=False, description="one GPU a worker")
+    use_gpu: bool = Field(default=False, description="Whether each worker reserves one GPU. Default: Ray's.")
     cpus_per_worker: float | None = Field(
-        default=None, gt=0, description="CPUs to reserve a worker; null: what leaves one for reading data"
+        default=None,
+        gt=0,
+        description="Number of CPUs that each worker reserves. Default: null, which means at most one, and less if "
+        "otherwise no CPU of the cluster would be left for reading data.",
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        default="PACK", description="of the workers over the nodes, Ray's names; PACK: few nodes, less network"
+        default="PACK",
+        description="Ray's placement strategy for the workers. PACK uses few nodes and less network, SPREAD many "
+        "nodes. Default: Ray's.",
     )
 
     @property
     def most(self) -> int:
-        """Workers where the cluster has room for all."""
+        """The number of workers if the cluster has resources for all."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def least(self) -> int:
+        """The number of workers without which the run does not start."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @field_validator("num_workers")
     @classmethod
-    def _in_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _check_order(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         least, most = (value, value) if isinstance(value, int) else value
         if not 1 <= least <= most:
-            raise ValueError(f"expected a number from 1 on, or [least, most] in order, got {value}")
+            raise ValueError(f"expected a number of at least 1, or an ascending range [least, most], got {value}")
         return value
 
 
 class RunConfig(Section):
-    """The section `run:`, after ray.train.RunConfig."""
+    """The section `run:`, modeled after ray.train.RunConfig."""
 
-    name: str | None = Field(default=None, description="the same name resumes; null: a new one from the time")
-    storage_path: str = Field(default="runs", description="folder of run directories, seen by every node")
-    max_failures: int = Field(default=3, ge=-1, description="restarts of a failed worker group; -1: without end")
+    name: str | None = Field(
+        default=None,
+        description="Name of the run and of its directory. The name of an existing run resumes it. Default: null, "
+        "which means a new name made of segmentor, method and time.",
+    )
+    storage_path: str = Field(
+        default="runs",
+        description="Folder of the run directories. Every node of the cluster must see it under the same path. "
+        "Default: ours.",
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=-1,
+        description="Number of times that the workers are restarted after a failure. With -1 there is no limit. "
+        "Default: ours.",
+    )
 
     @field_validator("name")
     @classmethod
-    def _one_folder(cls, value: str | None) -> str | None:
+    def _check_folder_name(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w@+=,-][\w@+=,.-]*", value):
-            raise ValueError("expected letters, digits and _ - . @ + = , (it names a folder)")
+            raise ValueError("expected letters, digits and _ - . @ + = , because it names a folder")
         return value
 
 
 class GuardConfig(Section):
-    """The section `guards:`; all ours. Nothing here changes what a healthy run learns."""
+    """The section `guards:`. All defaults are ours. No guard affects what a healthy run learns."""
 
     max_rollbacks: int = Field(
         default=3,
         ge=0,
-        description="returns to the last checkpoint after train.max_consecutive_skips bad steps; then the end",
+        description="Number of returns to an earlier checkpoint, each after train.max_consecutive_skips skipped steps, "
+        "after which the run ends with an error. Default: ours.",
     )
-    gradient_spike: float = Field(default=10.0, gt=1, description="times the median norm of the last 100 steps")
+    gradient_spike: float = Field(
+        default=10.0,
+        gt=1,
+        description="Factor by which a gradient norm must exceed the median of the last 100 steps to be reported as a "
+        "spike. Default: ours.",
+    )
     min_kept_per_image: float = Field(
-        default=0.02, ge=0, description="pseudo-labels an image below which the teacher collapsed"
+        default=0.02,
+        ge=0,
+        description="Mean number of pseudo-labels per image below which the teacher counts as collapsed. "
+        "Default: ours.",
     )
     max_kept_per_image: float = Field(
-        default=60.0, gt=0, description="the same, above which it calls everything an object"
+        default=60.0,
+        gt=0,
+        description="Mean number of pseudo-labels per image above which the teacher counts as collapsed, because it "
+        "takes everything for an object. Default: ours.",
     )
-    kept_alarm_steps: int = Field(default=2000, ge=1, description="steps outside that band before the alarm")
-    teacher_gap: float = Field(default=0.1, gt=0, description="segm AP the teacher may be below the student")
+    kept_alarm_steps: int = Field(
+        default=2000,
+        ge=1,
+        description="Number of optimizer steps outside min_kept_per_image and max_kept_per_image before an alarm, and "
+        "between repeated alarms. Default: ours.",
+    )
+    teacher_gap: float = Field(
+        default=0.1,
+        gt=0,
+        description="Difference in segm AP, from 0 to 1, by which the teacher may be worse than the student without an "
+        "alarm. Default: ours.",
+    )
     zero_loss_steps: int = Field(
-        default=500, ge=1, description="steps without a labeled box or mask to learn that end the run: wrong classes"
+        default=500,
+        ge=1,
+        description="Number of optimizer steps without any labeled box or mask to learn from after which the run ends "
+        "with an error. The usual cause is wrong classes. Default: ours.",
     )
     first_batch_timeout_s: float = Field(
-        default=1800.0, gt=0, description="limit of building the model and the first batch"
+        default=1800.0,
+        gt=0,
+        description="Time limit for building the model and receiving the first batch, in seconds. A rank that exceeds "
+        "it is killed and the workers restart. Default: ours.",
     )
-    step_timeout_s: float = Field(default=600.0, gt=0, description="limit of any later step of a rank")
-    evaluate_timeout_s: float = Field(default=7200.0, gt=0, description="limit of an evaluation on a rank")
-    save_timeout_s: float = Field(default=1800.0, gt=0, description="limit of waiting for a checkpoint or for scores")
+    step_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="Time limit for any later step of a rank, in seconds. A rank that exceeds it is killed and the "
+        "workers restart. Default: ours.",
+    )
+    evaluate_timeout_s: float = Field(
+        default=7200.0,
+        gt=0,
+        description="Time limit for an evaluation on a rank, in seconds. A rank that exceeds it is killed and the "
+        "workers restart. Default: ours.",
+    )
+    save_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Time limit for writing a checkpoint or for the scores of an evaluation, in seconds. A rank that "
+        "exceeds it is killed and the workers restart. Default: ours.",
+    )

@@ -10,12 +10,12 @@ from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, Validatio
 from pydantic.json_schema import models_json_schema
 
 from pais_ray.augmentation.presets import AugmentConfig, ViewSet
+from pais_ray.config.data_section import DataConfig
 from pais_ray.config.overlays import PER_SEGMENTOR, ConfigError, Dumper, Tree, resolve
 from pais_ray.config.renamed import explain_unknown, translate
 from pais_ray.config.sections import (
     FREE,
     BatchConfig,
-    DataConfig,
     GuardConfig,
     RunConfig,
     ScalingConfig,

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pais_ray.config.sections import DataConfig
+from pais_ray.config.data_section import DataConfig
 from pais_ray.config.tree import Config
 from pais_ray.data.annotations.records import CocoDataset
 from pais_ray.data.annotations.splits import Split

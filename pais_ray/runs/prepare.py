@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pais_ray.config.data_section import DataConfig
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.sections import DataConfig
 from pais_ray.config.tree import Config
 from pais_ray.data.annotations import coco, folders, ground_truth, splits
 from pais_ray.data.annotations.records import CocoDataset, LabeledRecord, Record, ShardRecord, unlabel

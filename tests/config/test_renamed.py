@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pais_ray.config.describe import all_settings, describe
+from pais_ray.config.identity import changed_identity
 from pais_ray.config.overlays import ConfigError
 from pais_ray.config.renamed import RENAMED
 from pais_ray.config.tree import Config, compose, dump, load
@@ -89,3 +90,21 @@ def test_a_method_outside_the_package_keeps_its_own_setting_of_an_old_name(tmp_p
     path = Path(tmp_path / "config.yaml")
     path.write_text(dump(config))
     assert load(path).method.normaliser == "other"
+
+
+def test_the_run_of_version_0_1_has_the_settings_of_its_command():
+    run = Path(__file__).resolve().parents[1] / "fixtures" / "run_0_1"
+    names = ["segmentor.name=tests.support.small_segmentor", "method.name=pais", "run.name=run_0_1"]
+    data = ["train=data/train.json", "val=data/val.json", "images=data/images", "image_size=64", "labeled=0.25"]
+    train = ["steps=8", "stop_at=6", "eval_every=4", "checkpoint_every=4", "log_every=1", "threads_per_worker=2"]
+    config = compose(
+        [
+            *names,
+            *(f"data.{word}" for word in data),
+            *(f"train.{word}" for word in train),
+            *("method.tau_cls=0.1", "method.tau_iou=0", "method.burn_in=2", "optim.lr=0.005"),
+            *("batch.unlabeled=1", "batch.accumulation_steps=2", "tracking.enabled=false"),
+        ]
+    )
+    assert load(run / "config.yaml") == config
+    assert changed_identity(load(run / "config.yaml"), config) == []

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from pais_ray.cli import main
 from pais_ray.cli.data.shard import source_of
+from pais_ray.config.data_section import DataConfig
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.sections import DataConfig
 from pais_ray.data.images.reader import Place, Reader, name_of, place_of
 from pais_ray.data.shards import dataset, writer
 from pais_ray.data.shards.writer import write_shards

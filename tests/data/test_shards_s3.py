@@ -7,7 +7,7 @@ import boto3
 import pytest
 
 from pais_ray.cli.data.shard import source_of
-from pais_ray.config.sections import DataConfig
+from pais_ray.config.data_section import DataConfig
 from pais_ray.data.annotations.coco import read_unlabeled
 from pais_ray.data.images.reader import Reader, name_of
 from pais_ray.data.shards import dataset, writer

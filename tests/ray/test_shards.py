@@ -13,7 +13,7 @@ from PIL import Image
 
 from pais_ray.cli import main
 from pais_ray.cli.data.shard import source_of
-from pais_ray.config.sections import DataConfig
+from pais_ray.config.data_section import DataConfig
 from pais_ray.config.tree import compose
 from pais_ray.data.annotations import coco, rle
 from pais_ray.data.annotations.records import CocoDataset, Record
