@@ -1,4 +1,4 @@
-"""Fixtures: generated data, the real images beside the project where they are, one Ray cluster for the whole run."""
+"""Fixtures: annotated images, generated data, an S3-compatible server and one Ray cluster for the whole session."""
 
 import os
 from pathlib import Path
@@ -7,25 +7,35 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no fault of the code
+settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("patient")
 
-# Bit for bit is promised for one thread a worker: with more, oneDNN's weight gradients vary in the last bit.
+# Bit-identical results are guaranteed for one thread per worker: with more, the last bit of oneDNN's gradients varies.
 torch.set_num_threads(1)
 
+IMAGE_SETS = Path(__file__).resolve().parent / "fixtures" / "images"
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
+def image_sets() -> Path:
+    """Small real annotated images that are part of the repository: one folder per data set."""
+    if not IMAGE_SETS.is_dir():
+        pytest.fail(f"{IMAGE_SETS}: expected the committed test images, got no folder; restore the checkout")
+    return IMAGE_SETS
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
+    """Larger real annotated images beside the checkout, for checks in addition to those with ``image_sets``."""
     if not SHARED.is_dir():
-        pytest.skip("../shared/data (real annotated images) is not there")
+        pytest.skip(f"{SHARED} with larger data sets does not exist; the tests with tests/fixtures/images run")
     return SHARED.resolve()
 
 
 @pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory) -> Path:
-    """A generated data set small enough to train on in a test: 12 + 4 images of 96 px."""
+    """A generated data set that is small enough to train on in a test: 12 + 4 images of 96 px."""
     from pais_ray.data.synthetic import generator
 
     folder = tmp_path_factory.mktemp("data") / "tiny"
@@ -35,7 +45,7 @@ def tiny_coco(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3():
-    """An S3-compatible server on loopback, as its (host, port), and the environment that says where it is."""
+    """The (host, port) of an S3-compatible server on loopback; environment variables point to it."""
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -67,8 +77,8 @@ def bucket(s3, request) -> str:
 
 @pytest.fixture(scope="session")
 def cluster(s3):
-    """One local Ray cluster of two CPUs for all tests that need one, stopped by its processes at the end. Its workers
-    inherit the environment of this process, as a user's local cluster does."""
+    """One local Ray cluster with two CPUs for all tests that need one. Its workers inherit the environment of this
+    process, as in a user's local cluster."""
     import ray
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

@@ -1,7 +1,6 @@
 """Laws of the views: the truth of one view, carried by the matrices, is the truth of the other."""
 
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +15,6 @@ from pais_ray.augmentation.sample import Sample
 from pais_ray.structures import geometry
 from pais_ray.structures.masks import Masks
 
-PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/coco_quick"
 SIZE = (180, 240)  # h, w
 SMALL = AugmentConfig().at_size(192)
 
@@ -214,14 +212,14 @@ def test_what_a_warp_moves_in_from_outside_is_the_fill_value():
     torch.testing.assert_close(moved[:, :, 10:], image[:, :, :50], atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs are not beside this checkout")
-def test_photographs_obey_the_same_law():
-    tree = json.loads((PHOTOGRAPHS / "annotations/instances_train.json").read_text())
+def test_photographs_obey_the_same_law(image_sets):
+    photographs = image_sets / "coco"
+    tree = json.loads((photographs / "annotations/instances_train.json").read_text())
     scores = []
     for entry in tree["images"][:6]:
         found = [a for a in tree["annotations"] if a["image_id"] == entry["id"] and not a["iscrowd"]]
         found = [[np.array(part).reshape(-1, 2) for part in a["segmentation"]] for a in found[:5]]
-        picture = np.array(Image.open(PHOTOGRAPHS / "images" / entry["file_name"]).convert("RGB"))
+        picture = np.array(Image.open(photographs / "images" / entry["file_name"]).convert("RGB"))
         one = Sample.of(picture, image_id=entry["id"])
         (weak,), (strong,) = (sampling.plan_views([one], SMALL, 7, kind) for kind in ("weak", "strong"))
         for parts in found:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from pais_ray.cli import main
 from pais_ray.data.annotations import cityscapes
@@ -66,22 +67,28 @@ def test_records_are_the_painted_pixels(root):
     assert check_against_pixels(root / "gtFine" / "train") == 4
 
 
-def test_real_files_are_read_as_painted(shared_data):
-    layout = shared_data / "cityscapes_layout" / "gtFine"
+def test_real_files_are_read_as_painted(image_sets, tmp_path):
+    layout = shutil.copytree(image_sets / "cityscapes_layout" / "gtFine", tmp_path / "gtFine")
+    for path in layout.glob("*/*/*_instanceIds.png"):  # only the size of the photographs matters
+        photograph = tmp_path / "leftImg8bit" / path.relative_to(layout)
+        photograph = photograph.with_name(path.name.replace("gtFine_instanceIds", "leftImg8bit"))
+        photograph.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as ids:
+            Image.new("RGB", ids.size).save(photograph)
     assert check_against_pixels(layout / "train") == 250
     assert check_against_pixels(layout / "val") == 89
 
 
-def test_polygons_paint_what_the_official_tool_painted(shared_data):
-    files = sorted((shared_data / "cityscapes_layout" / "gtFine").glob("*/*/*_polygons.json"))
+def test_polygons_paint_what_the_official_tool_painted(image_sets):
+    files = sorted((image_sets / "cityscapes_layout" / "gtFine").glob("*/*/*_polygons.json"))
     assert len(files) == 39
     for path in files:
         values = painted(str(path).replace("_polygons.json", "_instanceIds.png"))
         np.testing.assert_array_equal(cityscapes.paint(json.loads(path.read_text()), str(path)), values)
 
 
-def test_polygons_stand_in_for_missing_instance_images(shared_data, tmp_path):
-    given = shared_data / "cityscapes_layout" / "gtFine" / "val"
+def test_polygons_stand_in_for_missing_instance_images(image_sets, tmp_path):
+    given = image_sets / "cityscapes_layout" / "gtFine" / "val"
     for path in given.glob("*/*_polygons.json"):
         (tmp_path / "gtFine" / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "gtFine" / "val" / path.parent.name)
@@ -181,8 +188,6 @@ def write_and_path(root, values):
 
 
 def eight_bits(root):
-    from PIL import Image
-
     path = root / "gtFine/train/ulm/ulm_000000_000019_gtFine_instanceIds.png"
     Image.fromarray(scene().astype(np.uint8)).save(path)
 

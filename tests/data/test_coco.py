@@ -389,9 +389,9 @@ def test_a_folder_with_what_is_no_file_names_it_and_opens_nothing(tmp_path, kind
         list_folder(str(tmp_path))
 
 
-def test_a_folder_with_a_broken_image_names_it(shared_data, tmp_path):
+def test_a_folder_with_a_broken_image_names_it(image_sets, tmp_path):
     with pytest.raises(DataError, match=r"(not_an_image|zero_bytes)\.jpg"):
-        read_folder(str(shared_data / "encoding_variants" / "broken"))
+        read_folder(str(image_sets / "encoding_variants" / "broken"))
     with pytest.raises(DataError, match="image-missing"):
         read_folder(str(tmp_path))
     with pytest.raises(DataError, match="file-missing"):
@@ -410,10 +410,25 @@ def test_unlabeled_json_needs_nothing_but_images_and_looks_at_nothing_else(tmp_p
 
 @pytest.mark.parametrize(
     ("part", "images", "instances", "crowd", "empty", "people"),
+    [("train", 5, 39, 1, 0, 0), ("val", 2, 32, 1, 1, 14)],
+)
+def test_coco_photographs_are_read_with_the_counts_of_the_file(
+    image_sets, part, images, instances, crowd, empty, people
+):
+    check_counts(image_sets / "coco", part, images, instances, crowd, empty, people)
+
+
+@pytest.mark.parametrize(
+    ("part", "images", "instances", "crowd", "empty", "people"),
     [("all", 24, 233, 6, 2, 84), ("train", 16, 168, 4, 0, 52), ("val", 8, 65, 2, 2, 32)],
 )
-def test_coco_quick_reads_with_the_counts_of_its_readme(shared_data, part, images, instances, crowd, empty, people):
-    folder = shared_data / "coco_quick"
+def test_more_coco_photographs_are_read_with_the_counts_of_their_readme(
+    shared_data, part, images, instances, crowd, empty, people
+):
+    check_counts(shared_data / "coco_quick", part, images, instances, crowd, empty, people)
+
+
+def check_counts(folder, part, images, instances, crowd, empty, people):
     path = folder / "annotations" / f"instances_{part}.json"
     dataset = read_coco(str(path), str(folder / "images"))
     assert len(dataset.records) == images
@@ -424,13 +439,13 @@ def test_coco_quick_reads_with_the_counts_of_its_readme(shared_data, part, image
     annotated = {entry["image_id"] for entry in json.loads(path.read_text())["annotations"]}
     assert len({r.image_id for r in dataset.records} - annotated) == empty
     person = next(c for c in dataset.categories if c.name == "person")
-    # the README counts crowds in
+    # people include crowds
     labels = np.concatenate([r.labels for r in dataset.records])
     assert people - crowd <= (labels == person.index).sum() <= people
 
 
-def test_coco_masks_lie_in_their_boxes_and_match_pycocotools(shared_data):
-    folder = shared_data / "coco_quick"
+def test_coco_masks_lie_in_their_boxes_and_match_pycocotools(image_sets):
+    folder = image_sets / "coco"
     path = folder / "annotations" / "instances_val.json"
     entries = [e for e in json.loads(path.read_text())["annotations"] if not e["iscrowd"]]
     for record in read_coco(str(path), str(folder / "images")).records:
@@ -446,10 +461,17 @@ def test_coco_masks_lie_in_their_boxes_and_match_pycocotools(shared_data):
             assert np.abs(tight - box).max() <= 3, "people drew the boxes to a pixel or two"
 
 
-@pytest.mark.parametrize("name", ["nuts3_quick", "microcontrollers5", "encoding_variants"])
-def test_other_real_sets_read_whole(shared_data, name):
-    folder = shared_data / name
-    part = "all" if name == "encoding_variants" else "train"
+@pytest.mark.parametrize(("name", "part"), [("nuclei", "train"), ("encoding_variants", "all")])
+def test_every_instance_of_other_real_data_sets_is_read(image_sets, name, part):
+    check_all_read(image_sets / name, part)
+
+
+@pytest.mark.parametrize("name", ["nuts3_quick", "microcontrollers5"])
+def test_every_instance_of_larger_real_data_sets_is_read(shared_data, name):
+    check_all_read(shared_data / name, "train")
+
+
+def check_all_read(folder, part):
     path = folder / "annotations" / f"instances_{part}.json"
     dataset = read_coco(str(path), str(folder / "images"))
     tree = json.loads(path.read_text())

@@ -31,8 +31,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_encoding_gives_its_base_picture(shared_data):
-    folder = shared_data / "encoding_variants"
+def test_every_encoding_gives_its_base_picture(image_sets):
+    folder = image_sets / "encoding_variants"
     for entry in json.loads((folder / "annotations" / "instances_all.json").read_text())["images"]:
         name = entry["file_name"]
         data = (folder / "images" / name).read_bytes()
@@ -55,8 +55,8 @@ def test_every_encoding_gives_its_base_picture(shared_data):
         ("not_an_image.jpg", "image-format"),
     ],
 )
-def test_broken_files_are_named_with_rule_and_remedy(shared_data, name, rule):
-    data = (shared_data / "encoding_variants" / "broken" / name).read_bytes()
+def test_broken_files_are_named_with_rule_and_remedy(image_sets, name, rule):
+    data = (image_sets / "encoding_variants" / "broken" / name).read_bytes()
     with pytest.raises(ValueError, match=rf"batch 7, {name}: .*; .*remove it \[{rule}\]"):
         decode(data, f"batch 7, {name}")
 

@@ -105,15 +105,23 @@ def test_each_broken_image_file_ends_in_its_rule(folder, name, rule):
     assert len(json.loads(copied.read_text())["annotations"]) == (2 if rule else 4)
 
 
-def test_real_sets_have_no_errors(shared_data, tmp_path):
+def check_without_errors(folder: Path, part: str, out: Path, images: int) -> None:
+    path = folder / "annotations" / f"instances_{part}.json"
+    done = call("--annotations", path, "--images", folder / "images", "--json", out)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["pictures"] == found["images"] == images
+
+
+def test_real_data_sets_have_no_errors(image_sets, tmp_path):
+    for name, part, images in (("coco", "train", 5), ("nuclei", "train", 3), ("encoding_variants", "all", 16)):
+        check_without_errors(image_sets / name, part, tmp_path / "out.json", images)
+
+
+def test_larger_real_data_sets_have_no_errors(shared_data, tmp_path):
     out = tmp_path / "out.json"
-    for name, part in (("coco_quick", "train"), ("nuts3_quick", "val"), ("encoding_variants", "all")):
-        folder = shared_data / name
-        path = folder / "annotations" / f"instances_{part}.json"
-        done = call("--annotations", path, "--images", folder / "images", "--json", out)
-        assert done.exit_code == 0, done.output
-        found = json.loads(out.read_text())
-        assert found["pictures"] == found["images"] > 5
+    check_without_errors(shared_data / "coco_quick", "train", out, 16)
+    check_without_errors(shared_data / "nuts3_quick", "val", out, 6)
     folder = shared_data / "microcontrollers5"
     done = call("--annotations", folder / "annotations" / "instances_train.json", "--json", out)
     assert done.exit_code == 0
@@ -122,8 +130,8 @@ def test_real_sets_have_no_errors(shared_data, tmp_path):
     assert set(counts) == {"area-mask", "category-absent"}
 
 
-def test_broken_pictures_are_named(shared_data, folder):
-    broken = shared_data / "encoding_variants" / "broken"
+def test_broken_images_are_named(image_sets, folder):
+    broken = image_sets / "encoding_variants" / "broken"
     names = sorted(file.name for file in broken.iterdir() if file.suffix == ".jpg")
     sizes = {"height": H, "width": W}
     listed = [{"id": i, "file_name": name, **sizes} for i, name in enumerate(names)]
