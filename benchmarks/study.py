@@ -23,7 +23,7 @@ from pais_ray.data.annotations.records import LabeledRecord
 from pais_ray.data.images.images import decode
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.evaluation import pseudo_labels
-from pais_ray.evaluation.coco import score
+from pais_ray.evaluation.scoring import score
 from pais_ray.inference.predictor import predict_sample
 from pais_ray.runs.prepare import embedded
 from pais_ray.structures.batch import Predictions, Targets

@@ -21,7 +21,7 @@ _HOMES = {
     "Targets": "pais_ray.structures",
     "Views": "pais_ray.structures",
     "compose": "pais_ray.config.tree",
-    "score": "pais_ray.evaluation.coco",
+    "score": "pais_ray.evaluation.scoring",
     "train_step": "pais_ray.train.step",
 }
 __all__ = sorted(_HOMES)

@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """COCO AP of a RUN's checkpoint on its validation images (or on --annotations with --images), or of any
     results file: --annotations GT.json --predictions RESULTS.json. On Cityscapes its own instance AP is added."""
-    from pais_ray.evaluation.coco import score, table
+    from pais_ray.evaluation.scoring import format_table, score
 
     if predictions is not None:
         if annotations is None or run is not None:
@@ -47,7 +47,7 @@ def evaluate(
         scores = predictor.evaluate(annotations, images)
     else:
         raise click.UsageError("give RUN, or --annotations with --predictions")
-    click.echo(table(scores))
+    click.echo(format_table(scores))
     write_json(json_path, scores)
 
 

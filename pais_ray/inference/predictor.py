@@ -26,7 +26,8 @@ from pais_ray.data.images.reader import Reader, name_of
 from pais_ray.data.sources.readers import is_folder, read_labeled
 from pais_ray.data.stream.samples import read_image, read_samples
 from pais_ray.data.validation.rules import DataError
-from pais_ray.evaluation import coco
+from pais_ray.evaluation.results import to_results
+from pais_ray.evaluation.scoring import score
 from pais_ray.figures.overlay import draw_instances
 from pais_ray.modeling import registry
 from pais_ray.modeling.precision import autocast
@@ -61,7 +62,7 @@ def predict_sample(
         prediction = segmentor.predict(views)[0].to("cpu")
     height, width = sample.image.shape[-2:]
     in_image = prediction.warp(geometry.invert(views.matrix[0].cpu()), torch.tensor([height, width]))
-    return coco.to_results(in_image, sample.image_id, (height, width), category_ids)
+    return to_results(in_image, sample.image_id, (height, width), category_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class Predictor:
     def evaluate(self, annotations: str | None = None, images: str | None = None) -> Json:
         """Scores on the run's validation images or on other annotated images, as ``scoring.score`` returns them."""
         dataset = self.validation(annotations, images)
-        return coco.score(dataset.truth, self.results(dataset.records, "evaluating"))
+        return score(dataset.truth, self.results(dataset.records, "evaluating"))
 
     def validation(self, annotations: str | None = None, images: str | None = None) -> CocoDataset:
         """The run's validation set, or other annotations with the same categories. Raises ValueError."""

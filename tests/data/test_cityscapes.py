@@ -285,7 +285,7 @@ def test_truth_of_a_file_is_the_file(root):
 def test_a_run_takes_the_folders_and_scores_against_its_own_file(root, tmp_path):
     """Through prepare and the run directory: what a worker scores against is all of Cityscapes."""
     from pais_ray.config.tree import compose, run_schedule
-    from pais_ray.evaluation.coco import score
+    from pais_ray.evaluation.scoring import score
     from pais_ray.runs import directory, prepare
 
     write_scene(root, "val", "bonn", 3, scene((26000, 10, 10, 30, 40), (26, 50, 60, 60, 80)))

@@ -21,7 +21,7 @@ from pais_ray.data.shards import dataset, writer
 from pais_ray.data.shards.writer import write_shards
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.data.validation.rules import DataError
-from pais_ray.evaluation.coco import score
+from pais_ray.evaluation.scoring import score
 from pais_ray.files import storage
 from pais_ray.runs.prepare import read_data
 from tests.support.cityscapes_files import scene, write_scene

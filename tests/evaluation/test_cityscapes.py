@@ -10,7 +10,7 @@ from pais_ray.cli import main
 from pais_ray.data.annotations import cityscapes
 from pais_ray.data.annotations.rle import encode_masks
 from pais_ray.data.validation.rules import DataError
-from pais_ray.evaluation.coco import score, table
+from pais_ray.evaluation.scoring import format_table, score
 from tests.support.cityscapes_files import SIZE, scene, write_scene
 
 CAR, PERSON = 26, 24
@@ -159,7 +159,7 @@ def test_void_is_checked_before_c_code_sees_it(truth_of):
 
 
 def test_the_table_shows_it(truth_of):
-    lines = table(score(truth_of(with_car()), [GOOD])).splitlines()
+    lines = format_table(score(truth_of(with_car()), [GOOD])).splitlines()
     assert next(line for line in lines if line.startswith("cityscapes ")).split()[1:3] == ["1.000", "1.000"]
     assert next(line for line in lines if line.startswith("car ")).split() == ["car", "1.000", "1.000", "1.000"]
 

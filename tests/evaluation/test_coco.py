@@ -11,7 +11,9 @@ import torch
 from pycocotools import mask as mask_utils
 
 from pais_ray.data.annotations.ground_truth import load_ground_truth
-from pais_ray.evaluation.coco import FIGURES, score, table, to_results
+from pais_ray.evaluation.evaluators.coco import METRICS
+from pais_ray.evaluation.results import to_results
+from pais_ray.evaluation.scoring import format_table, score
 from pais_ray.structures.batch import Predictions
 from pais_ray.structures.masks import Masks
 
@@ -157,7 +159,7 @@ def test_reference_figures(iou_type):
     expected = json.loads((REFERENCE / "expected.json").read_text())[iou_type]
     results = REFERENCE / f"instances_val2014_fake{iou_type}100_results.json"
     figures = score(REFERENCE / "instances_val2014_100.json", results, (iou_type,))[iou_type]
-    assert [figures[name] for name in FIGURES] == pytest.approx(expected["pycocotools_2.0.11"], abs=1e-6)
+    assert [figures[name] for name in METRICS] == pytest.approx(expected["pycocotools_2.0.11"], abs=1e-6)
     assert set(figures["per_class"]) == set(expected["per_class_AP"])
     for name, value in expected["per_class_AP"].items():
         assert figures["per_class"][name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
@@ -262,7 +264,7 @@ def test_files_that_are_not_there_or_not_json(truth, tmp_path):
 
 
 def test_table_shows_every_figure_and_class(truth, perfect):
-    text = table(score(truth, perfect))
+    text = format_table(score(truth, perfect))
     assert "AP50" in text
     assert [line.split() for line in text.splitlines() if line.startswith(("dog", "absent"))] == [
         ["dog", "1.000", "1.000"],

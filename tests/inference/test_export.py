@@ -22,7 +22,7 @@ from pais_ray.config.tree import compose, run_schedule
 from pais_ray.data.annotations.records import LabeledRecord
 from pais_ray.data.annotations.rle import decode_rle, to_rles
 from pais_ray.data.images import images
-from pais_ray.evaluation import coco
+from pais_ray.evaluation.scoring import score
 from pais_ray.inference.export import export, onnx_runner
 from pais_ray.inference.predictor import Predictor, predict_sample
 from pais_ray.runs.checkpoints import CheckpointError, checkpoint_folder, verify
@@ -248,7 +248,7 @@ def test_run_lengths_are_cocos(mask):
     assert (mask_utils.decode(rle) == mask).all()
     truth = {"images": [{"id": 1, "height": mask.shape[0], "width": mask.shape[1]}], "categories": [{"id": 1}]}
     entry = {"image_id": 1, "category_id": 1, "score": 1.0, "segmentation": coded}
-    coco.score(truth | {"annotations": []}, [entry])
+    score(truth | {"annotations": []}, [entry])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16", "turned", "transparent"])

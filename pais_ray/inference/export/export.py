@@ -28,7 +28,7 @@ from pais_ray.data.annotations import ground_truth
 from pais_ray.data.annotations.records import Record
 from pais_ray.data.images.reader import Reader
 from pais_ray.data.stream.samples import read_image
-from pais_ray.evaluation import coco
+from pais_ray.evaluation.scoring import score
 from pais_ray.inference.export import onnx_runner
 from pais_ray.inference.export.onnx_runner import FORMAT, MODEL, Detector
 from pais_ray.inference.predictor import Predictor, choose_checkpoint, predict_records
@@ -245,8 +245,8 @@ def parity_table(parity: dict[str, Any]) -> str:
 
 
 def _average_precision(truth: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float | None]:
-    scores = coco.score(truth, results)
-    return {f"{kind}_AP": scores[kind]["AP"] for kind in coco.IOU_TYPES}
+    scores = score(truth, results)
+    return {f"{kind}_AP": scores[kind]["AP"] for kind in ("segm", "bbox")}
 
 
 def _largest(values: Tensor) -> float:

@@ -93,15 +93,9 @@ class Log:
         self.row(step, values)
         self.job.monitor.publish.remote(StepProgress(step=step, last_step=last, eta_s=eta, metrics=values))
 
-    def scores(self, step: int, role: str, scores: dict[str, Any]) -> None:
-        values = {
-            f"{role}/{kind}_{name}": value
-            for kind, numbers in scores.items()
-            for name, value in numbers.items()
-            if isinstance(value, float)
-        }
-        for name, value in scores["segm"].get("per_class", {}).items():
-            values[f"{role}/segm_AP_class/{name}"] = math.nan if value is None else value
+    def scores(self, step: int, role: str, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation under ``role/NAME``."""
+        values = {f"{role}/{name}": value for name, value in metrics.items()}
         self.row(step, values)
         self.job.monitor.publish.remote(EvaluationScores(step=step, role=role, scores=values))
 

@@ -27,7 +27,7 @@ from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, rows_per_step
 from pais_ray.data.stream.batches import stream_batches
 from pais_ray.data.stream.plan import count_labeled_only_steps, rank_rows
-from pais_ray.evaluation import coco
+from pais_ray.evaluation.scoring import score_metrics
 from pais_ray.figures.panel import PanelRow, pseudo_label_panel
 from pais_ray.files.atomic import replace_text
 from pais_ray.files.json_lines import JsonlWriter, metric_rows
@@ -145,7 +145,7 @@ class Worker:
                 self.tell(f"checkpoint passed over: {reason}", {"event": "checkpoint_passed_over"})
         # Not within this worker's own CPUs, where a run inside a Tune trial would have its tasks, and reserving none:
         # where workers have them all, training would wait for its scores for ever. Made once: Ray's head keeps each.
-        self.score = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(coco.score)
+        self.score = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(score_metrics)
         self.scoring: list[tuple[int, str, Any]] = []  # (step, role, reference of a task that computes AP)
 
     def what_there_is(self) -> tuple[Path | None, list[str], list[dict[str, Any]], Path | None, float]:
@@ -443,7 +443,7 @@ class Worker:
             assert self.writer is not None
             with self.heart.within("save"):
                 try:
-                    scores = ray.get(task)
+                    metrics = ray.get(task)
                 except Exception as error:  # storage that does not answer, memory, a node that has gone
                     reason = f"the scores of step {step} ({role}) could not be computed: {error}"
                     if step == self.job.schedule.steps:
@@ -451,8 +451,8 @@ class Worker:
                     self.tell(f"{reason}; training goes on without them", {"event": "scoring_failed", "at": step})
                     continue
                 self.writer.flush()
-            self.log.scores(step, role, scores)
-            ap = found[step, role] = scores["segm"]["AP"]
+            self.log.scores(step, role, metrics)
+            ap = found[step, role] = metrics.get("segm_AP")
             if is_there(self.job.root, step):  # else retention would keep nothing, and drop the best
                 self.state.note_score(role, step, ap)
         self.scoring = [s for s in self.scoring if s[0] > up_to]
