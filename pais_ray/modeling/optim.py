@@ -1,40 +1,63 @@
-"""Optimizer and schedule: the published schedule, scaled to this run's batch and length.
+"""The optimizer and its learning-rate schedule: a published schedule, scaled to the batch and length of a run.
 
 The learning rate is a pure function of the step, so there is no scheduler state to restore.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-# torchvision keeps the pyramid under the backbone's name; the factor means the pretrained part alone.
+# torchvision's feature pyramid is part of the backbone by name; the backbone's factor is for the pretrained part only.
 BACKBONE, NECK = "backbone.", "backbone.fpn."
 
 
 class ReferenceSchedule(BaseModel):
-    """A published schedule, in its own steps, at its own batch."""
+    """A published schedule, in its own steps and at its own batch size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch: int = Field(
         default=16,
         gt=0,
-        description="images a step, labeled + unlabeled, over all workers; paper 4.2: 4 x (1 + 3)",
+        description="Images per step in the published run, labeled and unlabeled, over all workers. "
+        "Default: 4 GPUs x (1 + 3) images (paper 4.2).",
     )
-    lr: float = Field(default=0.01, gt=0, description="learning rate at that batch; paper 4.2, Mask R-CNN")
-    steps: int = Field(default=220_000, gt=0, description="length; paper 4.2")
-    warmup: int = Field(default=1000, ge=0, description="steps of linear warm-up; released code")
+    lr: float = Field(
+        default=0.01,
+        gt=0,
+        description="Learning rate at that batch size. A run scales it to its own batch size: linearly for SGD, with "
+        "the square root for AdamW. Default: paper 4.2, Mask R-CNN.",
+    )
+    steps: int = Field(
+        default=220_000,
+        gt=0,
+        description="Length in steps at that batch size. A run takes as many steps as it needs for the same number of "
+        "images, unless train.steps is set. Default: paper 4.2.",
+    )
+    warmup: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps of linear warm-up at that batch size. A run keeps the number of images, but warms up for at "
+        "most a twentieth of its steps. Default: released code.",
+    )
     milestones: tuple[int, ...] = Field(
         default=(160_000, 200_000),
-        description="steps at which multistep multiplies by gamma; released K-Net, the paper names none",
+        description="Steps at which the multistep schedule multiplies the learning rate by gamma. A run keeps their "
+        "share of its length. Default: released K-Net code; the paper names none.",
     )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at a milestone; released code")
+    gamma: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate at each milestone of the multistep schedule. Default: released code.",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -49,31 +72,70 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["sgd", "adamw"] = Field(default="sgd", description="paper 4.2: SGD for Mask R-CNN, AdamW for K-Net")
+    name: Literal["sgd", "adamw"] = Field(
+        default="sgd", description="Optimizer. The paper (4.2) uses SGD for Mask R-CNN and AdamW for K-Net."
+    )
     lr: float | None = Field(
-        default=None, gt=0, description="learning rate of this run; null: reference.lr scaled by the batch"
+        default=None,
+        gt=0,
+        description="Learning rate of this run after the warm-up. null scales reference.lr by the batch size.",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD; released code")
-    weight_decay: float = Field(default=1e-4, ge=0, description="released code: 1e-4 (K-Net .05)")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="Momentum of SGD; AdamW ignores it. Default: released code."
+    )
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="Weight decay. Default: released code for Mask R-CNN; K-Net uses 0.05."
+    )
     decay_norms_and_biases: bool = Field(
-        default=True, description="whether weight decay covers vectors too; released code: yes"
+        default=True,
+        description="Whether weight decay also applies to parameters with a single axis (norms and biases). "
+        "Default: released code.",
     )
-    backbone_lr_factor: float = Field(default=1.0, ge=0, description="released K-Net .25")
+    backbone_lr_factor: float = Field(
+        default=1.0,
+        ge=0,
+        description="Factor of the learning rate for the backbone without its feature pyramid. "
+        "Default: released code for Mask R-CNN; K-Net uses 0.25.",
+    )
     clip_norm: float | None = Field(
-        default=None, gt=0, description="global gradient norm; released code: none (K-Net 1)"
+        default=None,
+        gt=0,
+        description="Largest global norm of the gradients; larger gradients are scaled down to it. null does not clip. "
+        "Default: released code for Mask R-CNN; K-Net uses 1.",
     )
     schedule: Literal["multistep", "cosine", "constant"] = Field(
-        default="multistep", description="shape after the warm-up; released code: multistep"
+        default="multistep",
+        description="Shape of the learning rate after the warm-up: steps down at the milestones, a half cosine to "
+        "zero, or constant. Default: released code.",
     )
     warmup_ratio: float = Field(
-        default=0.001, ge=0, le=1, description="share of the rate at which the warm-up begins; released code"
+        default=0.001,
+        ge=0,
+        le=1,
+        description="Fraction of the learning rate at which the warm-up begins. Default: released code.",
     )
-    reference: ReferenceSchedule = ReferenceSchedule()
+    reference: ReferenceSchedule = Field(
+        default=ReferenceSchedule(), description="The published schedule that this run scales."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOrigin:
+    """How a schedule was derived from the published one, to explain it."""
+
+    scale: float  # images per step over the reference batch
+    rule: str  # how the learning rate follows the scale: linear | sqrt
+    lr_given: bool  # whether the learning rate is optim.lr instead of the scaled one
+    steps_given: bool  # whether the length is train.steps instead of the scaled one
+    reference_batch: int
+    reference_lr: float
+    reference_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What a run does, in its own steps; plain numbers, so that it can be written down."""
+    """The learning rates of a run, in its own steps. Two schedules are equal if they give the same run, whatever their
+    origins."""
 
     lr: float
     steps: int
@@ -83,19 +145,14 @@ class Schedule:
     warmup_ratio: float
     gamma: float
     images_per_step: int
-    scale: float  # images_per_step over the reference's batch
-    rule: str  # how lr follows the scale: linear | sqrt
-    lr_given: bool  # optim.lr instead of the rule
-    steps_given: bool  # train.steps instead of the reference's length
-    reference_batch: int
-    reference_lr: float
-    reference_steps: int
+    origin: ScheduleOrigin = field(compare=False)
 
     def explain(self) -> str:
-        """The arithmetic, in two lines."""
-        lr = f"lr {self.reference_lr:g} -> {self.lr:g} ({'as given' if self.lr_given else self.rule})"
-        steps = f"steps {self.reference_steps} -> {self.steps}" + (" (as given)" if self.steps_given else "")
-        first = f"batch {self.images_per_step} of reference {self.reference_batch}: {lr}, {steps}"
+        """The derivation as two lines of text."""
+        origin = self.origin
+        lr = f"lr {origin.reference_lr:g} -> {self.lr:g} ({'as given' if origin.lr_given else origin.rule})"
+        steps = f"steps {origin.reference_steps} -> {self.steps}" + (" (as given)" if origin.steps_given else "")
+        first = f"batch {self.images_per_step} of reference {origin.reference_batch}: {lr}, {steps}"
         shape = {
             "multistep": f"times {self.gamma:g} at {', '.join(map(str, self.milestones)) or 'no step'}",
             "cosine": "a half cosine to zero",
@@ -103,16 +160,30 @@ class Schedule:
         }[self.kind]
         return f"{first}\nwarm-up {self.warmup} steps from {self.warmup_ratio:g} of the rate, then {shape}"
 
+    def to_json(self) -> dict[str, Any]:
+        """One flat object, the content of a run's schedule.json."""
+        tree = dataclasses.asdict(self)
+        origin = tree.pop("origin")
+        return {**tree, **origin}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Self:
+        """The schedule that ``to_json`` wrote."""
+        of_origin = {f.name for f in dataclasses.fields(ScheduleOrigin)}
+        own = {name: value for name, value in tree.items() if name not in of_origin}
+        origin = ScheduleOrigin(**{name: tree[name] for name in of_origin})
+        return cls(**{**own, "milestones": tuple(tree["milestones"])}, origin=origin)
+
 
 def plan_schedule(
     optim: OptimConfig, reference: ReferenceSchedule, steps: int | None, images_per_step: int
 ) -> Schedule:
-    """The schedule of a run of ``images_per_step`` images, over all workers and accumulated micro-batches.
+    """Scale ``reference`` to a run of ``images_per_step`` images, over all workers and accumulated micro-batches.
 
-    Linear scaling for SGD (Goyal et al. 2017), square root for AdamW (Malladi et al. 2022); the length shrinks
-    as the batch grows, so a run sees the reference's number of images. ``steps`` is taken as it is, milestones
-    keep their share of it. The warm-up is there for the first steps' sake: it keeps its number of images and is
-    at most a twentieth of the run.
+    The learning rate scales linearly for SGD (Goyal et al. 2017) and with the square root for AdamW (Malladi et al.
+    2022). The length shrinks as the batch grows, so that a run sees as many images as the reference, unless ``steps``
+    is given. Milestones keep their share of the length. The warm-up keeps its number of images, up to a twentieth of
+    the run: it stabilizes the first steps only.
     """
     if images_per_step < 1 or (steps is not None and steps < 1):
         raise ValueError(f"plan_schedule: expected at least 1 image and 1 step, got {images_per_step} and {steps}")
@@ -129,18 +200,20 @@ def plan_schedule(
         warmup_ratio=optim.warmup_ratio,
         gamma=reference.gamma,
         images_per_step=images_per_step,
-        scale=scale,
-        rule=rule,
-        lr_given=optim.lr is not None,
-        steps_given=steps is not None,
-        reference_batch=reference.batch,
-        reference_lr=reference.lr,
-        reference_steps=reference.steps,
+        origin=ScheduleOrigin(
+            scale=scale,
+            rule=rule,
+            lr_given=optim.lr is not None,
+            steps_given=steps is not None,
+            reference_batch=reference.batch,
+            reference_lr=reference.lr,
+            reference_steps=reference.steps,
+        ),
     )
 
 
 def lr_at(schedule: Schedule, step: int) -> float:
-    """The learning rate of step ``step``, counted from 0."""
+    """The learning rate of ``step``, counted from 0."""
     lr = schedule.lr
     if schedule.kind == "multistep":
         lr *= schedule.gamma ** sum(step >= m for m in schedule.milestones)
@@ -153,7 +226,7 @@ def lr_at(schedule: Schedule, step: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
-    """Sets every group's rate for ``step`` and returns the rate before the groups' factors."""
+    """Set the learning rate of every parameter group for ``step``; return the rate before the groups' factors."""
     lr = lr_at(schedule, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
@@ -163,7 +236,7 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> f
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig, schedule: Schedule
 ) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable ones of the named ``parameters``; frozen ones are left out."""
+    """SGD or AdamW for the named ``parameters``, without the frozen ones."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
@@ -174,10 +247,10 @@ def build_optimizer(
         key = (optim.backbone_lr_factor if in_backbone else 1.0, optim.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     lr = lr_at(schedule, 0)
-    described = [
+    param_groups = [
         {"params": members, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), members in groups.items()
     ]
     if optim.name == "sgd":
-        return torch.optim.SGD(described, lr=lr, momentum=optim.momentum, fused=True)
-    return torch.optim.AdamW(described, lr=lr, fused=True)
+        return torch.optim.SGD(param_groups, lr=lr, momentum=optim.momentum, fused=True)
+    return torch.optim.AdamW(param_groups, lr=lr, fused=True)

@@ -1,7 +1,6 @@
 """A run directory: whose it is, its papers, and what a later start may not change."""
 
 import json
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,8 +97,7 @@ def kept_schedule(root: Path, config: Config) -> Schedule:
     before = load(root / "config.yaml")
     if run_schedule(before) != run_schedule(config.model_copy(update={"scaling": before.scaling})):
         return schedule
-    given = json.loads(path.read_text())
-    began = Schedule(**{**given, "milestones": tuple(given["milestones"])})
+    began = Schedule.from_json(json.loads(path.read_text()))
     if began != schedule:
         echo(f"schedule as the run began ({schedule.images_per_step} images a step now):")
     return began
@@ -115,7 +113,7 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
     papers = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),
-        "schedule.json": json.dumps(asdict(schedule)),
+        "schedule.json": json.dumps(schedule.to_json()),
         "data.json": json.dumps(data.facts, indent=1),
     }
     if not isinstance(data.truth, str):

@@ -59,7 +59,7 @@ def test_only_the_best_dropped_predictions_are_drawn():
         ious=torch.full((count,), 0.5),
         masks=Masks.full(torch.zeros(count, 96, 128, dtype=torch.bool)),
     )
-    nothing = Targets(boxes=boxes[:0], labels=found.labels[:0], masks=found.masks[:0])
+    nothing = Targets.ground_truth(boxes=boxes[:0], labels=found.labels[:0], masks=found.masks[:0])
     image = np.full((96, 128, 3), BLUE, dtype=np.uint8)
     row = panel.PanelRow(
         weak=image, strong=image, predictions=found, kept=torch.zeros(count, dtype=torch.bool), targets=nothing

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -79,14 +78,16 @@ def begun(tmp_path):
     config = compose(WORDS)
     checkpoint_folder(tmp_path, 4).mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(dump(config))
-    (tmp_path / "schedule.json").write_text(json.dumps(asdict(run_schedule(config))))
+    (tmp_path / "schedule.json").write_text(json.dumps(run_schedule(config).to_json()))
     return config
 
 
-def test_the_schedule_moves_with_its_own_settings_and_not_with_the_workers(begun, tmp_path):
+def test_a_resumed_run_keeps_its_schedule_unless_the_settings_of_the_schedule_change(begun, tmp_path):
     began = run_schedule(begun)
     fewer = compose([*WORDS, "scaling.num_workers=1", "data.labeled=0.5"])  # other data, by --force
     assert run_schedule(fewer) != began == directory.kept_schedule(tmp_path, fewer)
+    given = compose([*WORDS, "scaling.num_workers=1", f"optim.lr={began.lr!r}"])  # the rate that the run has already
+    assert directory.kept_schedule(tmp_path, given) == began
     slower = compose([*WORDS, "scaling.num_workers=1", "optim.lr=0.002"])
     assert directory.kept_schedule(tmp_path, slower) == run_schedule(slower) != began
 
