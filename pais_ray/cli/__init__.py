@@ -1,6 +1,5 @@
 """`pais-ray` verbs. Everything heavy is imported inside the verbs: `--help` answers at once."""
 
-import os
 import signal
 
 import click
@@ -13,13 +12,15 @@ from pais_ray.cli.models import evaluate, export, predict
 from pais_ray.cli.registry import promote, register, sync
 from pais_ray.cli.reports import audit, compare, tables
 from pais_ray.cli.training import show, train, tune
+from pais_ray.cluster import ray_compat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
-    if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":  # a job: its cluster may have been started by a shell in the
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background, whose descendants ignore Ctrl-C
+    if ray_compat.is_stopped_by_sigint():
+        # If the cluster of this job was started by a shell in the background, its processes ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 VERBS = (

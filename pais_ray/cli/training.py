@@ -22,15 +22,16 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     for line in (*spelt.found, *spelt.chosen):
         echo(line)
     config = compose(spelt.words)
-    from pais_ray.train.driver import launch
+    from pais_ray.train.driver import launch, run_loop
+    from pais_ray.train.driver.result import summary
 
     try:
         result = launch.train(config, force=force)
-    except launch.TrainingStopped as error:  # the run's own verdict, no fault of the program
+    except run_loop.RunFailedError as error:  # the run cannot continue; the program itself did not fail
         click.echo(f"error: {error}", err=True)
         sys.exit(FAILED)
     write_json(json_path, result.to_json())
-    click.echo(launch.summary(result, config))
+    click.echo(summary(result, config))
     if result.stopped:
         name = f"run.name={Path(result.run_dir).name}"
         click.echo(f"resume with:\n  {same_command('run.name=', name)}")

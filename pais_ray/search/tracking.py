@@ -14,7 +14,7 @@ from pais_ray.search.scheduler import METRIC
 from pais_ray.search.trials import Trial
 from pais_ray.tracking import record, tracker
 from pais_ray.tracking.logger import build_logger
-from pais_ray.train.driver import launch
+from pais_ray.train.driver.result import finish_tracking
 
 
 class Tracked:
@@ -48,7 +48,7 @@ class Tracked:
 
     def _close_trial(self, root: Path, state: str, status: record.Status) -> None:
         add_tags(root, {"search.state": state})
-        launch.close_tracking(root, load(root / "config.yaml"), status)
+        finish_tracking(root, load(root / "config.yaml"), status)
 
 
 def add_tags(root: Path, tags: Mapping[str, str]) -> None:

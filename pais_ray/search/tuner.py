@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from pais_ray.cluster import connect
+from pais_ray.cluster import connect, ray_compat
 from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config, load
 from pais_ray.files.console import echo
@@ -36,7 +36,8 @@ from pais_ray.search.tracking import Tracked
 from pais_ray.search.trials import LEDGER, Standing, TrialStore
 from pais_ray.tracking import record
 from pais_ray.tracking.settings import tracking_uri
-from pais_ray.train.driver import launch, resources
+from pais_ray.train.driver import launch, resources, run_loop
+from pais_ray.train.driver.result import summary
 from pais_ray.train.messages import EvaluationScores, Event
 
 UNDEFINED = -1.0  # COCO's AP where there is nothing to find
@@ -136,8 +137,7 @@ def conclude(control: TrialScheduler, tracked: Tracked, work: Any) -> dict[str, 
 
 def tuner(control: TrialScheduler, tracked: Tracked, concurrent: int) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0: nothing, what there is to say we say
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    ray_compat.set_tune_environment()
     root, trials, parent = control.plan.root, control.plan.root / "trials", tracked.run_id
     return tune.Tuner(
         tune.with_resources(lambda config: run_trial(trials / config["trial"], root.name, parent), WAITING),
@@ -150,7 +150,7 @@ def tuner(control: TrialScheduler, tracked: Tracked, concurrent: int) -> tune.Tu
         ),
         run_config=tune.RunConfig(
             name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
-            storage_path=str(root / launch.ATTEMPT_FOLDER),
+            storage_path=str(root / run_loop.RAY_FOLDER),
             failure_config=tune.FailureConfig(max_failures=control.plan.base.run.max_failures),
             stop=Halt(control),
             verbose=0,
@@ -274,7 +274,7 @@ def run_trial(root: Path, search: str, parent: str | None) -> None:
     try:
         config = load(root / "config.yaml")
         result = launch.train(config, tags={"search": search}, parent=parent, on_event=report_scores, stop=stop)
-    except (launch.TrainingStopped, CheckpointError) as error:  # of this trial alone; trying again cannot help
+    except (run_loop.RunFailedError, CheckpointError) as error:  # of this trial alone; trying again cannot help
         tune.report({"failed": str(error)})
     except RunLockedError:  # by this trial's process on a node that is being given up: Tune tries again
         raise
@@ -310,7 +310,7 @@ def retrain(plan: Plan, words: tuple[str, ...], ledger: TrialStore) -> dict[str,
     name = config.run.name
     echo(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
     result = launch.train(config, tags={"search": plan.root.name})
-    echo(launch.summary(result, config))
+    echo(summary(result, config))
     return result.to_json()
 
 

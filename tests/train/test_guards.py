@@ -12,8 +12,8 @@ import ray.train
 
 from pais_ray.config.sections import GuardConfig
 from pais_ray.files import console
-from pais_ray.train.driver import launch, progress
 from pais_ray.train.driver import monitor as monitor_module
+from pais_ray.train.driver import progress, run_loop
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.driver.watchdog import describe, find_stuck_rank
@@ -200,18 +200,18 @@ WRONG = ray.train.ControllerError(ray.exceptions.RayTaskError("f", "...", Import
 def test_a_worker_that_dies_while_the_group_is_made_costs_one_of_the_failures(tmp_path):
     told = []
     trainer = Trainer([DIED, MET])
-    launch.fit_again(trainer, tmp_path, 2, told.append)
+    run_loop.fit_with_restarts(trainer, tmp_path, 2, told.append)
     assert len(told) == 2
     assert len(set(trainer.names)) == 3
     with pytest.raises(ray.train.ControllerError):
-        launch.fit_again(Trainer([DIED, MET, DIED]), tmp_path, 2, told.append)
-    launch.fit_again(Trainer([DIED] * 20), tmp_path, -1, told.append)
+        run_loop.fit_with_restarts(Trainer([DIED, MET, DIED]), tmp_path, 2, told.append)
+    run_loop.fit_with_restarts(Trainer([DIED] * 20), tmp_path, -1, told.append)
 
 
 def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
     trainer = Trainer([WRONG])
     with pytest.raises(ray.train.ControllerError):
-        launch.fit_again(trainer, tmp_path, -1, pytest.fail)
+        run_loop.fit_with_restarts(trainer, tmp_path, -1, pytest.fail)
     assert len(trainer.names) == 1
 
 
@@ -263,18 +263,18 @@ class Group:
 
 def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path, monkeypatch):
     """SIGTERM, twice, while the run waits for room; and training that does not come back."""
-    monkeypatch.setattr(launch, "POLL_S", 0.01)
-    monkeypatch.setattr(launch, "NOBODY_S", 0.2)
-    monkeypatch.setattr(launch.ray, "get", lambda answer: answer)
-    monkeypatch.setattr(launch, "fit_again", lambda *_: threading.Event().wait())
+    monkeypatch.setattr(run_loop, "POLL_S", 0.01)
+    monkeypatch.setattr(run_loop, "NO_WORKERS_S", 0.2)
+    monkeypatch.setattr(run_loop.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(run_loop, "fit_with_restarts", lambda *_: threading.Event().wait())
     monkeypatch.setattr(Supervisor, "check", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     said, group = [], Group()
     watch = Supervisor(group, tmp_path, SimpleNamespace(run=SimpleNamespace(max_failures=0)), 1.0, said.append)
-    assert launch.follow(None, watch, tmp_path, 8, threading.Event())
+    assert run_loop.run_until_done(None, watch, tmp_path, 8, threading.Event())
     assert group.requests == ["request_stop"]
     assert [event.text.split(";")[0] for event in said] == [
-        launch.STOPPING,
-        "there is no worker to make another checkpoint",
+        run_loop.STOPPING,
+        "no worker is running that could save another checkpoint",
         "stopped before the first checkpoint",
     ]
 

@@ -5,7 +5,6 @@ them in its collate threads. Ray's reading tasks import this module, so it must 
 each of Ray's task processes.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.data.block import BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
-from ray.data.datasource import Datasource, ReadTask
 
+from pais_ray.cluster import ray_compat
 from pais_ray.data.annotations.records import Record
 from pais_ray.data.sources.scored_masks import ScoredMasks
 from pais_ray.data.stream.plan import RankRows, StepPlan
@@ -28,7 +26,6 @@ BLOCK_BYTES = 8 * 2**20  # target size of a block: a reading task yields its row
 # twice.
 GROUPS_PER_TASK = 8
 READ_AHEAD_BYTES = 256 * 2**20  # blocks of a stream in the object store that were read but not yet used
-LOOP_PAUSE_S = 0.05  # between two iterations of Ray Data's scheduling loop
 # A long run needs thousands of tasks, and Ray Data puts all tasks of a data set into the object store at its start.
 TASKS_PER_DATASET = 256
 MAX_READERS = 4  # concurrent reading tasks per stream; fewer on small machines, see count_readers()
@@ -67,7 +64,7 @@ def stream_rows(
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=READ_AHEAD_BYTES
     )
-    context.custom_execution_callback_classes = [_Pause]
+    ray_compat.pause_execution_loop(context)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
@@ -76,12 +73,10 @@ def stream_rows(
     for section, images_per_row in _sections(feed.plan, rows):
         for start in range(section.start, section.stop, task_size * TASKS_PER_DATASET):
             stop = min(start + task_size * TASKS_PER_DATASET, section.stop)
-            source = _StepRows(inputs, range(start, stop), task_size, images_per_row)
-            stream = ray.data.read_datasource(
-                source,
-                override_num_blocks=len(source.parts),
-                num_cpus=0,  # with a share of a CPU, streams could wait for each other's CPUs in a collective
-                concurrency=min(count_readers(rows.world), len(source.parts)),
+            tasks = [range(first, min(first + task_size, stop)) for first in range(start, stop, task_size)]
+            stream = ray_compat.read_dataset(
+                [ray_compat.Read(read=partial(_read, t, inputs), num_rows=len(t) * images_per_row) for t in tasks],
+                concurrency=count_readers(rows.world),
             )
             yield from stream.iterator().iter_torch_batches(
                 batch_size=images_per_row, prefetch_batches=prefetch, collate_fn=_Collate(collate), device="cpu"
@@ -111,28 +106,6 @@ def _sections(plan: StepPlan, rows: RankRows) -> Iterator[tuple[range, int]]:
             yield section, images_per_row
 
 
-class _StepRows(Datasource):
-    """Consecutive rows of one rank as reading tasks of Ray Data with ``task_size`` rows each."""
-
-    def __init__(self, inputs: Inputs, indices: range, task_size: int, images_per_row: int) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.parts = [indices[start : start + task_size] for start in range(0, len(indices), task_size)]
-        self.images_per_row = images_per_row
-
-    def estimate_inmemory_data_size(self) -> None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        return [
-            ReadTask(
-                partial(_read, part, self.inputs),
-                BlockMetadata(num_rows=len(part) * self.images_per_row, size_bytes=None, exec_stats=None),
-            )
-            for part in self.parts
-        ]
-
-
 def _read(indices: range, inputs: Inputs) -> Iterator[pa.Table]:
     """Runs in a Ray task: one output row per image."""
     feed, rows = ray.get(inputs)
@@ -147,18 +120,3 @@ class _Collate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> Any:
         return self.function(batch)
-
-
-class _Pause:
-    """An execution callback of Ray Data that makes its scheduling loop sleep.
-
-    The loop (Ray 2.60) waits only while tasks run. Without a free CPU, or with a full output, it spins in a thread of
-    the training process: steps took three times as long.
-    """
-
-    def before_execution_starts(self, executor: object) -> None: ...
-    def on_execution_step(self, executor: object) -> None:
-        time.sleep(LOOP_PAUSE_S)
-
-    def after_execution_succeeds(self, executor: object) -> None: ...
-    def after_execution_fails(self, executor: object, error: Exception) -> None: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
-from pais_ray.cluster import connect
+from pais_ray.cluster import ray_compat
 from pais_ray.config.tree import Config
 from pais_ray.files.json_lines import JsonlWriter
 from pais_ray.train.driver import resources, watchdog
@@ -31,7 +31,7 @@ class Supervisor:
 
     def check(self) -> None:
         """Runs all checks once: asks for a checkpoint if a node drains, kills a rank that hangs."""
-        draining = set(connect.draining_nodes())
+        draining = set(ray_compat.draining_nodes())
         if draining - self.draining:
             self.report("a node is being drained: saving a checkpoint now", "node_leaving")
             self.monitor.request_save.remote()
