@@ -11,6 +11,7 @@ from pais_ray.cli.data.validate import validate
 from pais_ray.cli.models import evaluate, export, predict
 from pais_ray.cli.registry import promote, register, sync
 from pais_ray.cli.reports import audit, compare, tables
+from pais_ray.cli.search_pipeline import search
 from pais_ray.cli.training import show, train, tune
 from pais_ray.cluster import ray_compat
 
@@ -26,6 +27,7 @@ def main() -> None:
 VERBS = (
     train,
     tune,
+    search,
     show,
     evaluate,
     predict,

@@ -1,77 +1,94 @@
 """Verbs on a cluster: submit, batch-predict."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pais_ray.cli.options import FAILED, json_option, verb, write_json
-from pais_ray.cli.training import train, tune
+from pais_ray.cli.search_pipeline import search
+from pais_ray.cli.training import train, tune, tune_options
+
+JOB_VERBS = {  # name of a job -> verb of `pais-ray`
+    "audit": "audit",
+    "batch-predict": "batch-predict",
+    "predict": "batch-predict",
+    "search": "search",
+    "tables": "tables",
+    "train": "train",
+    "tune": "tune",
+}
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("pipeline")
+@click.argument("job", metavar="VERB")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
     default="http://127.0.0.1:8265",
     show_default=True,
-    help="The dashboard of the cluster's head.",
+    help="Address of the dashboard on the cluster's head.",
 )
 @click.option(
     "--include",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A file or folder to send along: YAML words, manifests, a package with your own method.",
+    help="File or folder to send along, such as YAML files, manifests or a package with your own method.",
 )
-@click.option("--num-gpus", type=float, help="GPUs for the program itself (audit); workers reserve their own.")
+@click.option("--num-gpus", type=float, help="GPUs of the program itself (audit); workers reserve their own.")
 @verb
-def submit(pipeline: str, words: tuple[str, ...], address: str, include: tuple[Path, ...], num_gpus: float) -> None:
-    """Run PIPELINE (a program of pipelines/: train, search, audit, predict, tables) with WORDS as a job on a cluster.
+def submit(job: str, words: tuple[str, ...], address: str, include: tuple[Path, ...], num_gpus: float) -> None:
+    """Run `pais-ray VERB WORDS` as a job on a Ray cluster: train, tune, search, batch-predict, audit or tables.
 
-    Follows the log; the exit code is the job's. Ctrl-C leaves the job running."""
-    check_words(pipeline, words)
-    from pais_ray.cluster import jobs
+    VERB may also be a program of your own in pipelines/. Prints the log; the exit code is that of the job. Ctrl-C
+    leaves the job running."""
+    check_words(job, words)
+    from pais_ray.cluster import jobs, ray_compat
 
-    if pipeline not in jobs.pipelines():
-        raise click.UsageError(f"no pipeline {pipeline!r}; there are {', '.join(jobs.pipelines())}")
+    command = job_command(job, words, jobs.pipelines())
     jobs.check_address(address)
-    files = jobs.contents([*include, *jobs.local_files(words)])
+    files = jobs.working_dir_files([*include, *jobs.local_files(words)])
     archive = jobs.pack(files)
-    click.echo(f"working_dir: {len(files)} files, {jobs.mib(len(archive))} of {jobs.mib(jobs.UPLOAD_LIMIT)}")
+    size, limit = jobs.format_mib(len(archive)), jobs.format_mib(ray_compat.UPLOAD_LIMIT)
+    click.echo(f"working_dir: {len(files)} files, {size} of {limit}")
     client = jobs.connect(address)
-    job = jobs.submit(client, pipeline, words, archive, num_gpus)
-    click.echo(f"job {job} submitted\n{jobs.commands(job, address)}")
+    job_id = jobs.submit(client, command, job, archive, num_gpus)
+    click.echo(f"job {job_id} submitted\n{jobs.job_commands(job_id, address)}")
     try:
-        status = jobs.follow(client, job)
+        status = jobs.stream_logs(client, job_id)
     except (KeyboardInterrupt, ConnectionError) as error:
-        click.echo(f"{str(error) or 'not followed any more'}; the job goes on\n{jobs.commands(job, address)}", err=True)
+        reason = str(error) or "the log is no longer shown"
+        click.echo(f"{reason}; the job keeps running\n{jobs.job_commands(job_id, address)}", err=True)
         sys.exit(FAILED)
     sys.exit(status)
 
 
-def check_words(pipeline: str, words: tuple[str, ...]) -> None:
-    """What training or a search would refuse a minute later, on the cluster."""
+def job_command(job: str, words: Sequence[str], programs: dict[str, Path]) -> list[str]:
+    """The command line of a job: a verb of `pais-ray`, or a program of pipelines/. Raises UsageError for neither."""
+    if job in JOB_VERBS:
+        return ["python", "-m", "pais_ray.cli", JOB_VERBS[job], *words]
+    if job in programs:
+        return ["python", f"pipelines/{job}.py", *words]
+    raise click.UsageError(f"no such job {job!r}; choose one of {', '.join(sorted({*JOB_VERBS, *programs}))}")
+
+
+def check_words(job: str, words: tuple[str, ...]) -> None:
+    """Raises the errors that training or a search would raise a minute later on the cluster."""
     from pais_ray.config.tree import compose
     from pais_ray.runs.prepare import check_outlives_job
 
-    if pipeline == "train":
+    if job == "search":
+        words = search.make_context("search", list(words)).params["words"]
+    if job == "train":
         check_outlives_job(compose(train.make_context("train", list(words)).params["words"]))
-    elif pipeline == "search":
-        from pais_ray.search.plan import Options, make_plan
+    elif job in ("search", "tune"):
+        from pais_ray.search.plan import make_plan
 
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # as the program reads it
-        parser.add_argument("--model", nargs="?")
-        own, told = parser.parse_known_args(words)
-        if not own.model:
-            raise click.UsageError("search: --model NAME is missing, the name of the registered model")
-        given = tune.make_context("tune", told).params
-        searched = given.pop("words")
-        given.pop("json_path")
-        check_outlives_job(make_plan(searched, Options(**given)).base)
+        given = tune.make_context("tune", list(words)).params
+        check_outlives_job(make_plan(given["words"], tune_options(given)).base)
 
 
 @click.command("batch-predict")

@@ -1,12 +1,20 @@
 """Verbs around a run: train, show."""
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pais_ray.cli.options import FAILED, WORDS, echo, json_option, same_command, verb, write_json
+
+if TYPE_CHECKING:
+    from pais_ray.search.plan import Options
+
+
+SAMPLERS = ("grid", "random", "optuna")
 
 
 @click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
@@ -92,11 +100,11 @@ def describe_settings(key: str, json_path: str | None) -> None:
 )
 @click.option("--name", help="Of the search and its folder; the same name goes on. Default: run.name, or the time.")
 @click.option(
-    "--search",
-    "kind",
-    type=click.Choice(["grid", "random", "optuna"]),
-    help="How configurations are chosen. Default: grid where all are lists, else optuna (TPE).",
+    "--sampler",
+    type=click.Choice(SAMPLERS),
+    help="How configurations are chosen. Default: grid if all settings are lists, else optuna (TPE).",
 )
+@click.option("--search", type=click.Choice(SAMPLERS), hidden=True)  # the earlier name of --sampler
 @click.option("--samples", type=click.IntRange(min=1), help="Configurations to try, unless in a grid.  [default: 20]")
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trials a configuration, by train.seed."
@@ -119,18 +127,25 @@ def describe_settings(key: str, json_path: str | None) -> None:
 @click.option("--retrain-best", "retrain", is_flag=True, help="Then train WORDS with the best settings as NAME-best.")
 @json_option
 @verb
-def tune(words: tuple[str, ...], json_path: str | None, **options: Any) -> None:
-    from pais_ray.search.plan import Options
-
-    told = Options(**options)
+def tune(words: tuple[str, ...], json_path: str | None, **given: Any) -> None:
+    options = tune_options(given)
     from pais_ray.search import tuner
 
-    result = tuner.search(words, told)
+    result = tuner.search(words, options)
     folder = Path(result["folder"])
     echo((folder / "table.txt").read_text())
     if result["best"] is not None:
         echo(f"best settings:  {result['best']['overlay']} (a word for `pais-ray train`)")
     echo(f"folder, plots:  {folder}, {folder / 'figures'}")
     if result["stopped"] or result.get("retrained", {}).get("stopped"):
-        echo(f"go on with:\n  {same_command('--name', '--name', folder.name)}")
+        echo(f"resume with:\n  {same_command('--name', '--name', folder.name)}")
     write_json(json_path, result)
+
+
+def tune_options(given: Mapping[str, Any]) -> "Options":
+    """The options of a search from the parameters of `tune`."""
+    from pais_ray.search.plan import Options
+
+    names = [field.name for field in dataclasses.fields(Options)]
+    options = {name: given[name] for name in names if name in given}
+    return Options(**{**options, "kind": given["sampler"] or given["search"]})

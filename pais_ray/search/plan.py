@@ -146,7 +146,7 @@ def make_plan(words: Sequence[str], options: Options) -> Plan:
     check_space(trial_words, space)
     kind = options.kind or ("grid" if all(isinstance(d, Choice) for d in space.values()) else "optuna")
     if kind == "grid" and options.samples is not None:
-        raise ConfigError("--samples: a grid has all its combinations; leave it out, or use --search random")
+        raise ConfigError("--samples: a grid has all its combinations; leave it out, or use --sampler random")
     steps, every = run_schedule(base).steps, base.train.eval_every
     name = options.name or base.run.name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
     storage = compose_with(trial_words, {"run.name": name}).run.storage_path

@@ -21,7 +21,7 @@ def grid(space: Space) -> Iterator[Params]:
     """Every combination, the last setting changing fastest. Raises ConfigError where a setting has no list."""
     for path, domain in space.items():
         if not isinstance(domain, Choice):
-            raise ConfigError(f"--search grid: {path}={domain} has no grid; list its values, or use random or optuna")
+            raise ConfigError(f"--sampler grid: {path}={domain} has no grid; list its values, or use random or optuna")
     for values in itertools.product(*(domain.corners() for domain in space.values())):
         yield dict(zip(space, values, strict=True))
 

@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from pais_ray.cli import main
-from pais_ray.cluster import jobs
+from pais_ray.cli.cluster import JOB_VERBS, job_command
+from pais_ray.cli.training import tune, tune_options
+from pais_ray.cluster import jobs, ray_compat
 
 
 @pytest.fixture
@@ -21,8 +23,8 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_working_dir_runs_by_itself(here):
-    archive = jobs.pack(jobs.contents())
-    assert archive == jobs.pack(jobs.contents()), "Ray knows it again"
+    archive = jobs.pack(jobs.working_dir_files())
+    assert archive == jobs.pack(jobs.working_dir_files()), "Ray knows it again"
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         names = packed.namelist()
         packed.extractall(here / "job")
@@ -40,7 +42,7 @@ def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
     for name in ("mine/method.py", "mine/.git/config", "mine/__pycache__/x.pyc", "note.yaml", ".secret"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("x")
-    added = jobs.contents([Path("mine"), here / "note.yaml"]).keys() - jobs.contents().keys()
+    added = jobs.working_dir_files([Path("mine"), here / "note.yaml"]).keys() - jobs.working_dir_files().keys()
     assert added == {"mine/method.py", "note.yaml"}
 
 
@@ -49,9 +51,9 @@ def test_what_lies_elsewhere_stands_beside_the_code(here, monkeypatch):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("x")
     monkeypatch.chdir(here / "work")
-    added = {n: p for n, p in jobs.contents([Path("../pkg")]).items() if n not in jobs.contents()}
+    added = {n: p for n, p in jobs.working_dir_files([Path("../pkg")]).items() if n not in jobs.working_dir_files()}
     assert added == {"pkg/method.py": here / "pkg" / "method.py"}
-    assert "notes.yaml" in jobs.contents([Path("../work/notes.yaml")])
+    assert "notes.yaml" in jobs.working_dir_files([Path("../work/notes.yaml")])
 
 
 @pytest.mark.parametrize("name", [".mine.yaml", ".mine/a.py", "empty/", "pkg/__pycache__/a.pyc"])
@@ -59,8 +61,8 @@ def test_what_adds_no_file_is_refused(here, name):
     (here / name).parent.mkdir(parents=True, exist_ok=True)
     (here / name).mkdir() if name.endswith("/") else (here / name).write_text("x")
     for given in (Path(name), here / name):
-        with pytest.raises(ValueError, match=f"{name.rstrip('/')}: no file of it would be sent"):
-            jobs.contents([given])
+        with pytest.raises(ValueError, match=f"{name.rstrip('/')}: contains no file to send"):
+            jobs.working_dir_files([given])
 
 
 def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
@@ -72,33 +74,31 @@ def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
     storage = f"run.storage_path={here}"
     done = CliRunner().invoke(main, ["submit", "train", "quickstart", "../mine.yaml", storage])
     assert done.exit_code == 2
-    assert (
-        f"../mine.yaml: lies above the current folder, and a job has no folder above its own; submit from {here}"
-        in (done.stderr)
+    assert f"../mine.yaml: is outside the current folder, which is all that a job receives; submit from {here}" in (
+        done.stderr
     )
 
 
 def test_too_much_is_refused_by_name(here, monkeypatch):
-    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
-
-    assert jobs.UPLOAD_LIMIT == DASHBOARD_CLIENT_MAX_SIZE
-    monkeypatch.setattr(jobs, "UPLOAD_LIMIT", 2**20)
+    monkeypatch.setattr(ray_compat, "UPLOAD_LIMIT", 2**20)
     Path("weights.bin").write_bytes(__import__("random").Random(0).randbytes(2**20))
     done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--include", "weights.bin"])
     assert done.exit_code == 2
     assert "1.00 MiB" in done.stderr
-    assert "The largest: weights.bin (1.00 MiB)" in done.stderr
+    assert "Largest files: weights.bin (1.00 MiB)" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian", "quickstart"], "no pipeline 'trian'; there are audit, "),
+        (["trian", "quickstart"], "no such job 'trian'; choose one of audit, batch-predict, "),
         (["train", "quickstart"], "run.storage_path: expected an absolute path that every node sees, got 'runs'"),
         (["train", "quickstart", "train.stepz=3"], "train.stepz: no such setting"),
         (["train", "quickstart", "--forse"], "--forse"),
-        (["search", "quickstart", "search_pais"], "--model NAME is missing"),
-        (["search", "quickstart", "search_pais", "--model"], "--model NAME is missing"),
+        (["tune", "quickstart", "search_pais"], "run.storage_path: expected an absolute path"),
+        (["tune", "quickstart", "search_pais", "--search", "grit"], "'grit' is not one of"),
+        (["search", "quickstart", "search_pais"], "Missing option '--model'"),
+        (["search", "quickstart", "search_pais", "--model"], "'--model' requires an argument"),
         (["search", "quickstart", "search_pais", "--model=m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m"], "run.storage_path: expected an absolute path"),
         (["search", "quickstart", "search_pais", "--model", "m", "--sampels", "3"], "--sampels"),
@@ -112,17 +112,18 @@ def test_wrong_words_never_reach_the_cluster(words, line):
 
 
 def test_the_searching_program_writes_the_json_that_it_is_told_to(here, monkeypatch):
-    """And reads there what to register."""
+    """And reads in it which run to register."""
     calls = []
 
-    def main(words):
-        calls.append(words)
-        if words[0] == "tune":
+    def run_verb(verb, words):
+        calls.append([verb.name, *words])
+        if verb.name == "tune":
             Path(words[words.index("--json") + 1]).write_text('{"retrained": {"stopped": false, "run_dir": "best"}}')
 
-    monkeypatch.setattr("pais_ray.cli.main", main)
+    monkeypatch.setattr("pais_ray.cli.search_pipeline.run_verb", run_verb)
     monkeypatch.setattr(sys, "argv", ["search.py", "quickstart", "--json", "out.json", "--model=m"])
-    runpy.run_path(str(jobs.pipelines()["search"]), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(jobs.pipelines()["search"]), run_name="__main__")
     assert calls == [
         ["tune", "quickstart", "--retrain-best", "--json", "out.json"],
         ["register", "best", "--name", "m"],
@@ -135,3 +136,19 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
     done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--address", "http://127.0.0.1:9"])
     assert done.exit_code == 1
     assert "http://127.0.0.1:9" in done.stderr.splitlines()[0]
+
+
+def test_a_job_runs_a_verb_or_a_program_of_pipelines():
+    programs = jobs.pipelines()
+    assert job_command("predict", ["run"], programs) == job_command("batch-predict", ["run"], programs)
+    assert job_command("tune", ["a=1"], programs) == ["python", "-m", "pais_ray.cli", "tune", "a=1"]
+    assert job_command("own", [], {"own": Path("own.py")}) == ["python", "pipelines/own.py"]
+    assert set(programs) <= set(JOB_VERBS), "each program of pipelines/ is also a verb"
+    assert set(JOB_VERBS.values()) <= set(main.commands)
+
+
+def test_the_earlier_name_of_the_sampler_option_still_works():
+    for option in ("--sampler", "--search"):
+        given = tune.make_context("tune", ["quickstart", option, "random"]).params
+        assert tune_options(given).kind == "random"
+    assert "--search" not in CliRunner().invoke(main, ["tune", "--help"]).output

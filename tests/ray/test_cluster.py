@@ -134,7 +134,7 @@ def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco
     wait_for(lambda: 3 in steps_logged(root), running.goes_on)
     running.process.send_signal(signal.SIGINT)
     output = running.ends(1)
-    assert "not followed any more; the job goes on" in output
+    assert "the log is no longer shown; the job keeps running" in output
     job = re.search(r"stop it: .* (\S+)$", output, re.MULTILINE).group(1)
     left_at = max(steps_logged(root))
     wait_for(lambda: max(steps_logged(root)) > left_at)
