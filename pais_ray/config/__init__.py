@@ -1,1 +1,1 @@
-"""The typed settings of a run, the configuration files, and the overrides on top of them."""
+"""The typed settings of a run, and their composition from files in configs/ and overrides."""
