@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 20
 
-.PHONY: demo test test-all test-faults soak fuzz audit lint bench env clean
+.PHONY: demo test test-all test-faults soak fuzz audit lint docs bench env clean
 
 env: .venv/.installed
 
@@ -50,6 +50,11 @@ fuzz: env
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The documentation site in build/site. The build needs no network.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: env
 	for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,78 @@
+"""The reference is complete: settings, commands, event types, renamed settings, moved modules."""
+
+import importlib.util
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from pais_ray.config.describe import all_settings
+from pais_ray.config.renamed import RENAMED
+from tests.docs.pages import ROOT, generator, pages
+
+VIEW = re.compile(r"^views\.(labeled|weak|strong|test)\.")
+
+
+def test_every_setting_is_in_the_configuration_reference():
+    page = pages()["docs/reference/configuration.md"]
+    for setting in all_settings():
+        assert f"`{VIEW.sub('views.VIEW.', setting.name)}`" in page, setting.name
+
+
+def test_every_config_name_is_in_the_configuration_reference():
+    page = pages()["docs/reference/configuration.md"]
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert re.search(rf"^\| `{path.stem}` \| \w.*\|$", page, re.MULTILINE), path.stem
+
+
+def test_every_command_and_option_is_in_the_command_line_reference():
+    page = pages()["docs/reference/cli.md"]
+    for name, command in generator().commands():
+        section = page.partition(f"## `{name}`\n")[2].partition("\n## ")[0]
+        assert section, name
+        for parameter in command.params:
+            shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name.upper()
+            assert shown in section, (name, shown)
+
+
+def event_types():
+    """The event types in the code, as they are written to events.jsonl."""
+    found = set()
+    for path in (ROOT / "pais_ray").rglob("*.py"):
+        found |= set(re.findall(r'"event": "(\w+)"|event="(\w+)"', path.read_text(encoding="utf-8")))
+    return {first or second for first, second in found}
+
+
+def test_every_event_type_is_in_the_reference():
+    page = pages()["docs/reference/run_directory.md"].partition("## Events")[2]
+    documented = set(re.findall(r"^\| `(\w+)` \|", page.partition("\n## ")[0], re.MULTILINE))
+    assert len(event_types()) > 10
+    assert event_types() <= documented
+
+
+def test_every_renamed_setting_is_on_the_upgrading_page():
+    page = pages()["docs/reference/upgrading.md"]
+    for old, new in RENAMED.items():
+        row = f"| `{VIEW.sub('views.VIEW.', old)}` | `{VIEW.sub('views.VIEW.', new)}` |"
+        assert row in page, old
+
+
+def test_modules_of_the_upgrading_page_exist():
+    page = pages()["docs/reference/upgrading.md"].partition("### Moved modules")[2].partition("\n### ")[0]
+    cells = re.findall(r"^\| `[\w.]+` \| (.+) \|$", page, re.MULTILINE)
+    assert len(cells) > 50
+    for module in [name for cell in cells for name in re.findall(r"`([\w.]+)`", cell)]:
+        assert importlib.util.find_spec(f"pais_ray.{module}") is not None, module
+
+
+@pytest.mark.parametrize("module", generator().MODULES)
+def test_modules_of_the_api_page_exist(module):
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_the_citation_has_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == project["version"]
+    assert f"## {project['version']}" in pages()["CHANGELOG.md"]
