@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -69,14 +70,14 @@ def test_wrong_words_are_one_line_and_exit_code_2(words, line):
     assert "Traceback" not in done.output
 
 
-def test_evaluate_scores_any_results_file(shared_data, tmp_path):
-    reference = shared_data / "eval_reference"
+def test_evaluate_scores_any_results_file(tmp_path):
+    reference = Path(__file__).parents[1] / "fixtures" / "evaluation" / "coco"
     for kind in ("segm", "bbox"):
         out = tmp_path / f"{kind}.json"
         done = call(
             "evaluate",
-            *("--annotations", str(reference / "instances_val2014_100.json")),
-            *("--predictions", str(reference / f"instances_val2014_fake{kind}100_results.json")),
+            *("--annotations", str(reference / "ground_truth.json")),
+            *("--predictions", str(reference / f"{kind}_results.json")),
             *("--json", str(out)),
         )
         assert done.exit_code == 0, done.output

@@ -1,6 +1,7 @@
 """Cityscapes' instance AP: the official figures, and its rules one by one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pais_ray.data.validation.rules import DataError
 from pais_ray.evaluation.scoring import format_table, score
 from tests.support.cityscapes_files import SIZE, scene, write_scene
 
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "evaluation" / "cityscapes"
 CAR, PERSON = 26, 24
 
 
@@ -38,11 +40,10 @@ def ap(truth, results, name="car"):
     return score(truth, results)["cityscapes"]["per_class"][name]
 
 
-def test_official_figures(shared_data):
-    reference = shared_data / "eval_reference"
-    expected = json.loads((reference / "cityscapes_expected.json").read_text())
-    truth, _ = cityscapes.to_coco(str(shared_data / "cityscapes_layout" / "gtFine" / "val"))
-    figures = score(truth, cityscapes.read_results(str(reference / "cityscapes_preds"), truth))["cityscapes"]
+def test_values_are_those_of_the_official_evaluator():
+    expected = json.loads((REFERENCE / "expected.json").read_text())
+    truth, _ = cityscapes.to_coco(str(REFERENCE / "gtFine" / "val"))
+    figures = score(truth, cityscapes.read_results(str(REFERENCE / "predictions"), truth))["cityscapes"]
     assert figures["AP"] == pytest.approx(expected["allAp"], abs=1e-4)
     assert figures["AP50"] == pytest.approx(expected["allAp50"], abs=1e-4)
     assert figures["per_class"].keys() == expected["classes"].keys()
@@ -53,8 +54,8 @@ def test_official_figures(shared_data):
             assert figures["per_class"][name] == pytest.approx(values["ap"], abs=1e-4), name
 
 
-def test_truth_as_prediction_is_perfect(shared_data):
-    truth, _ = cityscapes.to_coco(str(shared_data / "cityscapes_layout" / "gtFine" / "val"))
+def test_ground_truth_as_prediction_is_perfect():
+    truth, _ = cityscapes.to_coco(str(REFERENCE / "gtFine" / "val"))
     keys = ("image_id", "category_id", "segmentation")
     own = [{k: a[k] for k in keys} | {"score": 1.0} for a in truth["annotations"] if not a["iscrowd"]]
     figures = score(truth, own)["cityscapes"]
@@ -164,9 +165,8 @@ def test_the_table_shows_it(truth_of):
     assert next(line for line in lines if line.startswith("car ")).split() == ["car", "1.000", "1.000", "1.000"]
 
 
-def test_command_line_scores_folders_and_files(shared_data, tmp_path):
-    folder = str(shared_data / "cityscapes_layout" / "gtFine" / "val")
-    predictions = str(shared_data / "eval_reference" / "cityscapes_preds")
+def test_command_line_scores_folders_and_files(tmp_path):
+    folder, predictions = str(REFERENCE / "gtFine" / "val"), str(REFERENCE / "predictions")
     out = tmp_path / "scores.json"
     done = CliRunner().invoke(
         main, ["evaluate", "--annotations", folder, "--predictions", predictions, "--json", str(out)]

@@ -1,4 +1,4 @@
-"""Scoring is pycocotools' to the last digit, perfect predictions give one, and bad input never reaches C."""
+"""COCO metrics equal those of pycocotools, perfect predictions give 1, and invalid input never reaches C code."""
 
 import copy
 import json
@@ -17,8 +17,7 @@ from pais_ray.evaluation.scoring import format_table, score
 from pais_ray.structures.batch import Predictions
 from pais_ray.structures.masks import Masks
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "eval_reference"
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="../shared/data/eval_reference is not here")
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "evaluation" / "coco"
 SIZE = (60, 80)
 
 
@@ -153,22 +152,22 @@ def test_boxes_come_from_masks_where_missing_and_sizes_are_those_of_masks(truth,
     assert with_box["bbox"] != without["bbox"]
 
 
-@needs_reference
 @pytest.mark.parametrize("iou_type", ["segm", "bbox"])
-def test_reference_figures(iou_type):
+def test_values_are_those_of_the_official_evaluator(iou_type):
     expected = json.loads((REFERENCE / "expected.json").read_text())[iou_type]
-    results = REFERENCE / f"instances_val2014_fake{iou_type}100_results.json"
-    figures = score(REFERENCE / "instances_val2014_100.json", results, (iou_type,))[iou_type]
-    assert [figures[name] for name in METRICS] == pytest.approx(expected["pycocotools_2.0.11"], abs=1e-6)
+    results = REFERENCE / f"{iou_type}_results.json"
+    figures = score(REFERENCE / "ground_truth.json", results, (iou_type,))[iou_type]
+    values = [figures[name] for name in METRICS]
+    assert values == pytest.approx(expected["pycocotools_2.0.11"], abs=1e-6)
+    assert values == pytest.approx(expected["published_3dp"], abs=5.01e-4)
     assert set(figures["per_class"]) == set(expected["per_class_AP"])
     for name, value in expected["per_class_AP"].items():
         assert figures["per_class"][name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
 
 
-@needs_reference
 def test_order_and_shards_change_nothing_and_nothing_is_printed(capsys):
-    truth = load_ground_truth(REFERENCE / "instances_val2014_100.json")
-    results = json.loads((REFERENCE / "instances_val2014_fakesegm100_results.json").read_text())
+    truth = load_ground_truth(REFERENCE / "ground_truth.json")
+    results = json.loads((REFERENCE / "segm_results.json").read_text())
     for i, entry in enumerate(results):  # equal scores would be ranked by their order
         entry["score"] += 1e-6 * i
     plain = score(truth, results, ("segm",))
@@ -178,10 +177,8 @@ def test_order_and_shards_change_nothing_and_nothing_is_printed(capsys):
     assert capsys.readouterr().out == ""
 
 
-@needs_reference
-def test_boxes_alone_are_scored_as_boxes():
-    assert set(score(REFERENCE / "instances_val2014_100.json",
-                     REFERENCE / "instances_val2014_fakebbox100_results.json")) == {"bbox"}  # fmt: skip
+def test_results_with_boxes_only_are_scored_as_boxes():
+    assert set(score(REFERENCE / "ground_truth.json", REFERENCE / "bbox_results.json")) == {"bbox"}
 
 
 GOOD = {"size": list(SIZE), "counts": [4800]}
