@@ -84,7 +84,12 @@ class Study:
 
     def run(self, every: int, micro: int) -> dict[str, Any]:
         config, state = self.config, self.state
-        settings = StepSettings(schedule=self.schedule, clip_norm=config.optim.clip_norm, seed=config.train.seed)
+        settings = StepSettings(
+            schedule=self.schedule,
+            clip_norm=config.optim.clip_norm,
+            seed=config.train.seed,
+            max_pseudo_labels=config.train.max_pseudo_labels,
+        )
         history: list[dict[str, Any]] = []
         started = time.perf_counter()
         while state.step < self.schedule.steps:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from pais_ray.files.json_lines import metric_rows
 
-FORMAT = 2  # of the directory; a reader refuses what is newer
+FORMAT = 3  # of the directory; a reader refuses what is newer
 
 # What the state of an older format lacks. 1: before roll-backs and the cap on pseudo-labels.
-MIGRATIONS: dict[int, dict[str, Any]] = {1: {"rollbacks": 0, "cap": None}}
+MIGRATIONS: dict[int, dict[str, Any]] = {1: {"rollbacks": 0}, 2: {}}
 
 MANIFEST = "manifest.json"
 
@@ -52,7 +52,7 @@ class Snapshot:
     step: int
     tensors: dict[str, dict[str, Tensor]]  # file name without suffix -> its tensors
     state: dict[str, Any]  # the content of state.json
-    awaited: frozenset[int] = frozenset()  # steps whose scores are under way: one of them may be the best
+    unscored_steps: frozenset[int] = frozenset()  # steps whose scores are under way: one of them may be the best
 
     @property
     def nbytes(self) -> int:
@@ -71,27 +71,27 @@ def write(snapshot: Snapshot, folder: Path) -> None:
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
         names = sorted(p.name for p in aside.iterdir())
         for name in names:  # retention deletes older ones next: this one has to outlive a power cut
-            _settle(aside / name)
+            _fsync(aside / name)
         write_manifest(aside, names, {})
-        _settle(aside)
+        _fsync(aside)
         if folder.exists():  # left over by a run that was killed after writing it: same content, written again
             shutil.rmtree(folder)
         os.replace(aside, folder)
-        _settle(folder.parent)
+        _fsync(folder.parent)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk the half of it would take what others need
         raise
 
 
-class Writer:
+class CheckpointWriter:
     """Writes one checkpoint after the other in a thread of its own.
 
     A failure is retried, told through ``tell`` (text, fields of the event) and then left: the next checkpoint is
     a new chance. At most one waits while another is written; a third makes ``submit`` wait, which bounds memory.
     """
 
-    def __init__(self, root: Path, keep: int, tell: Callable[[str, dict[str, Any]], None]) -> None:
-        self.root, self.keep, self.tell = root, keep, tell
+    def __init__(self, root: Path, keep: int, on_event: Callable[[str, dict[str, Any]], None]) -> None:
+        self.root, self.keep, self.on_event = root, keep, on_event
         self.waiting: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)
         self.failed: str | None = None  # why the newest snapshot is not on the disk
         self.written: list[int] = []  # steps
@@ -125,23 +125,23 @@ class Writer:
             try:
                 write(snapshot, folder)
             except Exception as error:  # OSError, or safetensors' own
-                reason = storage_trouble(folder, snapshot.nbytes, error)
-                self.tell(f"{reason} (try {attempt + 1} of {TRIES})", {"event": "checkpoint_retry"})
+                reason = describe_write_error(folder, snapshot.nbytes, error)
+                self.on_event(f"{reason} (try {attempt + 1} of {TRIES})", {"event": "checkpoint_retry"})
                 if attempt + 1 < TRIES:
                     time.sleep(PAUSE_S * 2**attempt)
                 continue
             self.written.append(snapshot.step)
-            protected_steps = snapshot.awaited | {int(best["step"]) for best in snapshot.state["best"].values()}
+            protected_steps = snapshot.unscored_steps | {int(best["step"]) for best in snapshot.state["best"].values()}
             try:
-                retain(self.root, self.keep, protected_steps, snapshot.step)
+                delete_old_checkpoints(self.root, self.keep, protected_steps, snapshot.step)
             except OSError as error:
-                self.tell(f"old checkpoints could not be looked through ({error})", {"event": "retention_failed"})
+                self.on_event(f"old checkpoints could not be looked through ({error})", {"event": "retention_failed"})
             return None
-        self.tell(f"{reason}; training goes on without it", {"event": "checkpoint_failed", "at": snapshot.step})
+        self.on_event(f"{reason}; training goes on without it", {"event": "checkpoint_failed", "at": snapshot.step})
         return reason
 
 
-def storage_trouble(path: Path, need: int, error: Exception) -> str:
+def describe_write_error(path: Path, need: int, error: Exception) -> str:
     """One line: the path, what was needed, what to do."""
     mib = need / 2**20
     code = error.errno if isinstance(error, OSError) else None
@@ -207,7 +207,7 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def sound_checkpoint(root: Path) -> Path | None:
+def find_rollback_target(root: Path) -> Path | None:
     """The newest good checkpoint that was not made amid steps without a usable loss: those hold the weights that
     fail."""
     for folder in reversed(checkpoints(root)):
@@ -220,7 +220,7 @@ def sound_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def usable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+def find_resumable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """As ``newest_verified``; CheckpointError where there are checkpoints and none can be used."""
     folder, refused = newest_verified(root)
     if folder is None and refused:
@@ -239,7 +239,7 @@ def best_checkpoint(root: Path, newest: Path, role: str) -> Path | None:
     step, highest = best["step"], best["segm_AP"]
     for row in metric_rows(root, state["step"]):
         ap = row.get(f"{role}/segm_AP")
-        if ap is not None and ap > highest and is_there(root, row["step"]):
+        if ap is not None and ap > highest and has_checkpoint(root, row["step"]):
             step, highest = row["step"], ap
     return None if step is None else checkpoint_folder(root, int(step))
 
@@ -249,7 +249,7 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted((root / "checkpoints").glob("step_*"))
 
 
-def retain(root: Path, keep: int, protected_steps: Collection[int], step: int) -> None:
+def delete_old_checkpoints(root: Path, keep: int, protected_steps: Collection[int], step: int) -> None:
     """Deletes all but the last ``keep`` checkpoints until ``step`` and those of the steps ``treasured``. Later ones are
     not this run's any more: they were passed over as damaged, and are written again."""
     kept = {checkpoint_folder(root, t) for t in protected_steps}
@@ -259,7 +259,7 @@ def retain(root: Path, keep: int, protected_steps: Collection[int], step: int) -
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_there(root: Path, step: int) -> bool:
+def has_checkpoint(root: Path, step: int) -> bool:
     """Whether the checkpoint of ``step`` lies in storage; where storage does not answer, it does not."""
     try:
         return checkpoint_folder(root, step).is_dir()
@@ -272,7 +272,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settle(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

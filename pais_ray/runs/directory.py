@@ -17,13 +17,13 @@ from pais_ray.runs.checkpoints import (
     CheckpointError,
     checkpoint_folder,
     checkpoints,
+    find_resumable_checkpoint,
     read_state,
-    usable_checkpoint,
     verify,
 )
 from pais_ray.runs.prepare import Data
 
-CAP_FILE = "memory.json"  # the cap on pseudo-labels; outlives the rank that ran out of memory
+LIMIT_FILE = "memory.json"  # the cap on pseudo-labels; outlives the rank that ran out of memory
 
 GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
 
@@ -56,7 +56,7 @@ def check_workers(config: Config, schedule: Schedule) -> None:
         )
 
 
-def recorded_threads(root: Path, config: Config) -> Config:
+def with_recorded_threads(root: Path, config: Config) -> Config:
     """``config`` with the threads the run began with, where it names none: sums depend on their number."""
     if config.train.threads_per_worker is not None or not checkpoints(root):
         return config
@@ -88,7 +88,7 @@ def check_data(root: Path, data: Data, force: bool) -> None:
         )
 
 
-def kept_schedule(root: Path, config: Config) -> Schedule:
+def recorded_schedule(root: Path, config: Config) -> Schedule:
     """The schedule the run began with: another number of workers must not move lr and milestones under its steps. A
     new one where --force let its settings change."""
     schedule, path = run_schedule(config), root / "schedule.json"
@@ -106,7 +106,7 @@ def kept_schedule(root: Path, config: Config) -> Schedule:
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
     """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
     if not checkpoints(root):
-        (root / CAP_FILE).unlink(missing_ok=True)  # of a start of which nothing is left, perhaps on a smaller device
+        (root / LIMIT_FILE).unlink(missing_ok=True)  # of a start of which nothing is left, perhaps on a smaller device
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     (root / "stacks").mkdir(exist_ok=True)
@@ -122,18 +122,23 @@ def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedu
         atomic.replace_text(root / name, text)
 
 
-def kept_cap(root: Path, cap: int) -> int:
-    """``cap``, or the lower one that a lack of memory left behind."""
-    path = root / CAP_FILE
-    return min(cap, int(json.loads(path.read_text())["cap"])) if path.exists() else cap
+def read_pseudo_label_limit(root: Path, configured: int) -> int:
+    """The limit of pseudo-labels per image: ``configured``, or a lower one that an earlier start wrote."""
+    path = root / LIMIT_FILE
+    return min(configured, int(json.loads(path.read_text())["cap"])) if path.exists() else configured
 
 
-def evaluation_due(step: int, config: Config, schedule: Schedule) -> bool:
+def write_pseudo_label_limit(root: Path, limit: int) -> None:
+    """Lower the limit for all later starts of the run. Raises OSError."""
+    atomic.replace_text(root / LIMIT_FILE, json.dumps({"cap": limit}))
+
+
+def is_evaluation_due(step: int, config: Config, schedule: Schedule) -> bool:
     every = config.train.eval_every
     return step == schedule.steps or bool(every and step and step % every == 0)
 
 
-def evaluation_owed(
+def find_unscored_checkpoint(
     root: Path, folder: Path | None, rows: list[dict[str, Any]], config: Config, schedule: Schedule
 ) -> Path | None:
     """The checkpoint of the last evaluation that was due until the one in ``folder``, where its scores are not among
@@ -142,7 +147,7 @@ def evaluation_owed(
         return None
     made = read_state(folder)["step"]
     every = config.train.eval_every
-    due = made if evaluation_due(made, config, schedule) else made // every * every if every else 0
+    due = made if is_evaluation_due(made, config, schedule) else made // every * every if every else 0
     if due == 0:
         return None
     there = {role for row, role in product(rows, ROLES) if row["step"] == due and f"{role}/segm_AP" in row}
@@ -156,7 +161,7 @@ def evaluation_owed(
     return owed
 
 
-def steps_made(root: Path) -> int:
+def completed_steps(root: Path) -> int:
     """Steps of the newest good checkpoint; 0 without one."""
-    folder, _ = usable_checkpoint(root)
+    folder, _ = find_resumable_checkpoint(root)
     return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])

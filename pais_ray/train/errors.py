@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Errors that end training for good, as opposed to failures after which the workers restart."""
 
 from pais_ray.config.overlays import ConfigError
 from pais_ray.data.validation.rules import DataError
@@ -6,13 +6,13 @@ from pais_ray.runs.checkpoints import CheckpointError, StorageLostError
 
 
 class TrainingEnded(RuntimeError):
-    """Training cannot go on, for the reason that is its message; trying again would come to the same."""
+    """Training cannot continue for the reason in the message; a restart would end in the same way."""
 
 
 def find_fatal_error(error: BaseException | None) -> Exception | None:
-    """The error among the causes of ``error`` that would come again at every try, if there is one."""
+    """Return the first error in the chain of causes of ``error`` that would recur after a restart, if there is one."""
     while error is not None:
         if isinstance(error, DataError | ConfigError | CheckpointError | TrainingEnded | StorageLostError):
             return error
-        error = getattr(error, "cause", None) or error.__cause__
+        error = getattr(error, "cause", None) or error.__cause__  # ``cause``: Ray's errors of tasks
     return None

@@ -1,12 +1,10 @@
-"""TODO docstring."""
+"""The inputs of a worker."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from pais_ray.config.tree import Config
 from pais_ray.data.annotations.records import Category, Record
@@ -16,14 +14,14 @@ from pais_ray.modeling.optim import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a worker is told. Small: data travels as references into the object store."""
+    """All that a worker needs to start. It is small: the data are references to Ray's object store."""
 
     config: Config
     schedule: Schedule
-    root: Path  # the run directory, on storage that every node sees
+    root: Path  # the run directory, on storage that every node can access
     categories: tuple[Category, ...]
     feed: pipeline.Feed
-    val: "ray.ObjectRef[tuple[Record, ...]]"
-    ground_truth: str  # the validation JSON
-    monitor: Any  # handle of monitor.Monitor
-    threads: int
+    val: "ObjectRef[tuple[Record, ...]]"
+    ground_truth: str  # path of the validation annotations, COCO JSON
+    monitor: ActorHandle  # of driver/monitor.py
+    threads: int  # torch threads per worker

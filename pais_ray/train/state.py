@@ -16,7 +16,7 @@ from pais_ray.modeling.protocols import Segmentor
 from pais_ray.runs.checkpoints import CheckpointError, Snapshot, _load_weights, read_state, write
 from pais_ray.structures.batch import Predictions, Views
 
-COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks", "cap")
+COUNTERS = ("step", "g_next", "skipped", "skipped_in_row", "rollbacks")
 
 
 class Teacher(nn.Module):
@@ -48,7 +48,6 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     rollbacks: int = 0  # returns to a checkpoint because of losses that were not finite
-    cap: int = 100  # pseudo-labels an image at most; halved where memory did not suffice
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # role -> {"segm_AP": ..., "step": ...}
 
     def note_score(self, role: str, step: int, ap: float | None) -> bool:
@@ -90,8 +89,7 @@ class TrainState:
         if self.scaler.is_enabled() and state["scaler"]:  # empty where the run had another precision until now
             self.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
-            if state[name] is not None:  # an older format's: as this run was configured
-                setattr(self, name, state[name])
+            setattr(self, name, state[name])
         self.best = state["best"]
         _restore_rng(load_file(folder / "rng.safetensors"))
 
@@ -107,8 +105,7 @@ def build_state(
     optimizer = build_optimizer(student.named_parameters(), config.optim, schedule)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.train.precision == "fp16")
     teacher = Teacher(student).to(device)
-    cap = config.train.max_pseudo_labels
-    return TrainState(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, cap=cap)
+    return TrainState(student=student, teacher=teacher, optimizer=optimizer, scaler=scaler)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import fs
 
 from pais_ray.files.json_lines import metric_rows
-from pais_ray.runs.directory import steps_made
+from pais_ray.runs.directory import completed_steps
 from tests.faults.harness import assert_same_end, events, steps_logged
 from tests.ray.test_main_job import words
 from tests.support.nodes import RAY, Nodes, command_line, nodes, processes
@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco
     wait_for(lambda: max(steps_logged(root)) > left_at)
     ray_job(three, "stop", job)
     assert "stopped with a checkpoint" in ray_job(three, "logs", job)
-    assert steps_made(root) > left_at
+    assert completed_steps(root) > left_at
 
 
 @pytest.mark.slow

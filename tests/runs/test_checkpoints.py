@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pais_ray.runs import checkpoints
-from pais_ray.runs.checkpoints import Writer, checkpoint_folder, newest_verified
+from pais_ray.runs.checkpoints import CheckpointWriter, checkpoint_folder, newest_verified
 from tests.support.tiny import state_of
 
 
@@ -21,7 +21,7 @@ def told(monkeypatch):
 
 
 def writer_of(root, told, keep=9):
-    return Writer(root, keep, lambda text, fields: told.append((fields["event"], text)))
+    return CheckpointWriter(root, keep, lambda text, fields: told.append((fields["event"], text)))
 
 
 def snapshot(step):
@@ -46,7 +46,7 @@ def test_a_checkpoint_whose_scores_are_under_way_and_the_best_outlive_retention(
     """One of an evaluation that is still being scored may turn out to be the best."""
     writer = writer_of(tmp_path, told, keep=1)
     writer.submit(snapshot(1))
-    writer.submit(dataclasses.replace(snapshot(2), awaited=frozenset({1})))
+    writer.submit(dataclasses.replace(snapshot(2), unscored_steps=frozenset({1})))
     best = snapshot(3)
     best.state["best"] = {"teacher": {"segm_AP": 0.5, "step": 1}}
     writer.submit(best)
@@ -91,12 +91,12 @@ def test_storage_that_fails_for_a_while_is_tried_again(tmp_path, told, monkeypat
     (tmp_path / "checkpoints").write_text("in the way")
     tries = []
 
-    def tell(text, fields):
+    def on_event(text, fields):
         tries.append(text)
         if len(tries) == 2:
             (tmp_path / "checkpoints").unlink()
 
-    writer = Writer(tmp_path, 9, tell)
+    writer = CheckpointWriter(tmp_path, 9, on_event)
     writer.submit(snapshot(4))
     writer.flush()
     assert writer.failed is None
@@ -159,4 +159,4 @@ def test_a_full_disk_is_named_with_the_need_and_nothing_is_left_of_the_try(tmp_p
 
 def test_the_words_for_a_read_only_file_system(tmp_path):
     error = OSError(errno.EROFS, os.strerror(errno.EROFS))
-    assert "read-only; 3 MiB" in checkpoints.storage_trouble(tmp_path, 3 * 2**20, error)
+    assert "read-only; 3 MiB" in checkpoints.describe_write_error(tmp_path, 3 * 2**20, error)

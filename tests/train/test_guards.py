@@ -11,7 +11,6 @@ import pytest
 import ray.train
 
 from pais_ray.config.sections import GuardConfig
-from pais_ray.files import console
 from pais_ray.train.driver import monitor as monitor_module
 from pais_ray.train.driver import progress, run_loop
 from pais_ray.train.driver.monitor import Monitor
@@ -20,7 +19,6 @@ from pais_ray.train.driver.watchdog import describe, find_stuck_rank
 from pais_ray.train.guards import Guards
 from pais_ray.train.messages import RankStatus, Requests, StepProgress
 from pais_ray.train.worker import heartbeat
-from pais_ray.train.worker.loop import Worker
 
 
 @pytest.fixture
@@ -215,32 +213,6 @@ def test_an_error_that_would_come_again_is_not_tried_again(tmp_path):
     assert len(trainer.names) == 1
 
 
-@pytest.mark.parametrize(
-    ("step", "stopped", "asked", "in_row", "done"),
-    [
-        (4, False, False, 0, ["collect 3", "save", "evaluate"]),
-        (2, False, False, 0, ["collect 1", "save"]),
-        (2, False, False, 1, ["collect 1"]),  # amid a bad streak
-        (3, False, True, 0, ["save", "collect 2"]),
-        (4, False, True, 0, ["save", "collect 3", "collect 3", "save", "evaluate"]),
-        (4, True, False, 0, ["save and wait", "collect 4"]),  # the next start evaluates
-        (8, False, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
-        (8, True, False, 0, ["collect 7", "save and wait", "evaluate", "collect 8"]),
-    ],
-)
-def test_what_is_saved_and_evaluated_after_a_step_and_in_which_order(step, stopped, asked, in_row, done):
-    rank = Worker.__new__(Worker)
-    rank.state = SimpleNamespace(step=step, skipped_in_row=in_row)
-    rank.config = SimpleNamespace(train=SimpleNamespace(eval_every=4, checkpoint_every=2))
-    rank.job = SimpleNamespace(schedule=SimpleNamespace(steps=8))
-    made = []
-    rank.evaluate = lambda: made.append("evaluate")
-    rank.collect_scores = lambda up_to: made.append(f"collect {up_to}")
-    rank.save = lambda at_end: made.append("save and wait" if at_end else "save")
-    rank.keep(8, stopped, asked)
-    assert made == done
-
-
 def test_the_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     waiting = status(0, age_s=70)
     assert find_stuck_rank([waiting, status(1, age_s=70, silence_s=65)], LIMITS).rank == 1  # its process stands still
@@ -277,20 +249,6 @@ def test_a_wish_to_stop_that_no_worker_is_there_to_hear_ends_the_driver(tmp_path
         "no worker is running that could save another checkpoint",
         "stopped before the first checkpoint",
     ]
-
-
-def test_what_nobody_can_read_ends_no_run(monkeypatch):
-    """A log file on a full disk, a closed pipe, a terminal that lacks a letter."""
-    for name in ("/dev/full", os.devnull):
-        with open(name, "w", encoding="ascii") as out:
-            monkeypatch.setattr(console.sys, "stdout", out)
-            console.echo("step 10: Größe")
-            monkeypatch.undo()
-            with contextlib.suppress(OSError):
-                out.close()
-        monkeypatch.setattr(console.sys, "stdout", out)
-        console.echo("closed")
-        monkeypatch.undo()
 
 
 def test_the_progress_line_of_a_step_that_did_not_fit_into_memory():

@@ -11,11 +11,11 @@ from pais_ray.modeling.methods.pais import PAIS
 from pais_ray.runs.checkpoints import (
     CheckpointError,
     checkpoint_folder,
+    delete_old_checkpoints,
+    find_resumable_checkpoint,
+    find_rollback_target,
     load_segmentor,
     newest_verified,
-    retain,
-    sound_checkpoint,
-    usable_checkpoint,
     verify,
 )
 from pais_ray.train.step import StepSettings, train_step
@@ -114,7 +114,7 @@ def test_a_checkpoint_made_amid_steps_without_a_loss_is_nothing_to_return_to(tmp
     for state.step, state.skipped_in_row in ((1, 0), (2, 0), (3, 1), (4, 2)):
         state.save(checkpoint_folder(tmp_path, state.step))
     (checkpoint_folder(tmp_path, 2) / "teacher.safetensors").unlink()
-    assert sound_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+    assert find_rollback_target(tmp_path) == checkpoint_folder(tmp_path, 1)
     assert newest_verified(tmp_path)[0] == checkpoint_folder(tmp_path, 4)
 
 
@@ -123,8 +123,7 @@ def test_a_checkpoint_of_the_first_format_is_taken_up(tmp_path):
     folder = checkpoint_folder(tmp_path, 1)
     state.save(folder)
     old = json.loads((folder / "state.json").read_text())
-    for name in ("rollbacks", "cap"):
-        del old[name]
+    del old["rollbacks"]
     (folder / "state.json").write_text(json.dumps({**old, "format": 1}))
     manifest = json.loads((folder / "manifest.json").read_text())
     data = (folder / "state.json").read_bytes()
@@ -133,7 +132,7 @@ def test_a_checkpoint_of_the_first_format_is_taken_up(tmp_path):
     assert newest_verified(tmp_path) == (folder, [])
     resumed = state_of(seed=99)
     resumed.load(folder)
-    assert (resumed.rollbacks, resumed.cap) == (0, 100)
+    assert resumed.rollbacks == 0
     assert_same(resumed, state)
 
 
@@ -155,14 +154,14 @@ def test_saving_over_a_leftover_replaces_it(tmp_path):
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     for step in range(1, 7):
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    retain(tmp_path, 2, {2, 6}, step=6)
+    delete_old_checkpoints(tmp_path, 2, {2, 6}, step=6)
     assert steps_kept(tmp_path) == [2, 5, 6]
 
 
 def test_retention_after_a_fallback_keeps_what_was_just_written(tmp_path):
     for step in (1, 2, 9):  # 9 was damaged and passed over
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
-    retain(tmp_path, 1, (), step=2)
+    delete_old_checkpoints(tmp_path, 1, (), step=2)
     assert steps_kept(tmp_path) == [2, 9]
 
 
@@ -171,10 +170,10 @@ def steps_kept(root):
 
 
 def test_a_run_without_a_usable_checkpoint_is_not_silently_begun_anew(tmp_path):
-    assert usable_checkpoint(tmp_path) == (None, [])
+    assert find_resumable_checkpoint(tmp_path) == (None, [])
     checkpoint_folder(tmp_path, 1).mkdir(parents=True)
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        usable_checkpoint(tmp_path)
+        find_resumable_checkpoint(tmp_path)
 
 
 def test_the_log_is_read_without_the_half_line_of_a_killed_writer(tmp_path):

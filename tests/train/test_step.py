@@ -16,7 +16,14 @@ from pais_ray.modeling.optim import Schedule
 from pais_ray.structures.batch import Batch, Predictions, Targets, Views
 from pais_ray.structures.masks import Masks
 from pais_ray.train.state import Teacher, TrainState
-from pais_ray.train.step import MemoryRanOut, StepSettings, at_most, batch_losses, follow, train_step
+from pais_ray.train.step import (
+    BackwardOutOfMemoryError,
+    StepSettings,
+    batch_losses,
+    highest_scores,
+    train_step,
+    update_ema,
+)
 from tests.support.tiny import state_of, tiny_batch, tiny_schedule
 
 SETTINGS = StepSettings(schedule=tiny_schedule(), seed=1)
@@ -202,10 +209,10 @@ def test_memory_that_runs_out_in_a_backward_pass_tells_how_many_pseudo_labels_th
     state = state_of()
     state.teacher.__class__ = Crowded
     next(p for p in state.student.parameters() if p.requires_grad).register_hook(no_memory)
-    with pytest.raises(MemoryRanOut, match="7 GiB") as raised:
+    with pytest.raises(BackwardOutOfMemoryError, match="7 GiB") as raised:
         train_step(state, state.student, [tiny_batch(1)], PAIS(burn_in=0), SETTINGS)
     assert raised.value.pseudo_labels == 5
-    with pytest.raises(MemoryRanOut) as raised:
+    with pytest.raises(BackwardOutOfMemoryError) as raised:
         train_step(state, state.student, [tiny_batch(1)], Supervised(), SETTINGS)
     assert raised.value.pseudo_labels == 0
 
@@ -222,7 +229,7 @@ def test_follow_copies_integer_buffers_and_averages_float_ones():
     teacher = copy.deepcopy(student)
     student.running_mean += 4.0
     student.num_batches_tracked += 7
-    follow(teacher, student, decay=0.75)
+    update_ema(teacher, student, decay=0.75)
     assert teacher.running_mean.tolist() == [1.0, 1.0]
     assert teacher.num_batches_tracked == 7
 
@@ -273,7 +280,7 @@ def _sharing_rank(rank: int, port: int, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     state = state_of()
     network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
-    settings = dataclasses.replace(SETTINGS, rows=3, ranks=dist.new_group(backend="gloo"))
+    settings = dataclasses.replace(SETTINGS, rows=3, cpu_group=dist.new_group(backend="gloo"))
     mine = rank_rows(0, 2, 3, 2, rank)
     for _ in range(2):
         batches = [tiny_batch(mine[i + 2 * state.step if rank else state.step]) for i in range(1 + rank)]
@@ -313,8 +320,8 @@ def test_the_cap_keeps_the_highest_scores_in_their_order():
         ious=torch.ones(4),
         masks=Masks.in_boxes(torch.ones(4, 28, 28), boxes),
     )
-    assert at_most(many, 3).labels.tolist() == [0, 1, 3]
-    assert at_most(many, 4) is many
+    assert highest_scores(many, 3).labels.tolist() == [0, 1, 3]
+    assert highest_scores(many, 4) is many
 
 
 @pytest.mark.parametrize("dropped", [False, True])

@@ -28,6 +28,7 @@ from pais_ray.runs import describe, directory, lock
 from pais_ray.runs.checkpoints import newest_verified
 from pais_ray.runs.prepare import Data, check_outlives_job, learned_from_too, prepare
 from pais_ray.tracking import record, tracker
+from pais_ray.train.distributed import collective_timeout
 from pais_ray.train.driver import resources
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.progress import print_event
@@ -36,7 +37,7 @@ from pais_ray.train.driver.run_loop import run_until_done
 from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.job import Job
 from pais_ray.train.messages import Event
-from pais_ray.train.worker import entrypoint, loop
+from pais_ray.train.worker import entrypoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,10 @@ def train(
     """
     config, root = resolve_run_directory(config)
     config, data = prepare(config)
-    config = directory.recorded_threads(root, config)
+    config = directory.with_recorded_threads(root, config)
     directory.check_resume(root, config, force)
     directory.check_data(root, data, force)
-    schedule = directory.kept_schedule(root, config)
+    schedule = directory.recorded_schedule(root, config)
     directory.check_workers(config, schedule)
     run = RunContext(
         root=root,
@@ -143,11 +144,11 @@ def print_overview(run: RunContext) -> None:
 
 def is_finished(run: RunContext) -> bool:
     """Whether all steps were made and the last evaluation has its scores."""
-    done = directory.steps_made(run.root)
+    done = directory.completed_steps(run.root)
     newest, rows = newest_verified(run.root)[0], metric_rows(run.root)
     if done < run.last_step:
         return False
-    if directory.evaluation_owed(run.root, newest, rows, run.config, run.schedule) is not None:
+    if directory.find_unscored_checkpoint(run.root, newest, rows, run.config, run.schedule) is not None:
         return False
     echo(f"run {run.root.name} is finished: {done} of {run.schedule.steps} steps done; nothing to do")
     return True
@@ -213,7 +214,7 @@ def build_trainer(job: Job, cpus: float) -> Callable[..., TorchTrainer]:
         train_loop_config={"job": ray.put(job)},  # by reference: the controller need not import the job's classes
         torch_config=TorchConfig(
             backend="nccl" if scaling.use_gpu else "gloo",
-            timeout_s=math.ceil(loop.collective_timeout(job.config).total_seconds()),
+            timeout_s=math.ceil(collective_timeout(job.config.guards).total_seconds()),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,

@@ -70,7 +70,7 @@ def run_until_done(
         raise fatal
     if thread.error is not None:
         raise thread.error
-    stopped = is_stop_requested and directory.steps_made(root) < last_step
+    stopped = is_stop_requested and directory.completed_steps(root) < last_step
     if stopped:
         newest = newest_verified(root)[0]
         where = "before the first checkpoint" if newest is None else f"with a checkpoint in {root / 'checkpoints'}"

@@ -1,14 +1,14 @@
-"""What Ray Train calls in every worker, in a module that costs nothing to import.
+"""The function that Ray Train calls in every worker, in a module that is cheap to import.
 
-Ray waits until all workers have taken the function up, and a worker that dies meanwhile is the end of the training for
-it. What takes seconds to import comes after that, where a death is a failure to recover from.
+Ray waits until all workers have imported the function, and the death of a worker in that time ends the training. Slow
+imports come later, when a death is a failure that Ray recovers from.
 """
 
 from typing import Any
 
 
 def run(loop_config: dict[str, Any]) -> None:
-    """One worker's life."""
-    from pais_ray.train.worker import loop
+    """Run a worker to its end."""
+    from pais_ray.train.worker import worker
 
-    loop.run(loop_config)
+    worker.run(loop_config)

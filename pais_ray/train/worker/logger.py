@@ -1,107 +1,142 @@
-"""Rank 0's three places to write to (metrics.jsonl, MLflow, the driver's progress), and means between two lines."""
+"""What a rank reports: metrics.jsonl, events.jsonl, MLflow, and messages to the driver."""
 
 import math
+import resource
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pais_ray.files.json_lines import JsonlWriter
 from pais_ray.tracking.logger import build_logger
+from pais_ray.train.distributed import WorkerGroup
+from pais_ray.train.job import Job
 from pais_ray.train.messages import EvaluationScores, Notice, StepProgress
-from pais_ray.train.step import Metrics
+from pais_ray.train.step_metrics import Metrics, with_pseudo_label_means
 
-if TYPE_CHECKING:
-    from pais_ray.train.job import Job
+EVENTS = "events.jsonl"
 
 
-class Window:
-    """What happened since the last log line: sums on the device, turned to floats once."""
+class Logger:
+    """The logger of the ranks other than 0, which write nothing; rank 0 has a ``RunLogger``."""
+
+    def notice(self, text: str) -> None:
+        """Show a line to the user."""
+
+    def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
+        """Record an event of the run in events.jsonl, with ``fields``, and show it to the user."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of metrics.jsonl."""
+
+    def progress(self, step: int, values: dict[str, float], last_step: int) -> None:
+        """Write the metrics of the steps since the last line, and show them to the user."""
+
+    def scores(self, step: int, role: str, metrics: dict[str, float]) -> None:
+        """Write the metrics of one role's evaluation as ``role/NAME``, and show them to the user."""
+
+    def rewind(self, step: int) -> None:
+        """Remove the metrics of steps after ``step``, which will be repeated, and an incomplete last line."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class RunLogger(Logger):
+    """Rank 0's logger. Its methods may be called from the thread that writes checkpoints as well."""
+
+    def __init__(self, job: Job, step: int) -> None:
+        self.monitor = job.monitor
+        self.last_time = 0.0  # of the newest line of metrics.jsonl
+        self.metrics_file = JsonlWriter(job.root / "metrics.jsonl")
+        self.rewind(step)
+        self.events_file = JsonlWriter(job.root / EVENTS)
+        self.tracking = build_logger(job.config.tracking, job.root)
+
+    def notice(self, text: str) -> None:
+        self.monitor.publish.remote(Notice(text=text))
+
+    def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
+        self.events_file.append({"step": step, "time": time.time(), **fields, "text": text})
+        self.notice(f"step {step}: {text}")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        # Values that are not finite become null. No two lines have the same time: MLflow identifies them by it.
+        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        self.last_time = round(max(time.time(), self.last_time + 0.001), 3)
+        error = self.metrics_file.append({"step": step, "time": self.last_time, **finite})
+        if error is not None:
+            self.notice(error)
+        self.tracking.log(step, finite)
+
+    def progress(self, step: int, values: dict[str, float], last_step: int) -> None:
+        self.metrics(step, values)
+        eta_s = (last_step - step) * values["time/step_s"]
+        self.monitor.publish.remote(StepProgress(step=step, last_step=last_step, eta_s=eta_s, metrics=values))
+
+    def scores(self, step: int, role: str, metrics: dict[str, float]) -> None:
+        values = {f"{role}/{name}": value for name, value in metrics.items()}
+        self.metrics(step, values)
+        self.monitor.publish.remote(EvaluationScores(step=step, role=role, scores=values))
+
+    def rewind(self, step: int) -> None:
+        times = [row.get("time", 0.0) for row in self.metrics_file.rewind(step)]
+        self.last_time = max([self.last_time, *times])
+
+    def close(self) -> None:
+        for file in (self.metrics_file, self.events_file):
+            error = file.flush()
+            if error is not None:
+                self.notice(error)
+        self.tracking.close()  # without a status: the driver ends the MLflow run
+
+
+def report_last_event(job: Job, step: int, text: str, fields: dict[str, Any]) -> None:
+    """Record an event of any rank that is about to end, and show it to the user."""
+    job.monitor.publish.remote(Notice(text=text))
+    JsonlWriter(job.root / EVENTS).append({"step": step, "time": time.time(), **fields, "text": text})
+
+
+class MetricWindow:
+    """The steps since the last log line. Metrics are added up on the device and copied to the host once."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor | float] = {}
+        self.sums: Metrics = {}
         self.counts: dict[str, int] = {}
-        self.waited = self.elapsed = 0.0
+        self.data_wait_s = self.elapsed_s = 0.0
         self.steps = 0
 
-    def add(self, metrics: Metrics, waited: float, elapsed: float) -> None:
+    def add(self, metrics: Metrics, data_wait_s: float, elapsed_s: float) -> None:
+        """Add the metrics of a step that took ``elapsed_s``, of which it waited ``data_wait_s`` for its batches."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        self.waited, self.elapsed, self.steps = self.waited + waited, self.elapsed + elapsed, self.steps + 1
+        self.data_wait_s += data_wait_s
+        self.elapsed_s += elapsed_s
+        self.steps += 1
 
-    def means(self, world: int, device: torch.device) -> dict[str, float]:
-        """Means over the window's steps and all ranks; per-image and per-label means of the pseudo-labels."""
+    def means(self, group: WorkerGroup) -> dict[str, float]:
+        """Means over the steps and over all ranks; of the pseudo-labels, means per image and per prediction."""
         names = sorted(self.sums)
-        flat = torch.stack([torch.as_tensor(self.sums[n], device=device).double() / self.counts[n] for n in names])
-        if world > 1:
+        means = [torch.as_tensor(self.sums[n], device=group.device).double() / self.counts[n] for n in names]
+        flat = torch.stack(means)
+        if group.world_size > 1:
             dist.all_reduce(flat)
-            flat /= world
-        values = dict(zip(names, flat.tolist(), strict=True))
-        images = values.pop("pseudo/images", 0.0)
-        if images:
-            over, kept = values.pop("pseudo/over_tau_cls"), values.pop("pseudo/kept")
-            values["pseudo/over_tau_cls_per_image"] = over / images
-            values["pseudo/kept_per_image"] = kept / images
-            values["pseudo/in_strong_per_image"] = values.pop("pseudo/in_strong") / images
-            values["pseudo/empty_image_rate"] = values.pop("pseudo/empty_images") / images
-            values["pseudo/score_mean"] = values.pop("pseudo/score_sum") / over if over else math.nan
-            values["pseudo/iou_mean"] = values.pop("pseudo/iou_sum") / over if over else math.nan
-        return values
+            flat /= group.world_size
+        return with_pseudo_label_means(dict(zip(names, flat.tolist(), strict=True)))
 
     def times(self, images_per_step: int) -> dict[str, float]:
-        step = self.elapsed / max(self.steps, 1)
+        step_s = self.elapsed_s / max(self.steps, 1)
         return {
-            "time/step_s": step,
-            "time/img_per_s": images_per_step / step,
-            "time/data_wait_share": self.waited / self.elapsed,
+            "time/step_s": step_s,
+            "time/img_per_s": images_per_step / step_s,
+            "time/data_wait_share": self.data_wait_s / self.elapsed_s,
         }
 
 
-class Log:
-    """Rank 0's places to write to: metrics.jsonl, events.jsonl, MLflow, and the driver's progress line."""
-
-    def __init__(self, job: "Job", step: int) -> None:
-        self.job = job
-        self.clock = 0.0  # time of the last line
-        self.metrics = JsonlWriter(job.root / "metrics.jsonl")
-        self.rewind(step)
-        self.events = JsonlWriter(job.root / "events.jsonl")
-        self.logger = build_logger(job.config.tracking, job.root)
-
-    def rewind(self, step: int) -> None:
-        """Lines of steps that will be made again go, and a half-written last one."""
-        self.clock = max([self.clock, *(row.get("time", 0.0) for row in self.metrics.rewind(step))])
-
-    def row(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, null where a value is not finite; MLflow takes it from there. Two lines never
-        have the same time: it tells them apart where MLflow asks what it has."""
-        plain = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.clock = round(max(time.time(), self.clock + 0.001), 3)
-        trouble = self.metrics.append({"step": step, "time": self.clock, **plain})
-        if trouble is not None:
-            self.job.monitor.publish.remote(Notice(text=trouble))
-        self.logger.log(step, plain)
-
-    def event(self, step: int, text: str, fields: dict[str, Any]) -> None:
-        """What happened to the run, for people and for events.jsonl; called from the checkpoint thread as well."""
-        self.events.append({"step": step, "time": time.time(), **fields, "text": text})
-        self.job.monitor.publish.remote(Notice(text=f"step {step}: {text}"))
-
-    def write(self, step: int, values: dict[str, float], *, last: int, eta: float) -> None:
-        self.row(step, values)
-        self.job.monitor.publish.remote(StepProgress(step=step, last_step=last, eta_s=eta, metrics=values))
-
-    def scores(self, step: int, role: str, metrics: dict[str, float]) -> None:
-        """Log the metrics of an evaluation under ``role/NAME``."""
-        values = {f"{role}/{name}": value for name, value in metrics.items()}
-        self.row(step, values)
-        self.job.monitor.publish.remote(EvaluationScores(step=step, role=role, scores=values))
-
-    def close(self) -> None:
-        for lines in (self.metrics, self.events):
-            lost = lines.flush()
-            if lost is not None:
-                self.job.monitor.publish.remote(Notice(text=lost))
-        self.logger.close()  # the run may go on: the driver ends it
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of the device, or of this process if the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
