@@ -67,20 +67,13 @@ class Rank:
     state: TrainState
     logger: RecordingLogger = field(default_factory=RecordingLogger)
     heartbeat: RecordingHeartbeat = field(default_factory=RecordingHeartbeat)
+    inputs: dict[str, Any] = field(default_factory=dict)  # fields of the job
 
     def __post_init__(self) -> None:
         self.group = WorkerGroup(rank=0, world_size=1, device=torch.device("cpu"))
-        self.job = Job(
-            config=self.config,
-            schedule=run_schedule(self.config),
-            root=self.root,
-            categories=(),
-            feed=None,
-            val=None,
-            ground_truth="",
-            monitor=None,
-            threads=1,
-        )
+        unused = {"categories": (), "feed": None, "val": None, "ground_truth": "", "monitor": None, "threads": 1}
+        schedule = run_schedule(self.config)
+        self.job = Job(**{**unused, **self.inputs}, config=self.config, schedule=schedule, root=self.root)
         self.checkpointer = Checkpointer(
             self.root,
             self.config.train.keep_checkpoints,
