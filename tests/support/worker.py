@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class RecordingHeartbeat:
     def __init__(self) -> None:
         self.stages: list[str] = []
         self.stop = self.save = False
+        self.attempt = 0.0
 
     def enter(self, step: int, stage: str) -> None:
         self.stages.append(stage)
@@ -57,6 +59,22 @@ class RecordingHeartbeat:
         requested, self.save = self.save, False
         return requested
 
+    def close(self) -> None:
+        self.stages.append("closed")
+
+
+class RecordingMonitor:
+    """Stands for the handle of the driver's actor."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.fatal_errors: list[Any] = []
+        ignore = SimpleNamespace(remote=lambda *_: None)
+        self.forget_rank = self.forget_all_ranks = ignore
+        self.publish = SimpleNamespace(remote=self.events.append)
+        self.publish_fatal_error = SimpleNamespace(remote=self.fatal_errors.append)
+        self.has_fatal_error = SimpleNamespace(remote=lambda: bool(self.fatal_errors))
+
 
 @dataclass
 class Rank:
@@ -67,13 +85,20 @@ class Rank:
     state: TrainState
     logger: RecordingLogger = field(default_factory=RecordingLogger)
     heartbeat: RecordingHeartbeat = field(default_factory=RecordingHeartbeat)
-    inputs: dict[str, Any] = field(default_factory=dict)  # fields of the job
 
     def __post_init__(self) -> None:
         self.group = WorkerGroup(rank=0, world_size=1, device=torch.device("cpu"))
-        unused = {"categories": (), "feed": None, "val": None, "ground_truth": "", "monitor": None, "threads": 1}
-        schedule = run_schedule(self.config)
-        self.job = Job(**{**unused, **self.inputs}, config=self.config, schedule=schedule, root=self.root)
+        self.job = Job(
+            config=self.config,
+            schedule=run_schedule(self.config),
+            root=self.root,
+            categories=(),
+            feed=None,
+            val=None,
+            ground_truth="",
+            monitor=RecordingMonitor(),
+            threads=1,
+        )
         self.checkpointer = Checkpointer(
             self.root,
             self.config.train.keep_checkpoints,

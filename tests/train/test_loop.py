@@ -1,10 +1,13 @@
 """The loop of one rank: what is saved and evaluated and in which order, and a whole run in this process without Ray."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
+import ray.train.torch
 import torch
 from safetensors.torch import load_file
 
@@ -16,13 +19,14 @@ from pais_ray.files.json_lines import metric_rows
 from pais_ray.runs import prepare
 from pais_ray.runs.checkpoints import checkpoint_folder
 from pais_ray.runs.directory import write_run_directory
+from pais_ray.train.errors import TrainingEnded
+from pais_ray.train.job import Job
 from pais_ray.train.step import StepSettings
-from pais_ray.train.worker import evaluation, loop
-from pais_ray.train.worker.logger import RunLogger
+from pais_ray.train.worker import loop, worker
 from pais_ray.train.worker.loop import TrainingLoop
-from pais_ray.train.worker.resume import ResumePoint, load_resume_point, restore_state
+from pais_ray.train.worker.resume import ResumePoint
 from tests.support.tiny import state_of
-from tests.support.worker import Rank
+from tests.support.worker import Rank, RecordingHeartbeat, RecordingMonitor
 
 STEPS = 8
 WORDS = ["synthetic", "mask_rcnn", "pais", f"train.steps={STEPS}", "train.eval_every=4", "train.checkpoint_every=2"]
@@ -83,15 +87,24 @@ def test_the_start_reports_what_the_run_resumes_from(tmp_path):
 
 
 class Local:
-    """Runs of the small segmentor in this process, without Ray: scores are computed at once."""
+    """Runs of the small segmentor in this process. Ray is replaced: one rank, and scores that are computed at once."""
 
     def __init__(self, data, storage, monkeypatch) -> None:
-        self.data, self.storage = data, storage
-        monkeypatch.setattr(evaluation.ray, "get", lambda value: value)
-        monkeypatch.setattr(evaluation.ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
+        self.data, self.storage, self.heartbeat = data, storage, RecordingHeartbeat()
+        device = torch.device("cpu")
+        context = SimpleNamespace(
+            get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0, get_node_rank=lambda: 0
+        )
+        runtime_context = SimpleNamespace(get_node_id=lambda: "node")
+        monkeypatch.setattr(ray, "get", lambda value: value)
+        monkeypatch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=function))
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: runtime_context)
+        monkeypatch.setattr(ray.train, "get_context", lambda: context)
+        monkeypatch.setattr(ray.train.torch, "get_device", lambda: device)
+        monkeypatch.setattr(worker, "Heartbeat", lambda *_: self.heartbeat)
         monkeypatch.setattr(loop, "stream_batches", lambda feed, *args: local_batches(feed.plan, feed.tables, *args))
 
-    def train(self, name: str, *more: str, stop: bool = False, save: bool = False):
+    def train(self, name: str, *more: str, stop: bool = False, save: bool = False) -> Path:
         """Start the run ``name``, or resume it; returns its directory."""
         root = self.storage / name
         config, data = prepare.prepare(compose(self.words(*more)))
@@ -105,25 +118,19 @@ class Local:
             unlabeled=config.batch.unlabeled,
             lanes=rows_per_step(schedule, config),
         )
-        monitor = SimpleNamespace(publish=SimpleNamespace(remote=lambda message: None))
-        inputs = {
-            "feed": SimpleNamespace(plan=plan, tables=build_tables(data.labeled, data.unlabeled)),
-            "categories": data.train.categories,
-            "val": data.val,
-            "ground_truth": data.truth,
-            "monitor": monitor,
-        }
-        rank = Rank(root, config, state_of(), inputs=inputs)
-        resume = load_resume_point(root, config, schedule, rank.group)
-        rank = Rank(root, config, restore_state(rank.job, resume, rank.group.device), inputs=inputs)
-        logger = RunLogger(rank.job, rank.state.step)
-        rank.heartbeat.stop, rank.heartbeat.save = stop, save
-        rank.evaluator.logger = rank.recovery.logger = logger
-        try:
-            loop_of(rank, resume, logger=logger).train()
-        finally:
-            rank.checkpointer.close()
-            logger.close()
+        job = Job(
+            config=config,
+            schedule=schedule,
+            root=root,
+            categories=data.train.categories,
+            feed=SimpleNamespace(plan=plan, tables=build_tables(data.labeled, data.unlabeled)),
+            val=data.val,
+            ground_truth=data.truth,
+            monitor=RecordingMonitor(),
+            threads=1,
+        )
+        self.heartbeat.stop, self.heartbeat.save, self.monitor = stop, save, job.monitor
+        worker.run({"job": job})
         return root
 
     def words(self, *more: str) -> list[str]:
@@ -190,6 +197,30 @@ def test_a_requested_checkpoint_is_written_at_once(local):
     assert checkpoint_folder(root, 1).is_dir()
 
 
+def test_an_error_that_would_recur_is_reported_and_not_raised(local, monkeypatch):
+    def fail(*_, **__):
+        raise TrainingEnded("nothing is learned")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    local.train("ended")
+    (error,) = local.monitor.fatal_errors
+    assert (error.text, error.is_input_error) == ("nothing is learned", False)
+    assert local.heartbeat.stages[-1] == "closed"
+
+
+def test_other_errors_are_raised_and_recorded_with_the_rank(local, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("connection closed by peer\nsecond line")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    with pytest.raises(RuntimeError):
+        local.train("failed")
+    assert local.monitor.fatal_errors == []
+    event = json.loads((local.storage / "failed" / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["rank"], event["step"]) == ("failed", 0, 0)
+    assert event["text"] == "a worker failed (RuntimeError: connection closed by peer); the workers restart"
+
+
 VERSION_0_1 = Path(__file__).resolve().parents[1] / "fixtures" / "run_0_1"  # these settings, 6 steps, trained on Ray
 
 
@@ -214,10 +245,9 @@ def assert_close(path, other) -> None:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
-def loop_of(rank, resume=None, skipped=(), **parts) -> TrainingLoop:
-    if resume is None:
-        resume = ResumePoint(checkpoint=None, skipped=list(skipped), unscored=None, metrics=[], attempt=1.0)
-    present = {"evaluator": rank.evaluator, "checkpointer": rank.checkpointer, "logger": rank.logger, **parts}
+def loop_of(rank, skipped=(), **parts) -> TrainingLoop:
+    resume = ResumePoint(checkpoint=None, skipped=list(skipped), unscored=None, metrics=[], attempt=1.0)
+    present = {"evaluator": rank.evaluator, "checkpointer": rank.checkpointer, **parts}
     return TrainingLoop(
         job=rank.job,
         resume=resume,
@@ -226,6 +256,7 @@ def loop_of(rank, resume=None, skipped=(), **parts) -> TrainingLoop:
         settings=StepSettings(schedule=rank.job.schedule, rows=rows_per_step(rank.job.schedule, rank.config)),
         group=rank.group,
         heartbeat=rank.heartbeat,
+        logger=rank.logger,
         recovery=rank.recovery,
         **present,
     )
