@@ -1,4 +1,4 @@
-"""A torchvision ResNet with a feature pyramid, its weights, and the pixels it wants: what all segmentors share.
+"""What all segmentors share: a torchvision ResNet with a feature pyramid, its weights, and its pixel normalization.
 
 Legend: B images, H x W pixels of the padded view.
 """
@@ -13,42 +13,57 @@ import torch
 import torchvision
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
 from pais_ray.modeling.protocols import SegmentorConfig
 from pais_ray.structures.batch import Views
 
-LEVELS = ["0", "1", "2", "3"]  # torchvision's names of P2..P5, strides 4..32; P6 ("pool") feeds an RPN alone
-NAMED = ("imagenet", "coco")  # weights that torchvision fetches
+LEVELS = ["0", "1", "2", "3"]  # torchvision's names of P2..P5, strides 4..32; only an RPN uses P6, called "pool"
+NAMED_WEIGHTS = ("imagenet", "coco")  # names of weights that torchvision downloads
 
 
 class BackboneConfig(SegmentorConfig):
-    """What every segmentor's section says of its backbone."""
+    """The settings of the backbone, which every segmentor has."""
 
-    preset: str = "r50"
-    backbone: str = "resnet50"  # any torchvision ResNet
-    # None, `imagenet` (paper), another name the segmentor knows, a local .safetensors or .pth file
-    weights: str | None = "imagenet"
-    norm: Literal["frozen_bn", "group"] = "frozen_bn"  # `group` by default without weights
-    # -1 none, 0 the stem, 1 the stem and layer1 (paper, released code), ...; -1 by default without weights
-    frozen_stages: int = Field(default=1, ge=-1, le=4)
-    fpn_channels: int = Field(default=256, gt=0)
+    preset: str = Field(default="r50", description="Name of the group of defaults for the settings not given.")
+    backbone: str = Field(default="resnet50", description="Name of a torchvision ResNet. Default: paper 4.2.")
+    weights: str | None = Field(
+        default="imagenet",
+        description="Initial weights: `imagenet`, a local .safetensors or .pth file, or null for random weights. Mask "
+        "R-CNN also accepts `coco`. Default: ImageNet (paper 4.2).",
+    )
+    norm: Literal["frozen_bn", "group"] = Field(
+        default="frozen_bn",
+        description="Normalization layers of the backbone: batch norm with frozen statistics, or group norm. "
+        "Default: frozen_bn (torchvision), or group if weights is null.",
+    )
+    frozen_stages: int = Field(
+        default=1,
+        ge=-1,
+        le=4,
+        description="Backbone stages that are not trained: -1 none, 0 the stem, n the stem and layers 1 to n. "
+        "Default: 1 (released code), or -1 if weights is null.",
+    )
+    fpn_channels: int = Field(
+        default=256, gt=0, description="Number of channels of the feature pyramid. Default: torchvision, released code."
+    )
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what differs from the fields' defaults, by preset
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset -> its differences from the defaults of the fields
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
-        """What is given over the preset, and what follows from the weights where neither says it."""
+        """Fill settings that are not given from the preset, then from the weights."""
         if not isinstance(given, Mapping):
             return given
         preset = given.get("preset", "r50")
         both = {**(cls.PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
         weights = both.get("weights", "imagenet")
-        if weights is None:  # frozen statistics of nothing would normalize nothing
+        if weights is None:  # without weights there are no batch statistics to freeze
             return {"norm": "group", "frozen_stages": -1, **both}
-        return {**both, "norm": "frozen_bn"} if weights in NAMED and "norm" not in given else both
+        return {**both, "norm": "frozen_bn"} if weights in NAMED_WEIGHTS and "norm" not in given else both
 
     @field_validator("backbone")
     @classmethod
@@ -61,13 +76,13 @@ class BackboneConfig(SegmentorConfig):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
-        if self.weights in NAMED and self.norm != "frozen_bn":
-            raise ValueError(f"weights: {self.weights!r} come with batch norm, norm is {self.norm!r}; use frozen_bn")
+        if self.weights in NAMED_WEIGHTS and self.norm != "frozen_bn":
+            raise ValueError(f"weights: {self.weights!r} has batch norm, but norm is {self.norm!r}; use frozen_bn")
         return self
 
 
 class NormalizePixels(nn.Module):
-    """RGB in [0, 1] -> ImageNet statistics, zero in the padding. Not part of a checkpoint."""
+    """Normalize RGB in [0, 1] by the ImageNet statistics; the padding becomes zero. It has no checkpoint state."""
 
     mean: Tensor
     std: Tensor
@@ -84,21 +99,21 @@ class NormalizePixels(nn.Module):
 
 
 def valid_pixels(sizes: Tensor, shape: tuple[int, int] | torch.Size, stride: int = 1) -> Tensor:
-    """(B, h, w) bool: cells of ``stride`` px whose top left corner is no padding; ``sizes`` (B, 2) in px."""
+    """Mask (B, h, w) of the cells of ``stride`` px whose top left corner is not padding; ``sizes`` (B, 2) in px."""
     rows = torch.arange(shape[0], device=sizes.device)[None, :, None] * stride < sizes[:, 0, None, None]
     cols = torch.arange(shape[1], device=sizes.device)[None, None, :] * stride < sizes[:, 1, None, None]
     return rows & cols
 
 
 def as_views(images: Views | Tensor) -> Views:
-    """Plain images (B, 3, H, W) are views without padding."""
+    """``images``, as views without padding if they are a plain tensor (B, 3, H, W)."""
     return Views.of(images) if isinstance(images, Tensor) else images
 
 
 def resnet_fpn(config: BackboneConfig) -> BackboneWithFPN:
-    """P2..P5 and a pooled P6, without weights; its body is called `body`, its pyramid `fpn`."""
+    """The network for P2..P5 and a pooled P6, randomly initialized; the ResNet is called `body`, the pyramid `fpn`."""
     norm = FrozenBatchNorm2d if config.norm == "frozen_bn" else group_norm
-    # Residual branches that begin at zero help the network without pretrained weights.
+    # Zero-initialized residual branches help a network without pretrained weights.
     body = getattr(torchvision.models, config.backbone)(
         weights=None, norm_layer=norm, zero_init_residual=config.norm == "group"
     )
@@ -115,14 +130,14 @@ def resnet_fpn(config: BackboneConfig) -> BackboneWithFPN:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At least 4 channels a group, at most 32 groups."""
+    """Group norm with at least 4 channels per group and at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels)
 
 
-def read_weights(config: BackboneConfig, named: Mapping[str, object] | None = None) -> Mapping[str, Tensor] | None:
-    """The state that ``config.weights`` names; a file's may be wrapped under `model` or `state_dict`.
+def read_weights(config: BackboneConfig, named: Mapping[str, WeightsEnum] | None = None) -> Mapping[str, Tensor] | None:
+    """Read the state that ``config.weights`` names, or None. In a file it may be nested under `model` or `state_dict`.
 
-    ``named`` are torchvision weights beside `imagenet`. ValueError where it cannot be had.
+    ``named`` are torchvision weights in addition to `imagenet`. Raises ValueError if the weights are not available.
     """
     if config.weights is None:
         return None
@@ -130,11 +145,11 @@ def read_weights(config: BackboneConfig, named: Mapping[str, object] | None = No
     if config.weights in named:
         chosen = named[config.weights]
         try:
-            return chosen.get_state_dict(progress=False, check_hash=True)  # type: ignore[attr-defined]
+            return chosen.get_state_dict(progress=False, check_hash=True)
         except OSError as error:
             raise ValueError(
-                f"segmentor.weights: could not fetch {chosen.url} ({error}); "  # type: ignore[attr-defined]
-                "download it elsewhere and give the file's path, or use none"
+                f"segmentor.weights: could not download {chosen.url} ({error}); "
+                "download the file elsewhere and give its path, or use null"
             ) from error
     path = Path(config.weights)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
@@ -157,11 +172,11 @@ def load_weights(
     heads: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> None:
-    """Loads a ResNet classifier's state or one of the whole ``model``.
+    """Load ``state``, which is that of a ResNet classifier or of the whole ``model``.
 
-    Layers under ``class_layers``, whose size is the number of classes, stay as initialized where that number
-    differs; ``heads`` where ``state`` is a classifier; ``optional`` ones where it has none of them. Anything
-    else must fit, else ValueError.
+    Some layers may stay as initialized: those under ``class_layers``, whose size is the number of classes, if that
+    number differs; ``heads`` if ``state`` is a classifier; ``optional`` ones if ``state`` lacks them. Raises ValueError
+    if anything else does not fit; the message names ``source``.
     """
     if "conv1.weight" in state:
         state = {f"backbone.body.{k}": v for k, v in state.items() if not k.startswith("fc.")}
@@ -169,7 +184,7 @@ def load_weights(
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if not (k.startswith(class_layers) and k in own and v.shape != own[k].shape)}
     left_out = set(state) - set(fits)
-    # Batch norms count batches; the frozen ones have nothing to count.
+    # The batch counters of batch norms do not exist in frozen ones.
     unknown = [k for k in fits if k not in own and not k.endswith("num_batches_tracked")]
     missing = [k for k in own if k not in fits and k not in left_out and not k.startswith(optional)]
     wrong = [k for k in fits if k in own and fits[k].shape != own[k].shape]

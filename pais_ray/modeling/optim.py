@@ -73,12 +73,12 @@ class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["sgd", "adamw"] = Field(
-        default="sgd", description="Optimizer. The paper (4.2) uses SGD for Mask R-CNN and AdamW for K-Net."
+        default="sgd", description="The optimizer. Default: the paper's for Mask R-CNN (4.2); for K-Net it is AdamW."
     )
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="Learning rate of this run after the warm-up. null scales reference.lr by the batch size.",
+        description="Learning rate of this run after the warm-up. Default: null, which scales reference.lr.",
     )
     momentum: float = Field(
         default=0.9, ge=0, lt=1, description="Momentum of SGD; AdamW ignores it. Default: released code."

@@ -7,7 +7,7 @@ Legend: B images, N instances, H x W pixels of the padded view.
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pais_ray.structures.batch import Predictions, Targets, Views
@@ -18,7 +18,7 @@ class SegmentorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str = Field(description="Name of the segmentor, which selects its settings.")
 
 
 class Segmentor(nn.Module, ABC):

@@ -284,7 +284,7 @@ def test_image_size_reaches_the_views():
         (["method.lambda_unlabeled=null"], ["method.lambda_unlabeled:", "number", "'None'"]),
         (["segmentor.name=mask_rnn"], ["no published constants for segmentor 'mask_rnn', only for mask_rc"]),
         (["method.name=piss"], ["method.name: no method is called 'piss'; did you mean 'pais'?"]),
-        (["segmentor.weights=coco", "segmentor.norm=group"], ["segmentor.weights: 'coco' come with"]),
+        (["segmentor.weights=coco", "segmentor.norm=group"], ["segmentor.weights: 'coco' has batch norm"]),
         (["segmentor=mask_rcnn"], ["segmentor=mask_rcnn: expected section.setting=value"]),
         (["cocoo"], ["cocoo: no such config; did you mean 'coco'?", "mask_rcnn"]),
         (["nowhere/mine.yaml"], ["nowhere/mine.yaml: cannot be read"]),

@@ -1,6 +1,6 @@
 """PAIS: pseudo-labels weighted by their class score and predicted mask IoU (DALoss, Eq. 5).
 
-Legend: N instances of one image; c = ``scores``, s = ``ious`` of the teacher's predictions, both (N,).
+Legend: N instances of one image; c = ``scores`` and s = ``ious`` of the teacher's predictions, both (N,).
 """
 
 import dataclasses
@@ -12,49 +12,104 @@ from torch import Tensor
 
 from pais_ray.structures.batch import Normalizer, Predictions, Targets
 
-# Losses that pseudo-labels do not teach: the mask-IoU branch would confirm itself, the semantic map has no weights.
+# Losses without an unlabeled term: the mask-IoU branch would confirm itself, the semantic map has no weights.
 LABELED_ONLY = {"mask_iou": 0.0, "semantic": 0.0}
 
 
 class PAIS(BaseModel):
-    """Every number of section 4.2 of the paper, for Mask R-CNN; `PAIS w/o DALoss` is alpha = beta = 0.
+    """Pseudo-label alignment. The defaults are those of section 4.2 of the paper for Mask R-CNN; `PAIS w/o DALoss` is
+    alpha = beta = 0.
 
-    Left out: the released Mask R-CNN weighs each background sample by the teacher's own background
-    probability, which the paper does not mention; here all of them weigh ``negative_weight``.
+    Differs from the released Mask R-CNN code, which weighs each background sample by the teacher's background
+    probability; the paper does not mention it. Here every background sample has the weight ``negative_weight``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["pais"] = "pais"
-    tau_cls: float = Field(default=0.35, ge=0, le=1, description="keep c above it; paper 4.2, Table 7")
-    tau_iou: float = Field(default=0.30, ge=0, le=1, description="keep s above it; paper 4.2, Table 8")
-    alpha: float = Field(default=4.0, ge=0, description="exponent of c in the class weight; paper Table 6")
-    beta: float = Field(default=4.0, ge=0, description="exponent of s in the mask weight; paper Table 6")
-    lambda_labeled: float = Field(default=1.0, ge=0, description="weight of the labeled term; released code")
+    name: Literal["pais"] = Field(default="pais", description="The name pais selects this method and its settings.")
+    tau_cls: float = Field(
+        default=0.35,
+        ge=0,
+        le=1,
+        description="Predictions become pseudo-labels only if their class score c is above this. "
+        "Default: paper 4.2, Table 7.",
+    )
+    tau_iou: float = Field(
+        default=0.30,
+        ge=0,
+        le=1,
+        description="Predictions become pseudo-labels only if their predicted mask IoU s is above this. "
+        "Default: paper 4.2, Table 8.",
+    )
+    alpha: float = Field(
+        default=4.0,
+        ge=0,
+        description="Exponent of the class score c in the class weight c^alpha; 0 gives all the same weight. "
+        "Default: paper Table 6.",
+    )
+    beta: float = Field(
+        default=4.0,
+        ge=0,
+        description="Exponent of the mask IoU s in the mask weight s^beta; 0 gives all the same weight. "
+        "Default: paper Table 6.",
+    )
+    lambda_labeled: float = Field(
+        default=1.0, ge=0, description="Weight of the labeled term in the total loss. Default: released code."
+    )
     lambda_unlabeled: float = Field(
-        default=1.5, ge=0, description="weight of the unlabeled term; paper 4.2: Mask R-CNN 1.5, K-Net .3"
+        default=1.5,
+        ge=0,
+        description="Weight of the unlabeled term in the total loss. Default: paper 4.2, Mask R-CNN; 0.3 for K-Net.",
     )
-    ema: float = Field(default=0.999, ge=0, le=1, description="decay of the teacher; paper 4.2")
-    burn_in: int = Field(default=0, ge=0, description="steps without the unlabeled term; paper: none")
+    ema: float = Field(
+        default=0.999,
+        ge=0,
+        le=1,
+        description="Largest EMA decay of the teacher per step. Before that decay is reached, the teacher is the mean "
+        "of the student over the steps since the burn-in. Default: paper 4.2.",
+    )
+    burn_in: int = Field(
+        default=0, ge=0, description="Number of steps at the start without the unlabeled term. Default: none (paper)."
+    )
     normalizer: Normalizer = Field(
-        default="pos_neg", description="what weighted sums are divided by; Eq. 5: 1/N_pos and 1/N_neg apart"
+        default="pos_neg",
+        description="Divisor of the weighted class loss: the number of samples (mean) or of positives (pos), those of "
+        "positives and negatives separately (pos_neg), or the sum of the weights (weight_sum). Default: Eq. 5.",
     )
-    class_scale: float = Field(default=1.0, ge=0, description="times c^alpha; Eq. 5: 1, released K-Net: 12")
-    class_cap: float = Field(default=1.0, gt=0, le=1, description="min(c, cap)^alpha; released K-Net: .5")
-    mask_scale: float = Field(default=1.0, ge=0, description="times s^beta; Eq. 5: 1, released code: 2.5")
-    negative_weight: float = Field(default=1.0, ge=0, description="of background; released K-Net: .35^2")
+    class_scale: float = Field(
+        default=1.0, ge=0, description="Factor of the class weight c^alpha. Default: Eq. 5; released K-Net code: 12."
+    )
+    class_cap: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Largest c in the class weight: min(c, class_cap)^alpha. "
+        "Default: no cap (Eq. 5); released K-Net code: 0.5.",
+    )
+    mask_scale: float = Field(
+        default=1.0, ge=0, description="Factor of the mask weight s^beta. Default: Eq. 5; released code: 2.5."
+    )
+    negative_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of every background sample in the class loss of unlabeled images. "
+        "Default: Eq. 5; released K-Net code: 0.35^2.",
+    )
     tau_proposal: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="boxes with c not above it stay out of the RPN's loss; null: tau_cls (released code)",
+        description="Only pseudo-labels with a class score c above this are targets of the region proposal network. "
+        "Default: null, which means tau_cls (released code).",
     )
     labeled_weights: dict[str, float] = Field(
-        default={}, description="multiplier of a labeled loss by its name, 1 where unnamed; ours"
+        default={},
+        description="Multiplier of each labeled loss by its name; 1 for losses not listed. Default: ours.",
     )
     unlabeled_weights: dict[str, float] = Field(
         default=LABELED_ONLY,
-        description="the same for unlabeled losses; 0 unless named: mask_iou (paper), semantic (released code)",
+        description="Multiplier of each unlabeled loss by its name; 1 for losses not listed, except 0 for mask_iou "
+        "(paper) and semantic (released code). Default: only these two exceptions.",
     )
 
     @field_validator("unlabeled_weights")
@@ -68,7 +123,7 @@ class PAIS(BaseModel):
 
     @property
     def score_threshold(self) -> float:
-        """What the teacher may drop before its mask heads: nothing of it would be kept."""
+        """The teacher may drop predictions below it before its mask heads: they would not be kept."""
         return self.tau_cls
 
     def labeled_weight(self, step: int) -> float:
@@ -78,16 +133,16 @@ class PAIS(BaseModel):
         return self.lambda_unlabeled if step >= self.burn_in else 0.0
 
     def decay(self, step: int) -> float:
-        """0, 1/2, 2/3, ...: the teacher is the running mean of the student since the burn-in until that is
-        slower than ``ema`` (released code). Through the burn-in it is the student."""
+        """EMA decay after ``step``: 0, 1/2, 2/3, ... up to ``ema``, so that the teacher starts as the mean of the
+        student over the steps since the burn-in (released code). During the burn-in it equals the student."""
         return min(self.ema, 1 - 1 / (max(0, step - self.burn_in) + 1))
 
     def keeps(self, predictions: Predictions) -> Tensor:
-        """Which predictions (N,) bool become pseudo-labels: those over both thresholds."""
+        """Mask (N,) bool of the predictions above both thresholds."""
         return (predictions.scores > self.tau_cls) & (predictions.ious > self.tau_iou)
 
     def pseudo_labels(self, predictions: Predictions) -> Targets:
-        """The predictions over both thresholds, with DALoss's weights (Eq. 5). All of it is constant."""
+        """The predictions above both thresholds, with the weights of DALoss (Eq. 5). No gradient flows into them."""
         kept = predictions[self.keeps(predictions)]
         c, s = constant(kept.scores), constant(kept.ious)
         tau_proposal = self.tau_cls if self.tau_proposal is None else self.tau_proposal
@@ -105,5 +160,5 @@ class PAIS(BaseModel):
 
 
 def constant(values: Tensor) -> Tensor:
-    """Without gradient and in fp32: the fourth power of a half underflows early."""
+    """``values`` without gradient and in fp32, because the fourth power of a small fp16 number underflows."""
     return values.detach().float()

@@ -11,20 +11,23 @@ from pais_ray.structures.batch import Predictions, Targets
 
 
 class Supervised(BaseModel):
-    """Learns from ground truth alone. The paper's dagger is the same method under the labeled stream's
-    semi-supervised augmentation; without the dagger, `views.preset=plain`."""
+    """Learns from ground truth only. The paper's supervised baseline with a dagger uses the labeled augmentation of
+    the semi-supervised runs, as here by default; the one without uses `views.preset=plain`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["supervised"] = "supervised"
+    name: Literal["supervised"] = Field(
+        default="supervised", description="The name supervised selects this method and its settings."
+    )
     ema: float = Field(
         default=0.999,
         ge=0,
         le=1,
-        description="decay of the teacher, which here only watches; released code .999",
+        description="Largest EMA decay of the teacher per step. The teacher is only evaluated; the student does not "
+        "learn from it. Default: released code.",
     )
     labeled_weights: dict[str, float] = Field(
-        default={}, description="multiplier of a loss by its name, 1 where unnamed; ours"
+        default={}, description="Multiplier of each loss by its name; 1 for losses not listed. Default: ours."
     )
 
     @property
@@ -37,7 +40,7 @@ class Supervised(BaseModel):
 
     @property
     def score_threshold(self) -> float:
-        """No prediction is ever asked for: all may be dropped."""
+        """The teacher's predictions are not used: all of them may be dropped."""
         return 1.0
 
     def labeled_weight(self, step: int) -> float:
@@ -47,15 +50,16 @@ class Supervised(BaseModel):
         return 0.0
 
     def decay(self, step: int) -> float:
-        """The teacher is the running mean of the student until that is slower than ``ema``."""
+        """EMA decay after ``step``: 0, 1/2, 2/3, ... up to ``ema``, so that the teacher starts as the mean of the
+        student over all steps."""
         return min(self.ema, 1 - 1 / (step + 1))
 
     def keeps(self, predictions: Predictions) -> Tensor:
-        """None of them, (N,) bool."""
+        """Mask (N,) bool without any prediction."""
         return torch.zeros_like(predictions.scores, dtype=torch.bool)
 
     def pseudo_labels(self, predictions: Predictions) -> Targets:
-        """None of the predictions."""
+        """Empty targets: no prediction becomes a pseudo-label."""
         none = predictions[self.keeps(predictions)]
         masks = dataclasses.replace(none.masks, grids=none.masks.grids.detach())
         return Targets.ground_truth(boxes=none.boxes.detach(), labels=none.labels, masks=masks)

@@ -1,11 +1,11 @@
-"""K-Net: N kernels, each of which finds one object's mask and class; no boxes, no NMS (K-Net, NeurIPS 2021).
+"""K-Net: N kernels, each of which finds the mask and class of one object; no boxes, no NMS (K-Net, NeurIPS 2021).
 
-With PAIS's mask-IoU branch. Scores are sigmoids, one a class, without a background class: c of a pseudo-label
-is the probability of its class alone, and the c of all classes need not add up to one. Exponents and
-thresholds of DALoss mean something else here than after Mask R-CNN's softmax.
+It has PAIS's mask-IoU branch. Scores are sigmoids, one per class, without a background class: c of a pseudo-label is
+the probability of its class alone, and the scores of all classes need not add up to one. The exponents and thresholds
+of DALoss therefore differ in meaning from those after Mask R-CNN's softmax.
 
 Legend: B images, N kernels, T targets of all images, P pairs of kernel and target, C classes, H x W pixels of the
-padded view, X cells (stride 4) or points that masks are compared at.
+padded view, X cells of stride 4 or points at which masks are compared.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ from pais_ray.modeling.segmentors._knet_matching import Match, assign, cost
 from pais_ray.structures.batch import Predictions, Targets, Views
 from pais_ray.structures.masks import Masks
 
-STRIDE = 4  # of the masks that are compared and predicted (released code)
+STRIDE = 4  # px per cell of the masks that are compared and predicted (released code)
 
-# What differs from the fields' defaults, which are the preset `r50`.
+# Preset -> its differences from the defaults of the fields.
 PRESETS: dict[str, dict[str, Any]] = {
     "r50": {},
-    # Ours: trains from scratch on one CPU core, images of 128 to 320 px.
+    # Ours: trains from scratch on one CPU core, with images of 128 to 320 px.
     "nano": {
         "backbone": "resnet18",
         "weights": None,
@@ -58,30 +58,73 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class KNetConfig(BackboneConfig):
-    """The section `segmentor:` when ``name`` is knet. Fields not given come from ``preset``."""
+    """The section `segmentor:` if ``name`` is knet. Settings that are not given come from ``preset``."""
 
-    name: Literal["knet"] = "knet"
-    preset: Literal["r50", "nano"] = "r50"
+    name: Literal["knet"] = Field(default="knet", description="The name knet selects this segmentor and its settings.")
+    preset: Literal["r50", "nano"] = Field(
+        default="r50",
+        description="Defaults for the settings not given: the paper's network (r50), or a small one that trains from "
+        "scratch on a CPU (nano, ours). Default: r50.",
+    )
     PRESETS: ClassVar = PRESETS
 
-    num_kernels: int = Field(default=100, gt=0)  # at least the objects of the fullest image; released code
-    stages: int = Field(default=3, ge=1)  # of kernel updates; K-Net-S3
-    attention_heads: int = Field(default=8, gt=0)  # released code
-    ffn_dim: int = Field(default=2048, gt=0)  # released code
-    detections: int = Field(default=100, gt=0)  # an image, at most; released code
-    score_threshold: float = Field(default=0.0, ge=0, le=1)  # released code: none
-    # `best`: a kernel is one object of its likeliest class; `all`: of every class that is among the detections
-    # (released code). One-to-one matching would then force two kernels onto one object of a pseudo-label.
-    classes_per_kernel: Literal["best", "all"] = "best"
-    # None: masks are compared at every cell of stride 4 (released code); else at so many random points of it
-    mask_points: int | None = Field(default=None, gt=0)
+    num_kernels: int = Field(
+        default=100,
+        gt=0,
+        description="Number of kernels, which limits the objects found in one image. Default: released code.",
+    )
+    stages: int = Field(default=3, ge=1, description="Number of stages that update the kernels. Default: K-Net-S3.")
+    attention_heads: int = Field(
+        default=8, gt=0, description="Heads of the self-attention over the kernels. Default: released code."
+    )
+    ffn_dim: int = Field(
+        default=2048, gt=0, description="Width of the feed-forward layer of every stage. Default: released code."
+    )
+    detections: int = Field(
+        default=100, gt=0, description="Largest number of detections per image. Default: released code."
+    )
+    score_threshold: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Detections below this class score are dropped. Default: none are dropped (released code).",
+    )
+    classes_per_kernel: Literal["best", "all"] = Field(
+        default="best",
+        description="Whether a kernel is a detection of its most likely class only (best), or of every class with a "
+        "score among the best of the image (all). With all, a pseudo-label can occur twice with different classes, "
+        "and two kernels are then matched to one object. Default: ours; released code: all.",
+    )
+    mask_points: int | None = Field(
+        default=None,
+        gt=0,
+        description="Number of random points at which masks are compared in matching and losses. "
+        "Default: null, which compares every cell of stride 4 (released code).",
+    )
 
-    # Of the losses, and of the same terms of the matching cost; released code, paper 4.2 names 4, 2 and 1
-    class_weight: float = Field(default=2.0, ge=0)
-    dice_weight: float = Field(default=4.0, ge=0)
-    mask_weight: float = Field(default=1.0, ge=0)
-    mask_iou_weight: float = Field(default=1.0, ge=0)  # released code
-    semantic_weight: float = Field(default=1.0, ge=0)  # released code
+    class_weight: float = Field(
+        default=2.0,
+        ge=0,
+        description="Weight of the class term in the loss and in the matching cost. "
+        "Default: released code; paper 4.2 names 4, 2 and 1 for its three terms.",
+    )
+    dice_weight: float = Field(
+        default=4.0,
+        ge=0,
+        description="Weight of the dice term in the loss and in the matching cost. Default: released code.",
+    )
+    mask_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the cross-entropy of the masks in the loss, and of their pixel agreement in the "
+        "matching cost. Default: released code.",
+    )
+    mask_iou_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the loss of the mask-IoU branch. Default: released code."
+    )
+    semantic_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the auxiliary semantic loss. Default: released code."
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "KNetConfig":
@@ -96,19 +139,18 @@ class KNetConfig(BackboneConfig):
 class KNet(Segmentor):
     """K-Net with weights per instance and a mask-IoU branch.
 
-    Losses, summed over the kernel head and all stages, already times their weights: `class` (focal), `mask`
-    (cross-entropy + dice), `mask_iou`, `semantic` (auxiliary; methods leave it out on unlabeled images).
-    Every kernel without a target weighs ``negative_weight`` in the class loss.
+    Losses, summed over the kernel head and all stages and multiplied by their weights: `class` (focal), `mask`
+    (cross-entropy + dice), `mask_iou`, `semantic` (auxiliary; PAIS omits it on unlabeled images). Every kernel without
+    a target has the weight ``negative_weight`` in the class loss.
     """
 
     Config = KNetConfig
 
     def __init__(self, num_classes: int, config: KNetConfig | None = None, pretrained: bool = True) -> None:
-        """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
-        False: a checkpoint will be loaded over them."""
         super().__init__(num_classes, config, pretrained)
         self.config = config = config or KNetConfig()
-        state = read_weights(config) if pretrained else None  # first: a wrong path should not wait for a network
+        # Read the weights first, so that a wrong path fails before the network is built.
+        state = read_weights(config) if pretrained else None
         channels = config.fpn_channels
         self.normalize = NormalizePixels()
         self.backbone = resnet_fpn(config)
@@ -128,10 +170,10 @@ class KNet(Segmentor):
             )
 
     def forward(self, views: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
-        """Named losses, each a scalar that touches its parameters even without targets.
+        """Named losses, each a scalar that depends on its parameters even without targets.
 
-        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
-        and images do not match in number, or normalizers differ, or a label is none of the classes.
+        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. Raises ValueError if the numbers of
+        targets and images differ, normalizers differ, or a label is not one of the classes.
         """
         views = as_views(views)
         _check(views, targets, self.num_classes)
@@ -150,10 +192,10 @@ class KNet(Segmentor):
 
     @torch.no_grad()
     def predict(self, views: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
-        """What is seen in each of the B images, best first, whatever the module's mode.
+        """Detections in each of the B images, best first, whatever the mode of the module.
 
-        Ranked by class score alone (released code); kernels whose mask is empty see nothing. Boxes are those of
-        the masks. Detections below ``score_threshold``, where it is above the configured one, are dropped.
+        They are ranked by class score alone (released code); kernels with an empty mask give none. Boxes are those
+        around the masks. Detections below ``score_threshold``, if it is above the configured one, are dropped.
         """
         views = as_views(views)
         outputs, _ = self._outputs(views)
@@ -170,11 +212,11 @@ class KNet(Segmentor):
         return [dataclasses.replace(seen, finite=finite) for seen in found]
 
     def graph(self) -> KNetGraph:
-        """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
+        """``predict`` for one image, over the same layers, for `pais-ray export`."""
         return KNetGraph(self)
 
     def _outputs(self, views: Views) -> tuple[list[StageOutput], Tensor]:
-        """The kernel head's output and every stage's; the semantic features (B, D, h, w)."""
+        """The outputs of the kernel head and of every stage, and the semantic features (B, D, h, w)."""
         pyramid = list(self.backbone(self.normalize(views)).values())[:4]
         for_masks, for_classes = self.fusion(pyramid)
         first, kernels, features = self.kernel_head(for_masks, for_classes)
@@ -185,7 +227,7 @@ class KNet(Segmentor):
         return outputs, for_classes
 
     def _points(self, num: int, device: torch.device) -> Tensor | None:
-        """(B, K, 2) in [-1, 1]: the same for matching and losses of one call."""
+        """Random points (B, K, 2) in [-1, 1], shared by matching and losses, or None to use every cell."""
         if self.config.mask_points is None:
             return None
         return torch.rand(num, self.config.mask_points, 2, device=device) * 2 - 1
@@ -193,9 +235,9 @@ class KNet(Segmentor):
     def _match(
         self, outputs: list[StageOutput], targets: list[Targets], wanted: Tensor, points: Tensor | None
     ) -> list[Match]:
-        """What each of ``outputs`` learns from: the pairing by the output before it, the kernel head's by its own.
+        """Match targets to the kernels of each of ``outputs``, by the output before it; the kernel head by its own.
 
-        Masks of all kernels at stride 4 exist here only, one output at a time, without a graph.
+        Only here do masks of all kernels exist at stride 4: for one output at a time and without a graph.
         """
         counts = [len(t) for t in targets]
         slots = [torch.arange(n) for n in counts]
@@ -245,7 +287,7 @@ class KNet(Segmentor):
         return {name: torch.stack(values).sum() for name, values in total.items()}
 
     def _semantic_loss(self, features: Tensor, targets: list[Targets], grids: Tensor, image: Tensor) -> Tensor:
-        """At the features' own stride of 8; the released code doubles the map first."""
+        """The semantic loss at the features' own stride of 8; the released code upsamples the map first."""
         logits = self.kernel_head.semantic(features).float()
         coarse = (F.avg_pool2d(grids[:, None], 2)[:, 0] > 0.5).float()  # (T, h, w)
         truth = torch.zeros_like(logits)
@@ -296,7 +338,7 @@ def extent(on: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
     if len(targets) != len(views):
-        raise ValueError(f"KNet: expected {len(views)} targets, one an image, got {len(targets)}")
+        raise ValueError(f"KNet: expected {len(views)} targets, one per image, got {len(targets)}")
     losses.same_normalizer(t.normalizer for t in targets)
     labels = torch.cat([t.labels for t in targets])
     bad = (labels < 0) | (labels >= num_classes)

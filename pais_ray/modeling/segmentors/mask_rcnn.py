@@ -1,7 +1,7 @@
-"""Mask R-CNN with weights per instance and a mask-IoU branch, on torchvision's parts.
+"""Mask R-CNN with weights per instance and a mask-IoU branch, built from torchvision's modules.
 
-Differs from the paper's mmdetection model where torchvision does: RoIAlign takes 2x2 points a cell, RoIs
-have no low-quality matches, frozen batch norm has no trainable affine.
+Differs from the paper's mmdetection model as torchvision does: RoIAlign samples 2x2 points per cell, RoIs have no
+low-quality matches, and frozen batch norm has no trainable affine parameters.
 
 Legend: B images, N instances, C classes without background, H x W pixels of the padded view.
 """
@@ -37,13 +37,13 @@ from pais_ray.modeling.segmentors._mask_rcnn_graph import MaskRCNNGraph
 from pais_ray.modeling.segmentors._mask_rcnn_heads import MaskIoUHead, WeightedRoIHeads, WeightedRPN
 from pais_ray.structures.batch import Predictions, Targets, Views
 
-BOX_SIZE, MASK_SIZE = 7, 14  # RoIAlign cells, paper of Mask R-CNN and torchvision
+BOX_SIZE, MASK_SIZE = 7, 14  # RoIAlign cells per side (Mask R-CNN paper, torchvision)
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
-# What differs from the fields' defaults, which are the preset `r50`.
+# Preset -> its differences from the defaults of the fields.
 PRESETS: dict[str, dict[str, Any]] = {
     "r50": {},
-    # Ours: trains from scratch on one CPU core, images of 128 to 320 px.
+    # Ours: trains from scratch on one CPU core, with images of 128 to 320 px.
     "nano": {
         "backbone": "resnet18",
         "weights": None,
@@ -67,63 +67,159 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class MaskRCNNConfig(BackboneConfig):
-    """The section `segmentor:` when ``name`` is mask_rcnn. Fields not given come from ``preset``."""
+    """The section `segmentor:` if ``name`` is mask_rcnn. Settings that are not given come from ``preset``."""
 
-    name: Literal["mask_rcnn"] = "mask_rcnn"
-    preset: Literal["r50", "nano"] = "r50"
+    name: Literal["mask_rcnn"] = Field(
+        default="mask_rcnn", description="The name mask_rcnn selects this segmentor and its settings."
+    )
+    preset: Literal["r50", "nano"] = Field(
+        default="r50",
+        description="Defaults for the settings not given: the paper's network (r50), or a small one that trains from "
+        "scratch on a CPU (nano, ours). Default: r50.",
+    )
     PRESETS: ClassVar = PRESETS
-    # `weights` may be `coco` too: torchvision's Mask R-CNN, resnet50
 
-    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)  # px, one for each of P2..P6
-    anchor_ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
-    # One pair of limits for training and prediction: the released teacher too uses those of training.
-    rpn_pre_nms: int = Field(default=2000, gt=0)  # a level (released code)
-    rpn_post_nms: int = Field(default=1000, gt=0)  # an image (released code; torchvision trains with 2000)
-    rpn_nms: float = Field(default=0.7, gt=0, le=1)
-    rpn_batch_size: int = Field(default=256, gt=0)  # sampled anchors an image
-    rpn_positive_fraction: float = Field(default=0.5, gt=0, le=1)
-    rpn_positive_iou: float = Field(default=0.7, gt=0, le=1)
-    rpn_negative_iou: float = Field(default=0.3, ge=0, le=1)
+    anchor_sizes: tuple[int, int, int, int, int] = Field(
+        default=(32, 64, 128, 256, 512),
+        description="Side of the square anchor in px, for each of the pyramid levels P2 to P6. Default: torchvision.",
+    )
+    anchor_ratios: tuple[float, ...] = Field(
+        default=(0.5, 1.0, 2.0),
+        min_length=1,
+        description="Height over width of the anchors at every position. Default: torchvision.",
+    )
+    # One pair of limits for training and prediction: the released teacher also uses those of training.
+    rpn_pre_nms: int = Field(
+        default=2000,
+        gt=0,
+        description="Proposals per pyramid level that enter non-maximum suppression, in training and prediction. "
+        "Default: released code.",
+    )
+    rpn_post_nms: int = Field(
+        default=1000,
+        gt=0,
+        description="Proposals per image that are left after non-maximum suppression, in training and prediction. "
+        "Default: released code; torchvision trains with 2000.",
+    )
+    rpn_nms: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="A proposal is suppressed by a better one if their box IoU is above this. Default: torchvision.",
+    )
+    rpn_batch_size: int = Field(
+        default=256, gt=0, description="Sampled anchors per image in the proposal losses. Default: torchvision."
+    )
+    rpn_positive_fraction: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Largest share of positives among the sampled anchors. Default: torchvision.",
+    )
+    rpn_positive_iou: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="An anchor with at least this box IoU with a target is positive, as is the best one of each target. "
+        "Default: torchvision.",
+    )
+    rpn_negative_iou: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="An anchor with less than this box IoU with every target is background; anchors in between are "
+        "ignored. Default: torchvision.",
+    )
 
-    roi_canonical_size: int = Field(default=224, gt=0)  # side in px of the box that is read from P4 (FPN's Eq. 1)
-    box_batch_size: int = Field(default=512, gt=0)  # sampled RoIs an image
-    box_positive_fraction: float = Field(default=0.25, gt=0, le=1)
-    box_positive_iou: float = Field(default=0.5, gt=0, le=1)
-    box_head_dim: int = Field(default=1024, gt=0)
-    smooth_l1_beta: float = Field(default=1 / 9, ge=0)  # torchvision; 0 is the L1 of the released COCO runs
-    score_threshold: float = Field(default=0.05, ge=0, le=1)
-    nms: float = Field(default=0.5, gt=0, le=1)
-    detections: int = Field(default=100, gt=0)  # an image, at most
+    roi_canonical_size: int = Field(
+        default=224,
+        gt=0,
+        description="Side in px of the boxes whose features are read from P4; larger boxes use coarser levels, smaller "
+        "ones finer levels. Default: FPN paper, Eq. 1.",
+    )
+    box_batch_size: int = Field(
+        default=512, gt=0, description="Sampled regions of interest per image in the box losses. Default: torchvision."
+    )
+    box_positive_fraction: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Largest share of positives among the sampled regions of interest. Default: torchvision.",
+    )
+    box_positive_iou: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="A region with at least this box IoU with a target is positive, others are background. "
+        "Default: torchvision.",
+    )
+    box_head_dim: int = Field(
+        default=1024, gt=0, description="Width of the two fully connected layers of the box head. Default: torchvision."
+    )
+    smooth_l1_beta: float = Field(
+        default=1 / 9,
+        ge=0,
+        description="Error at which the box losses change from quadratic to linear; 0 gives the L1 loss "
+        "of the released COCO configs. Default: torchvision.",
+    )
+    score_threshold: float = Field(
+        default=0.05, ge=0, le=1, description="Detections must have a class score above this. Default: torchvision."
+    )
+    nms: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="A detection is suppressed by a better one of its class if their box IoU is above this. "
+        "Default: torchvision.",
+    )
+    detections: int = Field(
+        default=100, gt=0, description="Largest number of detections per image. Default: torchvision."
+    )
 
-    mask_head_dim: int = Field(default=256, gt=0)
-    mask_head_convs: int = Field(default=4, gt=0)
-    max_mask_rois: int | None = Field(default=None, gt=0)  # of one image in training; None: every positive
-    mask_iou_dim: int = Field(default=1024, gt=0)  # released code
-    mask_iou_pool: Literal[1, 2, 7, 14] = 1  # averages the 14x14 features first; released code: 1
-    mask_iou_loss_weight: float = Field(default=0.25, ge=0)  # released code
+    mask_head_dim: int = Field(
+        default=256, gt=0, description="Number of channels of the mask head. Default: torchvision."
+    )
+    mask_head_convs: int = Field(
+        default=4, gt=0, description="Number of 3x3 convolutions in the mask head. Default: torchvision."
+    )
+    max_mask_rois: int | None = Field(
+        default=None,
+        gt=0,
+        description="Largest number of positive regions per image in the mask losses, drawn at random. "
+        "Default: null, which uses all of them (torchvision).",
+    )
+    mask_iou_dim: int = Field(
+        default=1024, gt=0, description="Width of the hidden layer of the mask-IoU branch. Default: released code."
+    )
+    mask_iou_pool: Literal[1, 2, 7, 14] = Field(
+        default=1,
+        description="Side of the average pooling of the 14x14 features that the mask-IoU branch reads; 1 means none. "
+        "Default: released code.",
+    )
+    mask_iou_loss_weight: float = Field(
+        default=0.25, ge=0, description="Weight of the loss of the mask-IoU branch. Default: released code."
+    )
 
     @model_validator(mode="after")
     def _coco_weights_fit(self) -> Self:
         if self.weights == "coco" and (self.backbone, self.preset) != ("resnet50", "r50"):
-            raise ValueError("weights: 'coco' exist for preset r50 with resnet50 only; use 'imagenet' or a file")
+            raise ValueError("weights: 'coco' exists only for preset r50 with resnet50; use 'imagenet' or a file")
         return self
 
 
 class MaskRCNN(Segmentor):
     """Mask R-CNN. Parameter names are torchvision's plus ``roi_heads.mask_iou_head``.
 
-    Losses: `objectness`, `proposal_box` (RPN), `class`, `box`, `mask`, `mask_iou` (already times
+    Losses: `objectness` and `proposal_box` (RPN), `class`, `box`, `mask`, and `mask_iou` (already multiplied by
     ``mask_iou_loss_weight``). Detections are ranked by class score alone, as in the released code.
     """
 
     Config = MaskRCNNConfig
 
     def __init__(self, num_classes: int, config: MaskRCNNConfig | None = None, pretrained: bool = True) -> None:
-        """``num_classes`` without background. Loads the weights that ``config`` names, unless ``pretrained`` is
-        False: a checkpoint will be loaded over them."""
         super().__init__(num_classes, config, pretrained)
         self.config = config = config or MaskRCNNConfig()
-        # First: a wrong path should not wait for a network.
+        # Read the weights first, so that a wrong path fails before the network is built.
         state = read_weights(config, {"coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1}) if pretrained else None
         self.normalize = NormalizePixels()
         self.backbone = resnet_fpn(config)
@@ -144,10 +240,10 @@ class MaskRCNN(Segmentor):
                     module.eps = 0.0  # as these weights were trained, before torchvision had an epsilon
 
     def forward(self, views: Views | Tensor, targets: list[Targets]) -> dict[str, Tensor]:
-        """Named losses, each a scalar that touches its parameters even without targets.
+        """Named losses, each a scalar that depends on its parameters even without targets.
 
-        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. ValueError where targets
-        and images do not match in number, normalizers differ, or a box has no area.
+        ``views`` is B views, or a tensor (B, 3, H, W) in [0, 1] without padding. Raises ValueError if the numbers of
+        targets and images differ, normalizers differ, a box has no area, or a label is not one of the classes.
         """
         views = as_views(views)
         _check(views, targets, self.num_classes)
@@ -159,17 +255,17 @@ class MaskRCNN(Segmentor):
 
     @torch.no_grad()
     def predict(self, views: Views | Tensor, score_threshold: float | None = None) -> list[Predictions]:
-        """What is seen in each of the B images, best first, whatever the module's mode.
+        """Detections in each of the B images, best first, whatever the mode of the module.
 
-        Detections below ``score_threshold``, where it is above the configured one, are dropped before the
-        mask heads: exact for whoever needs none of them.
+        Detections below ``score_threshold``, if it is above the configured one, are dropped before the mask heads. The
+        others are not affected.
         """
         batch, features = self._features(as_views(views))
         proposals, _ = self.rpn.propose(batch, features)
         return self.roi_heads.detect(features, proposals, batch.image_sizes, score_threshold or 0.0)
 
     def graph(self) -> MaskRCNNGraph:
-        """``predict`` for one image, over the same layers, as `pais-ray export` takes it."""
+        """``predict`` for one image, over the same layers, for `pais-ray export`."""
         return MaskRCNNGraph(self.normalize, self.backbone, self.rpn, self.roi_heads)
 
     def _features(self, views: Views) -> tuple[ImageList, dict[str, Tensor]]:
@@ -181,7 +277,7 @@ class MaskRCNN(Segmentor):
 
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
     if len(targets) != len(views):
-        raise ValueError(f"MaskRCNN: expected {len(views)} targets, one an image, got {len(targets)}")
+        raise ValueError(f"MaskRCNN: expected {len(views)} targets, one per image, got {len(targets)}")
     losses.same_normalizer(t.normalizer for t in targets)
     boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
     bad = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1) | (labels < 0) | (labels >= num_classes)
