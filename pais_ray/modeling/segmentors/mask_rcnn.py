@@ -120,7 +120,7 @@ class MaskRCNNConfig(BackboneConfig):
         default=0.7,
         gt=0,
         le=1,
-        description="An anchor with at least this box IoU with a target is positive, as is the best one of each target. "
+        description="An anchor with at least this box IoU with a target is positive, as is each target's best one. "
         "Default: torchvision.",
     )
     rpn_negative_iou: float = Field(
