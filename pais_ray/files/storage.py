@@ -1,7 +1,8 @@
-"""Files by path or URL: local disk, S3, Google Cloud and whatever else pyarrow or fsspec know. Torch-free.
+"""Files by path or URL: local disk, S3, Google Cloud and other schemes of pyarrow or fsspec. Torch-free.
 
-A URL says where, never who: it ends up in logs, in a run's config.yaml and in the tracking store. Keys come from the
-environment or from the machine's role. A read that fails is repeated, opened anew, with growing pauses.
+A URL must not contain credentials, because it is stored in logs, in a run's config.yaml and in the tracking store.
+Credentials come from the environment or from the machine's role. A failed read is retried on a new connection with
+growing pauses.
 """
 
 import hashlib
@@ -23,15 +24,13 @@ from pyarrow import fs
 
 from pais_ray.files.atomic import partial_file
 
-ATTEMPTS = 6  # of one read; S3's client has tried for some seconds before each of them counts as failed
-
-FIRST_PAUSE_S = 0.5  # before the second attempt, twice as long before each further one: 15 s in all
-
-QUERY = ("endpoint_override", "scheme", "region")  # of a URL: where the server is, nothing secret
-
-KEYS = "keys come from the environment (of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or from the machine's role"
-
-REMEDY = f"look at the address, the connection and the rights to read; {KEYS}"
+ATTEMPTS = 6  # per read; the S3 client itself retries for some seconds before an attempt fails
+FIRST_PAUSE_S = 0.5  # before the second attempt; doubled before each further one: 15 s in total
+URL_PARAMETERS = ("endpoint_override", "scheme", "region")  # the allowed ones: they locate the server
+CREDENTIALS = (
+    "credentials come from the environment (S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the machine's role"
+)
+REMEDY = f"check the address, the connection and the read permission; {CREDENTIALS}"
 
 Item = TypeVar("Item")
 
@@ -41,42 +40,45 @@ log = logging.getLogger(__name__)
 
 
 class StorageError(OSError):
-    """A read that failed however often it was repeated."""
+    """A read that failed in every attempt."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
-        super().__init__(path, reason)  # the arguments, so that it pickles
+        super().__init__(path, reason)  # all arguments: the error is pickled
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}; {REMEDY}"
 
 
 def is_url(path: str) -> bool:
+    """Returns whether ``path`` is a URL and not a local path."""
     return "://" in path
 
 
 def absolute(path: str) -> str:
-    """The same place seen from any folder."""
+    """Returns an absolute local path; a URL is returned unchanged."""
     return path if is_url(path) else os.path.abspath(path)
 
 
 def check_url(path: str) -> str:
-    """The path or URL given, if it holds no secret. Raises ValueError, which does not repeat what it found."""
+    """Returns the path or URL if it contains no credentials. Raises ValueError with a message that does not repeat
+    them."""
     if not is_url(path):
         return path
     parts = urlsplit(path)
-    where = path.partition("?")[0]
-    # the secret half of S3's keys may hold a slash, and then it is no part of what counts as a password
-    if parts.password is not None or (parts.scheme == "s3" and ("@" in where or ":" in parts.netloc)):
-        raise ValueError(f"{parts.scheme}://...: expected a URL without keys, which end up in logs; {KEYS}")
+    address = path.partition("?")[0]
+    # a secret key of S3 can contain a slash, and urlsplit then does not recognize it as a password
+    if parts.password is not None or (parts.scheme == "s3" and ("@" in address or ":" in parts.netloc)):
+        raise ValueError(f"{parts.scheme}://...: expected a URL without credentials, got some; {CREDENTIALS}")
     names = [item.partition("=")[0] for item in parts.query.split("&") if item]
-    if unknown := [name for name in names if name not in QUERY]:
-        raise ValueError(f"{where}: expected no parameters but {', '.join(QUERY)}, got {unknown[0]!r}; {KEYS}")
+    if unknown := [name for name in names if name not in URL_PARAMETERS]:
+        allowed = ", ".join(URL_PARAMETERS)
+        raise ValueError(f"{address}: expected only the URL parameters {allowed}, got {unknown[0]!r}; {CREDENTIALS}")
     return path
 
 
 def join(folder: str, name: str) -> str:
-    """The path or URL of a file in a folder."""
+    """Returns the path or URL of the file ``name`` in a folder."""
     if not is_url(folder):
         return os.path.join(folder, name)
     parts = urlsplit(folder)
@@ -84,40 +86,47 @@ def join(folder: str, name: str) -> str:
 
 
 def list_files(folder: str) -> dict[str, int]:
-    """Name within the folder -> bytes, of all files in it and below; none where it does not exist."""
+    """Returns the size in bytes of every file in a folder and below, by name relative to the folder.
+
+    Returns an empty dict if the folder does not exist. Raises StorageError if it cannot be read.
+    """
     files, base = _locate(folder)
     selector = fs.FileSelector(base, allow_not_found=True, recursive=True)
-    found = _repeated(folder, lambda: files.get_file_info(selector))
+    found = _retry(folder, lambda: files.get_file_info(selector))
     start = len(base.rstrip("/")) + 1
     return {info.path[start:]: info.size for info in found if info.is_file}
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole file. Raises FileNotFoundError if there is none, StorageError if it cannot be read."""
+    """Reads a whole file. Raises FileNotFoundError if there is none, StorageError if it cannot be read."""
     with open_file(path) as file:
         return file.read()
 
 
 def open_file(path: str) -> BinaryIO:
-    """The file, to read from anywhere in it; a local one without further ado."""
-    return _Repeating(path) if is_url(path) else open(path, "rb")  # type: ignore[return-value]
+    """Opens a file for random access; reads of a remote file are retried."""
+    return _RetryingFile(path) if is_url(path) else open(path, "rb")  # type: ignore[return-value]
 
 
 @contextmanager
-def create(path: str) -> Iterator["Hashing"]:
-    """A new file to write to. A local one appears under its name when it is whole; an object of S3 does by nature,
-    but also where writing ends in an exception: whoever must know writes a second file behind it."""
+def create(path: str) -> Iterator["HashingWriter"]:
+    """Opens a new file for writing. A local file appears under its name when the block ends without an exception.
+
+    An object of S3 also appears as a whole, but even if the block raises: to mark complete output, write a second file
+    after it.
+    """
     files, place = _locate(path)
     if not isinstance(files, fs.LocalFileSystem):
         with files.open_output_stream(place) as sink:
-            yield Hashing(sink)
+            yield HashingWriter(sink)
         return
     os.makedirs(os.path.dirname(place), exist_ok=True)
     with partial_file(Path(place)) as partial, partial.open("wb") as sink:
-        yield Hashing(sink)
+        yield HashingWriter(sink)
 
 
 def delete(path: str) -> None:
+    """Deletes a file. Raises OSError."""
     files, place = _locate(path)
     files.delete_file(place)
 
@@ -125,7 +134,7 @@ def delete(path: str) -> None:
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
 ) -> Iterator[Result]:
-    """``function`` of every item, in their order, up to ``ahead`` of them computed before they are asked for."""
+    """Yields ``function(item)`` of every item in order, computed in ``threads`` threads, up to ``ahead`` in advance."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()
         for item in items:
@@ -136,8 +145,8 @@ def map_in_order(
             yield waiting.popleft().result()
 
 
-class Hashing(io.RawIOBase):
-    """What is written, counted and hashed on its way."""
+class HashingWriter(io.RawIOBase):
+    """A writer that counts and hashes the bytes written."""
 
     def __init__(self, sink: Any) -> None:
         self.sink, self.size, self.sha256 = sink, 0, hashlib.sha256()
@@ -153,13 +162,13 @@ class Hashing(io.RawIOBase):
         return len(view)
 
 
-class _Repeating(io.RawIOBase):
-    """A remote file of which each read is repeated, on a new connection, until it succeeds."""
+class _RetryingFile(io.RawIOBase):
+    """A remote file whose reads are retried on a new connection."""
 
     def __init__(self, path: str) -> None:
         self.path, self.position = path, 0
         self.files, self.place = _locate(path)
-        self.file = _repeated(path, self._open)
+        self.file = _retry(path, self._open)
         self.length: int = self.file.size()
 
     def readable(self) -> bool:
@@ -177,12 +186,12 @@ class _Repeating(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self.length - self.position))
-        data = _repeated(self.path, lambda: self._read(wanted)) if wanted else b""
+        data = _retry(self.path, lambda: self._read(wanted)) if wanted else b""
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
 
-    def readall(self) -> bytes:  # else it would come in pieces of 8 KiB
+    def readall(self) -> bytes:  # the inherited method reads pieces of 8 KiB
         return self.read(self.length - self.position) or b""
 
     def close(self) -> None:
@@ -199,15 +208,18 @@ class _Repeating(io.RawIOBase):
         try:
             data: bytes = self.file.read_at(wanted, self.position)
             if len(data) != wanted:
-                raise OSError(f"{len(data)} of {wanted} bytes came")
+                raise OSError(f"expected {wanted} bytes, got {len(data)}")
         except OSError:
             self.file = None
             raise
         return data
 
 
-def _repeated(path: str, action: Callable[[], Result]) -> Result:
-    """What ``action`` returns, tried ``ATTEMPTS`` times with growing pauses; what is not there is not waited for."""
+def _retry(path: str, action: Callable[[], Result]) -> Result:
+    """Returns the result of ``action``, retried up to ``ATTEMPTS`` times with growing pauses.
+
+    Raises FileNotFoundError immediately, and StorageError after the last attempt.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
@@ -216,15 +228,17 @@ def _repeated(path: str, action: Callable[[], Result]) -> Result:
         except OSError as error:
             reason = str(error).strip() or type(error).__name__
             if attempt == ATTEMPTS:
-                raise StorageError(path, f"reading failed {ATTEMPTS} times, lastly with: {reason}") from error
+                raise StorageError(
+                    path, f"expected a readable file, reading failed {ATTEMPTS} times, at last with: {reason}"
+                ) from error
             pause = FIRST_PAUSE_S * 2 ** (attempt - 1)
-            log.warning("%s: attempt %d of %d failed (%s); again in %g s", path, attempt, ATTEMPTS, reason, pause)
+            log.warning("%s: attempt %d of %d failed (%s); retrying in %g s", path, attempt, ATTEMPTS, reason, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def _locate(path: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URL, and the path within it."""
+    """Returns the file system of a path or URL, and the path within it. Raises ValueError for an unknown scheme."""
     if not is_url(path):
         return fs.LocalFileSystem(), os.path.abspath(path)
     parts = urlsplit(check_url(path))
@@ -241,11 +255,11 @@ def _file_system(root: str) -> tuple[fs.FileSystem, str]:
         return files, base.rstrip("/")
     except (pa.ArrowInvalid, ImportError) as error:
         if "Unrecognized filesystem type" not in str(error):
-            raise ValueError(f"{root}: {error}") from error
+            raise ValueError(f"{root}: expected a valid URL, got an error: {error}") from error
     try:
         import fsspec
 
         remote, base = fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{root}: expected a scheme that pyarrow or fsspec know: {error}") from error
+        raise ValueError(f"{root}: expected a scheme of pyarrow or fsspec, got an error: {error}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(remote)), base.rstrip("/")

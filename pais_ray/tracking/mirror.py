@@ -127,12 +127,12 @@ class Mirror:
             reader = self._readers.setdefault(path, JsonlReader(path))
             rows = reader.read()
             if path.name == "metrics.jsonl":
-                self._logged_models.add_rows(rows, restarted=reader.anew)
-            metrics = [m for row in rows if row["time"] > reader.until for m in self._new_metrics(row)]
+                self._logged_models.add_rows(rows, restarted=reader.restarted)
+            metrics = [m for row in rows if row["time"] > reader.last_time for m in self._new_metrics(row)]
             for i in range(0, len(metrics), MAX_METRICS):
                 self.client.log_batch(self.run_id, metrics=metrics[i : i + MAX_METRICS])
             self.sent["metrics"] += len(metrics)
-            reader.taken(rows)
+            reader.commit(rows)
 
     def _new_metrics(self, row: Row) -> Iterator[Metric]:
         """The metrics of a row that the store may lack. A value that is not finite is null in the row and is left out,

@@ -22,7 +22,6 @@ from pais_ray.data.shards.writer import write_shards
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.data.validation.rules import DataError
 from pais_ray.evaluation.scoring import score
-from pais_ray.files import storage
 from pais_ray.runs.prepare import read_data
 from tests.support.cityscapes_files import scene, write_scene
 from tests.support.killed_writer import write_and_die
@@ -418,15 +417,6 @@ def test_paths_of_images_are_taken_apart_as_they_were_put_together():
     for plain, name in (("/a/b.jpg", "b.jpg"), ("s3://b/c/d%20e.jpg?region=x", "d e.jpg"), ("x#1/2/c.jpg", "c.jpg")):
         assert place_of(plain) is None
         assert name_of(plain) == name
-
-
-def test_other_schemes_go_through_fsspec():
-    with storage.create("memory://bucket/a b/c.txt") as file:
-        file.write(b"hello")
-    assert storage.list_files("memory://bucket/a%20b") == {"c.txt": 5}
-    assert storage.read_bytes("memory://bucket/a%20b/c.txt") == b"hello"
-    with pytest.raises(ValueError, match="nowhere://x: expected a scheme"):
-        storage.list_files("nowhere://x/y")
 
 
 def test_only_shards_may_leave_out_validation(tiny, tmp_path):

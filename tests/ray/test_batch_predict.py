@@ -90,7 +90,7 @@ def test_listings(tiny_coco, tmp_path):
     assert len(found) == 16
     with pytest.raises(ValueError, match="--images: expected"):
         batch.list_images(f"{tiny_coco}/val.json", None)
-    with pytest.raises(ValueError, match="without keys"):
+    with pytest.raises(ValueError, match="without credentials"):
         batch.list_images("s3://key:secret@bucket/images", None)
     leads_out = tmp_path / "out.json"
     leads_out.write_text(json.dumps({"images": [{"id": 1, "file_name": "../x.png"}]}))
