@@ -90,14 +90,6 @@ def cluster(s3):
 
 
 @pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """A folder with the two images of ``malformed.tree``."""
     from PIL import Image

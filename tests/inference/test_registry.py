@@ -107,6 +107,7 @@ def test_a_picture_beyond_the_caps_is_refused_by_its_rule(loaded, data, rule):
     assert caught.value.get_http_status_code() == 400
 
 
+@pytest.mark.server
 def test_mlflow_serves_an_answer_over_http(first, loaded, storage, uri, photo, tmp_path):
     with model_server(tmp_path, "models:/loaded@candidate", uri, NO_PICKLE) as server:
 

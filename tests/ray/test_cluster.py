@@ -21,6 +21,7 @@ from pais_ray.runs.directory import completed_steps
 from tests.faults.harness import assert_same_end, events, steps_logged
 from tests.ray.test_main_job import words
 from tests.support.nodes import RAY, Nodes, command_line, nodes, processes
+from tests.support.servers import free_port
 from tests.support.untrained import untrained_run
 from tests.support.waiting import wait_for
 
@@ -89,16 +90,17 @@ def test_without_the_token_there_is_no_way_in(three):
 
 
 @pytest.fixture
-def bucket(tiny_coco, free_port):
+def bucket(tiny_coco):
     """A bucket with the images of tiny_coco on a server with S3's interface; its URI."""
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(free_port)]
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        where = {"endpoint_override": f"127.0.0.1:{free_port}", "scheme": "http", "region": "us-east-1"}
+        where = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
         store = fs.S3FileSystem(
             access_key="test", secret_key="test", allow_bucket_creation=True, request_timeout=60, **where
         )
-        wait_for(partial(answers, free_port), lambda: server.poll() is None)
+        wait_for(partial(answers, port), lambda: server.poll() is None)
         store.create_dir("photos")
         for path in (tiny_coco / "images").iterdir():
             with store.open_output_stream(f"photos/images/{path.name}") as file:

@@ -24,6 +24,7 @@ from pais_ray.train.step import (
     train_step,
     update_ema,
 )
+from tests.support.servers import free_port
 from tests.support.tiny import state_of, tiny_batch, tiny_schedule
 
 SETTINGS = StepSettings(schedule=tiny_schedule(), seed=1)
@@ -235,9 +236,24 @@ def test_follow_copies_integer_buffers_and_averages_float_ones():
 
 
 def _rank(rank: int, port: int, out: str) -> None:
-    """One of two DDP ranks: pseudo-labels on one rank only, on none, and an image without instances."""
+    """One of two DDP ranks of the tests below, in one process because starting it takes most of the time."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(_steps_with_unequal_pseudo_labels(rank), f"{out}/unequal_{rank}.pt")
+    torch.save(_steps_with_shared_rows(rank), f"{out}/shared_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def rank_results(tmp_path_factory):
+    """What the functions below return on both ranks, by the name of the file."""
+    out = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, args=(free_port(), str(out)), nprocs=2)
+    return {path.stem: torch.load(path, weights_only=True) for path in out.iterdir()}
+
+
+def _steps_with_unequal_pseudo_labels(rank: int):
+    """Pseudo-labels on one rank only, on none, and an image without instances; then a step that one rank skips."""
     state = state_of()
     network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
     keen = state.teacher
@@ -256,13 +272,11 @@ def _rank(rank: int, port: int, out: str) -> None:
     if rank == 1:
         bad.labeled.images[0, 0, 0, 0] = torch.nan
     skipped = train_step(state, network, [bad], PAIS(), SETTINGS, stop=rank == 1)
-    torch.save((parameters(state.student), skipped.skipped, skipped.stop), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    return parameters(state.student), skipped.skipped, skipped.stop
 
 
-def test_ranks_stay_in_step_whatever_their_pseudo_labels(tmp_path, free_port):
-    mp.spawn(_rank, args=(free_port, str(tmp_path)), nprocs=2)
-    (first, *flags), (second, *other) = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+def test_ranks_stay_in_step_whatever_their_pseudo_labels(rank_results):
+    (first, *flags), (second, *other) = (rank_results[f"unequal_{rank}"] for rank in range(2))
     assert equal(first, second)
     assert flags == other == [True, True]  # one rank's NaN and one rank's wish to stop are everybody's
 
@@ -274,10 +288,8 @@ class Greedy(PAIS):
         raise torch.OutOfMemoryError("out of memory")
 
 
-def _sharing_rank(rank: int, port: int, out: str) -> None:
-    """Three rows a step over two ranks; then a step for which one rank's memory does not suffice."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _steps_with_shared_rows(rank: int):
+    """Three rows per step over two ranks; then a step for which the memory of one rank does not suffice."""
     state = state_of()
     network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
     settings = dataclasses.replace(SETTINGS, rows=3, cpu_group=dist.new_group(backend="gloo"))
@@ -293,14 +305,12 @@ def _sharing_rank(rank: int, port: int, out: str) -> None:
     assert equal(before, parameters(state.student))
     assert (state.step, state.skipped) == (3, 1)
     train_step(state, network, [tiny_batch(9 + rank)], PAIS(), dataclasses.replace(settings, rows=2))
-    torch.save((before, parameters(state.student)), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    return before, parameters(state.student)
 
 
-def test_a_step_is_its_rows_whatever_number_of_ranks_shares_them(tmp_path, free_port):
+def test_a_step_is_its_rows_whatever_number_of_ranks_shares_them(rank_results):
     """Three rows on one rank, and on two of which one has fewer; a rank without memory skips the step for all."""
-    mp.spawn(_sharing_rank, args=(free_port, str(tmp_path)), nprocs=2)
-    ends = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    ends = [rank_results[f"shared_{rank}"] for rank in range(2)]
     assert equal(ends[0][1], ends[1][1]), "the ranks go on together after the skipped step"
     assert not equal(ends[0][0], ends[0][1])
     alone = state_of()
