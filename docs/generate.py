@@ -30,7 +30,7 @@ MODULES = (
     "pais_ray.structures.batch",
     "pais_ray.structures.masks",
     "pais_ray.structures.geometry",
-    "pais_ray.evaluation.coco",
+    "pais_ray.evaluation.scoring",
     "pais_ray.inference.export.onnx_runner",
 )
 
@@ -72,7 +72,7 @@ def cli_page() -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(f"## `{name}`\n\n```text\n{name} {usage}\n```")
         parts.append(_paragraphs(command.help or ""))
-        options = [p for p in command.params if isinstance(p, click.Option)]
+        options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
         rows = [_option_row(option, context) for option in options]
         if rows:
             parts.append("\n".join(["| option | description |", "|---|---|", *rows]))

@@ -68,8 +68,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
             for line in block.text.replace("\\\n", " ").splitlines():
                 yield from _command(str(block), line)
     for page, text in pages().items():
-        for code in re.findall(r"`(pais-ray [^`]+)`", prose(text)):
-            yield from _command(page, code)
+        if page.removeprefix("docs/") not in generator().PAGES:
+            for code in re.findall(r"`(pais-ray [^`]+)`", prose(text)):
+                yield from _command(page, code)
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith("#   pais-ray "):

@@ -6,13 +6,13 @@ import click
 import pytest
 
 from pais_ray.cli import main
+from pais_ray.cli.cluster import JOB_VERBS
 from pais_ray.config.describe import all_settings
 from pais_ray.config.overlays import resolve
 from pais_ray.config.tree import build
 from tests.docs.pages import blocks, commands, pages
 
 COMPOSED = {"train", "tune", "show"}  # commands whose words are a complete configuration
-PIPELINES = {"train": "train", "search": "tune", "audit": "audit", "predict": "batch-predict", "tables": "tables"}
 SOME_DATA = ("data.train=t.json", "data.val=v.json", "data.images=i", "data.unlabeled=u")  # in place of data=FOLDER
 PLACEHOLDER = re.compile(r"[A-Z_]+(\.\.\.)?")
 
@@ -21,13 +21,18 @@ def parse(words, *, complete=True):
     """(command, its values) of a command line. Raises click.UsageError, if ``complete`` also for missing arguments."""
     name, *rest = words
     command = main.commands.get(name)
+    if command is None and PLACEHOLDER.fullmatch(name) and not complete:
+        return main, {}
     if command is None:
         raise click.UsageError(f"no such command: {name}")
     if isinstance(command, click.Group) and rest and rest[0] in command.commands:
         command, rest = command.commands[rest[0]], rest[1:]
     if name == "split":
         rest = [f"--{word}" if word.startswith("data=") else word for word in rest]
-    values, _, _ = command.make_parser(click.Context(command)).parse_args(list(rest))
+    context = click.Context(
+        command, ignore_unknown_options=command.context_settings.get("ignore_unknown_options", False)
+    )
+    values, _, _ = command.make_parser(context).parse_args(list(rest))
     values = {key: value for key, value in values.items() if isinstance(value, str | list | tuple | bool)}
     for parameter in command.params:
         given = values.get(parameter.name, ())
@@ -37,13 +42,12 @@ def parse(words, *, complete=True):
             for value in given if isinstance(given, list) else [given] if given else []:
                 if not PLACEHOLDER.fullmatch(value):
                     parameter.type.convert(value, parameter, None)
-    if name == "submit" and "pipeline" in values:
-        if values["pipeline"] not in PIPELINES:
-            raise click.UsageError(f"no such program: {values['pipeline']}")
-        arguments = list(values.get("words", ()))
-        if "--model" in arguments:  # of the program search
-            del arguments[(at := arguments.index("--model")) : at + 2]
-        return parse([PIPELINES[values["pipeline"]], *arguments], complete=complete)
+    if name == "submit" and "job" in values and not PLACEHOLDER.fullmatch(values["job"]):
+        if values["job"] not in JOB_VERBS:
+            raise click.UsageError(f"no such verb: {values['job']}")
+        return parse([JOB_VERBS[values["job"]], *values.get("words", ())], complete=complete)
+    if name == "search":  # the words and options of tune
+        return parse(["tune", *values.get("words", ())], complete=complete)
     return command, values
 
 
