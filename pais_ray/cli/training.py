@@ -11,7 +11,7 @@ import click
 from pais_ray.cli.options import FAILED, WORDS, echo, json_option, same_command, verb, write_json
 
 if TYPE_CHECKING:
-    from pais_ray.search.plan import Options
+    from pais_ray.search.plan import SearchOptions
 
 
 SAMPLERS = ("grid", "random", "optuna")
@@ -142,10 +142,10 @@ def tune(words: tuple[str, ...], json_path: str | None, **given: Any) -> None:
     write_json(json_path, result)
 
 
-def tune_options(given: Mapping[str, Any]) -> "Options":
+def tune_options(given: Mapping[str, Any]) -> "SearchOptions":
     """The options of a search from the parameters of `tune`."""
-    from pais_ray.search.plan import Options
+    from pais_ray.search.plan import SearchOptions
 
-    names = [field.name for field in dataclasses.fields(Options)]
+    names = [field.name for field in dataclasses.fields(SearchOptions)]
     options = {name: given[name] for name in names if name in given}
-    return Options(**{**options, "kind": given["sampler"] or given["search"]})
+    return SearchOptions(**{**options, "sampler": given["sampler"] or given["search"]})

@@ -1,4 +1,4 @@
-"""What to search over: `--over method.tau_cls=0.35,0.5` as domains, each end of which fits the Config."""
+"""The search space: parses `--over method.tau_cls=0.35,0.5` to domains and checks them against the Config."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from pais_ray.config.tree import Config, build
 from pais_ray.modeling.registry import did_you_mean
 
 Params = dict[str, Any]  # dotted name -> value
-DIGITS = 6  # significant ones of a drawn number: short in tables, and finer than any setting needs
+DIGITS = 6  # significant digits of a drawn number: short in tables, and finer than any setting needs
 KINDS = ("uniform", "loguniform", "randint", "choice")
-REFUSED = {  # what a trial cannot have as its own: (start of a) dotted name -> why
-    "run.": "trials have names and folders of their own",
+NOT_SEARCHABLE = {  # settings that all trials share: dotted name, or its prefix -> reason
+    "run.": "each trial has its own name and folder",
     "tracking.": "all trials are tracked in one place",
-    "scaling.": "trials share the cluster evenly",
+    "scaling.": "the cluster is divided evenly among trials",
     "train.steps": "trials are compared at the same steps; set it for all, or use --steps",
     "train.stop_at": "trials are compared at the same steps",
     "train.eval_every": "trials are compared at the same steps",
@@ -30,7 +30,7 @@ REFUSED = {  # what a trial cannot have as its own: (start of a) dotted name -> 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values, of any type."""
+    """One of several values of any type."""
 
     values: tuple[Any, ...]
 
@@ -38,9 +38,11 @@ class Choice:
         return f"choice({', '.join(json.dumps(v) for v in self.values)})"
 
     def corners(self) -> tuple[Any, ...]:
+        """All values, for checks before the start."""
         return self.values
 
     def draw(self, random: np.random.Generator) -> Any:
+        """A random value."""
         return self.values[int(random.integers(len(self.values)))]
 
     def __contains__(self, value: Any) -> bool:
@@ -49,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, both included; ``kind`` uniform, loguniform or randint."""
+    """Numbers from ``low`` to ``high``, both included; ``kind`` is uniform, loguniform or randint."""
 
     kind: str
     low: float
@@ -59,12 +61,13 @@ class Range:
         return f"{self.kind}({self.low:g}, {self.high:g})"
 
     def corners(self) -> tuple[float, ...]:
-        """Both ends, and where fractions may come, one of them: an integer setting must not take them."""
+        """Both ends and, unless only integers are drawn, a fraction: an integer setting must refuse it."""
         if self.kind == "randint":
             return int(self.low), int(self.high)
         return self.low, self.low + (self.high - self.low) / math.e, self.high
 
     def draw(self, random: np.random.Generator) -> float:
+        """A random number."""
         if self.kind == "randint":
             return int(random.integers(int(self.low), int(self.high), endpoint=True))
         if self.kind == "loguniform":
@@ -72,7 +75,7 @@ class Range:
         return self.rounded(random.uniform(self.low, self.high))
 
     def rounded(self, value: float) -> float:
-        """To DIGITS digits, still between the ends."""
+        """``value`` with DIGITS significant digits, within the range."""
         return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
@@ -84,7 +87,7 @@ Space = dict[str, Domain]
 
 
 def read_space(section: Tree, over: Sequence[str]) -> Space:
-    """The domains of a preset's section ``search:`` and, over them, of `PATH=VALUES` texts. Raises ConfigError."""
+    """The domains of a config's section ``search:``, overridden by `PATH=VALUES` texts. Raises ConfigError."""
     texts: dict[str, Any] = dict(_leaves(section))
     for text in over:
         path, equals, values = text.partition("=")
@@ -92,16 +95,16 @@ def read_space(section: Tree, over: Sequence[str]) -> Space:
             raise ConfigError(f"--over {text}: expected PATH=VALUES, as in method.tau_cls=0.35,0.5,0.65")
         texts[path] = values if _call(values) else _parsed(f"[{values}]", path)
     if not texts:
-        raise ConfigError("nothing to search over; give --over PATH=VALUES, or a word such as search_pais")
+        raise ConfigError("nothing to search over; use --over PATH=VALUES, or a config name such as search_pais")
     for path in texts:
-        for start, reason in REFUSED.items():
+        for start, reason in NOT_SEARCHABLE.items():
             if path == start or (start[-1] == "." and path.startswith(start)):
-                raise ConfigError(f"--over {path}: not to be searched over: {reason}")
+                raise ConfigError(f"--over {path}: cannot be searched over: {reason}")
     return {path: _domain(path, value) for path, value in texts.items()}
 
 
 def check_space(words: Sequence[str], space: Space) -> None:
-    """Raises ConfigError unless every end and choice, on its own, fits what ``words`` spell."""
+    """Raises ConfigError unless each corner of each domain, by itself, is valid with ``words``."""
     for path, domain in space.items():
         for value in domain.corners():
             try:
@@ -111,14 +114,14 @@ def check_space(words: Sequence[str], space: Space) -> None:
 
 
 def compose_with(words: Sequence[str], params: Mapping[str, Any]) -> Config:
-    """The Config of ``words`` with settings over them. Raises ConfigError."""
+    """The Config of ``words``, overridden by ``params``. Raises ConfigError."""
     tree = resolve([*words, *(f"{path}={json.dumps(value)}" for path, value in params.items())])
     tree.pop("search", None)
     return build(tree)
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Dotted names -> their last parts, where these differ."""
+    """Dotted name -> its last part, or the whole name if last parts are equal."""
     last = [path.rpartition(".")[2] for path in paths]
     return {path: name if last.count(name) == 1 else path for path, name in zip(paths, last, strict=True)}
 
@@ -127,13 +130,15 @@ def _domain(path: str, value: Any) -> Domain:
     call = _call(value) if isinstance(value, str) else None
     if call is None:
         values = value if isinstance(value, list) else [value]
-        return Choice(_different(path, values))
+        return Choice(_distinct(path, values))
     kind, inside = call.groups()
     arguments = _parsed(f"[{inside}]", path)
     if kind not in KINDS:
-        raise ConfigError(f"--over {path}: no {kind}(...){did_you_mean(kind, KINDS)} (there are: {', '.join(KINDS)})")
+        raise ConfigError(
+            f"--over {path}: no such domain {kind}(...){did_you_mean(kind, KINDS)} (choose from {', '.join(KINDS)})"
+        )
     if kind == "choice":
-        return Choice(_different(path, arguments))
+        return Choice(_distinct(path, arguments))
     numbers = len(arguments) == 2 and all(isinstance(a, int | float) and not isinstance(a, bool) for a in arguments)
     whole = kind != "randint" or all(isinstance(a, int) for a in arguments)
     if not numbers or not whole or not arguments[0] < arguments[1] or (kind == "loguniform" and arguments[0] <= 0):
@@ -142,7 +147,7 @@ def _domain(path: str, value: Any) -> Domain:
     return Range(kind, *arguments)
 
 
-def _different(path: str, values: Sequence[Any]) -> tuple[Any, ...]:
+def _distinct(path: str, values: Sequence[Any]) -> tuple[Any, ...]:
     if not values or any(v in values[:i] for i, v in enumerate(values)):
         raise ConfigError(f"--over {path}: expected different values, got {json.dumps(values)}")
     return tuple(values)
@@ -163,5 +168,5 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif value is not None:  # a preset's setting that a word took out again
+        elif value is not None:  # null removes a setting of an earlier config
             yield f"{prefix}{key}", value

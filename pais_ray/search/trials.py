@@ -1,6 +1,7 @@
-"""What a search knows: its trials with their scores, in one file that is rewritten whole. One process writes.
+"""The state of a search: its trials with their scores, in one file that is rewritten atomically by one process.
 
-All else is computed from it: rungs, ranking, what Optuna learns. So a search that was killed goes on from the file.
+Everything else is computed from it: rungs, ranking, the input of Optuna. A search that was killed resumes from this
+file.
 """
 
 import json
@@ -12,40 +13,40 @@ from pathlib import Path
 from pais_ray.files.atomic import replace_text
 from pais_ray.search.space import Params
 
-LEDGER = "trials.json"  # of a search's folder
-FORMAT = 1  # of the file; a reader refuses what it does not know
-STATES = ("running", "waiting", "failed", "stopped", "finished")  # a configuration is in the first that a trial is in
+TRIALS_FILE = "trials.json"  # in the folder of a search
+FORMAT = 1  # of the file; other formats are refused
+STATES = ("running", "waiting", "failed", "stopped", "finished")  # a configuration has the first state of its trials
 
 
 @dataclass(kw_only=True)
 class Trial:
-    """One training: a configuration and a seed."""
+    """One training: a configuration and a seed. The fields are the keys of the file."""
 
     id: str
-    point: int  # the number of its configuration; trials that differ by seed share it
+    point: int  # number of the configuration; trials that differ in the seed share it
     params: Params
     seed: int
     state: str = "waiting"
-    why: str = ""
-    scores: dict[int, float] = field(default_factory=dict)  # absolute step -> teacher's segm AP
-    folder: str | None = None  # the run directory, where it lies in another search's folder
+    why: str = ""  # reason of the state
+    scores: dict[int, float] = field(default_factory=dict)  # absolute step -> the teacher's segm AP
+    folder: str | None = None  # run directory, if it is in the folder of another search
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What a configuration came to, over its seeds, at the last step that all of them were scored at."""
+class RankedConfiguration:
+    """A configuration over all its seeds, at the last step at which each of them has a score."""
 
     point: int
     params: Params
     state: str
     step: int
     ap: float | None
-    spread: float | None  # standard deviation over seeds
+    spread: float | None  # standard deviation over the seeds
     trials: tuple[Trial, ...]
 
 
 class TrialStore:
-    """The trials of the search at ``path``, oldest first."""
+    """The trials in the file ``path``, oldest first. Raises ValueError for a file of another format."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,21 +54,24 @@ class TrialStore:
         if path.exists():
             tree = json.loads(path.read_text())
             if tree["format"] != FORMAT:
-                raise ValueError(f"{path}: format {tree['format']}, this version reads {FORMAT}; use the one it is of")
+                raise ValueError(
+                    f"{path}: expected format {FORMAT}, got {tree['format']}; use the version of pais_ray that wrote it"
+                )
             for row in tree["trials"]:
                 row["scores"] = {int(step): ap for step, ap in row["scores"].items()}
                 self.trials.append(Trial(**row))
 
     def save(self) -> None:
-        """Whole or not at all."""
+        """Writes the file atomically."""
         trials = [asdict(trial) for trial in self.trials]
         replace_text(self.path, json.dumps({"format": FORMAT, "trials": trials}, indent=1))
 
     def trial(self, name: str) -> Trial:
+        """The trial with the ID ``name``."""
         return next(t for t in self.trials if t.id == name)
 
     def add(self, params: Params, seed: int) -> Trial:
-        """A new trial: of a known configuration, or of a new one."""
+        """Adds a trial of a known or of a new configuration."""
         points = [t.point for t in self.trials if t.params == params]
         point = points[0] if points else max((t.point for t in self.trials), default=-1) + 1
         trial = Trial(id=f"{point:03d}s{seed}", point=point, params=params, seed=seed)
@@ -75,48 +79,53 @@ class TrialStore:
         return trial
 
     def has(self, params: Params, seed: int) -> bool:
+        """Whether there is a trial of this configuration and seed."""
         return any(t.params == params and t.seed == seed for t in self.trials)
 
-    def firsts(self) -> list[Trial]:
-        """The first trial of each configuration, whose verdict at a rung is the configuration's."""
+    def own_trials(self) -> list[Trial]:
+        """The trials that do not come from another search."""
+        return [t for t in self.trials if t.folder is None]
+
+    def first_trials(self) -> list[Trial]:
+        """The first trial of each configuration, which alone decides at the rungs."""
         found: dict[int, Trial] = {}
         for trial in self.trials:
             found.setdefault(trial.point, trial)
         return list(found.values())
 
     def rung(self, step: int) -> dict[str, float]:
-        """Trial -> AP at that step, of the first ones of their configurations that reached it."""
-        return {t.id: t.scores[step] for t in self.firsts() if step in t.scores}
+        """Trial -> AP at ``step``, for the first trials that reached it."""
+        return {t.id: t.scores[step] for t in self.first_trials() if step in t.scores}
 
-    def standings(self) -> list[Standing]:
-        """Configurations, best first: by how far they came, as finished ones did furthest, and then by AP."""
+    def ranking(self) -> list[RankedConfiguration]:
+        """Configurations, best first: by their last common step (that of finished ones is the highest), then by AP."""
         points: dict[int, list[Trial]] = {}
         for trial in self.trials:
             points.setdefault(trial.point, []).append(trial)
-        found = [_standing(trials) for trials in points.values()]
+        found = [_rank(trials) for trials in points.values()]
         return sorted(found, key=lambda s: (-s.step, s.ap is None, -(s.ap or 0.0), s.point))
 
 
 def mean_scores(trials: Sequence[Trial]) -> dict[int, float]:
-    """Step -> mean AP, of the steps at which all of them were scored."""
+    """Step -> mean AP, for the steps at which all ``trials`` have a score."""
     common = set.intersection(*(set(t.scores) for t in trials))
     return {step: statistics.fmean(t.scores[step] for t in trials) for step in sorted(common)}
 
 
-def state_of(states: Iterable[str]) -> str:
-    """Of a configuration: finished where all its trials are, else what keeps it from that."""
+def configuration_state(states: Iterable[str]) -> str:
+    """The state of a configuration: finished if all its trials are, else the first other state in STATES."""
     found = set(states)
     return next(s for s in STATES if s in found)
 
 
-def _standing(trials: list[Trial]) -> Standing:
+def _rank(trials: list[Trial]) -> RankedConfiguration:
     means = mean_scores(trials)
     step = max(means, default=0)
     spread = statistics.stdev(t.scores[step] for t in trials) if means and len(trials) > 1 else None
-    return Standing(
+    return RankedConfiguration(
         point=trials[0].point,
         params=trials[0].params,
-        state=state_of(t.state for t in trials),
+        state=configuration_state(t.state for t in trials),
         step=step,
         ap=means.get(step),
         spread=spread,

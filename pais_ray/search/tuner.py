@@ -1,15 +1,15 @@
-"""tune(): a search with Ray Tune, one driver function a trial that launches Ray Train. The only user of Tune.
+"""A search with Ray Tune: each trial is a function that launches an ordinary run. The only module that uses Tune.
 
-Tune starts and stops trials; what is remembered is in the ledger alone, and a search that was killed goes on as a
-new Tune experiment over what is left. A trial is an ordinary run, so it resumes from its own checkpoints.
+Tune starts and stops trials, but the state of a search is in the trial store alone: a search that was killed resumes
+as a new Tune experiment over the trials that are left. A trial resumes from its own checkpoints, as any run does.
 """
 
 import logging
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,271 +29,305 @@ from pais_ray.runs.checkpoints import CheckpointError, checkpoints
 from pais_ray.runs.lock import RunLockedError, lock_run
 from pais_ray.runs.prepare import Data, prepare
 from pais_ray.search import report
-from pais_ray.search.plan import Options, Plan, make_plan, value_at, warm_start
+from pais_ray.search.capacity import concurrent_trials
+from pais_ray.search.plan import SearchOptions, SearchPlan, import_trials, make_plan, setting_value
 from pais_ray.search.scheduler import METRIC, TrialScheduler
 from pais_ray.search.space import Params, compose_with
-from pais_ray.search.tracking import Tracked
-from pais_ray.search.trials import LEDGER, Standing, TrialStore
+from pais_ray.search.tracking import SearchTracker
+from pais_ray.search.trials import TRIALS_FILE, RankedConfiguration, TrialStore
 from pais_ray.tracking import record
 from pais_ray.tracking.settings import tracking_uri
 from pais_ray.train.driver import launch, resources, run_loop
 from pais_ray.train.driver.result import summary
 from pais_ray.train.messages import EvaluationScores, Event
 
-UNDEFINED = -1.0  # COCO's AP where there is nothing to find
+UNDEFINED = -1.0  # COCO's AP if there is nothing to detect
+TRIAL_RESOURCES = {"memory": 1}  # of a trial's process: Tune requires some, and its workers reserve the CPUs
+TABLE_EVERY_S = 60.0  # between two tables while trials run
+REPORT = "report"  # key of the kind of a trial's report to Tune: score, end, failure or input_error
 
-WAITING = {"memory": 1}  # of a trial's own process: Tune wants it to take something, and the CPUs are for its workers
 
-TABLE_EVERY = 60.0  # s between two tables while trials run
-
-
-def search(words: tuple[str, ...], options: Options) -> dict[str, Any]:
-    """Searches, or goes on with the search of that name; what came out, as in results.json.
+def search(words: tuple[str, ...], options: SearchOptions) -> dict[str, Any]:
+    """Runs a search, or resumes the search of the same name; returns the content of results.json.
 
     Raises ConfigError or DataError (wrong input), mostly before anything starts.
     """
     plan = make_plan(words, options)
-    prepared, data = prepare(plan.base)  # here, once: trials find the generated data set in its place
-    plan.check_same()
+    prepared, data = prepare(plan.base)  # once, so that all trials find the generated data set
+    plan.check_unchanged()
+    plan.write()
     with lock_run(plan.root):
-        return carry_out(plan, words, options, prepared, data)
+        return run_search(plan, words, options, prepared, data)
 
 
-def carry_out(plan: Plan, words: tuple[str, ...], options: Options, prepared: Config, data: Data) -> dict[str, Any]:
-    """The search from its ledger to its results."""
+def run_search(
+    plan: SearchPlan, words: tuple[str, ...], options: SearchOptions, prepared: Config, data: Data
+) -> dict[str, Any]:
+    """Runs the trials that are left, writes the results and trains the best configuration if requested."""
     paths = data_paths(prepared)
-    ledger = TrialStore(plan.root / LEDGER)
+    store = TrialStore(plan.root / TRIALS_FILE)
     if options.warm_start:
-        taken = warm_start(plan, ledger, as_written(plan, prepared), Path(options.warm_start))
-        echo(f"{taken} trials taken up from {options.warm_start}")
-    echo(f"search {plan.root.name}: {plan.kind}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
+        count = import_trials(plan, store, base_of_trials(plan, prepared), Path(options.warm_start))
+        echo(f"{count} trials imported from {options.warm_start}")
+    echo(f"search {plan.root.name}: {plan.sampler}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
     for path, domain in plan.space.items():
         echo(f"  {path}: {domain}")
     echo(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
-    started_here = connect.connect()
+    is_own_cluster = connect.connect()
     try:
-        concurrent, shares = share(plan.base, options.max_concurrent, started_here)
-        cpus, threads = shares.values()
+        concurrent, cpus, threads = divide_cluster(plan.base, options.max_concurrent, is_own_cluster)
         echo(f"{concurrent} trials at a time; a worker has {cpus:g} CPUs and {threads} threads")
         settings = {
             **paths,
-            **shares,
+            "scaling.cpus_per_worker": cpus,
+            "train.threads_per_worker": threads,
             "run.storage_path": str(plan.root / "trials"),
             "tracking.uri": tracking_uri(plan.base.tracking, plan.root.parent),
         }
-        tracked = Tracked(plan, describe.tags(prepared, data.manifest.split, data.facts), data.facts)
-        control = TrialScheduler(plan, ledger, settings, tracked.close_trial, echo, options.minutes)
-        result = conclude(control, tracked, lambda: follow(tuner(control, tracked, concurrent), control))
-        if options.retrain and control.halt is None:
-            result["retrained"] = retrain(plan, words, ledger)
-            report.write(plan, ledger, result)
+        tracker = SearchTracker(plan, describe.tags(prepared, data.manifest.split, data.facts), data.facts)
+        scheduler = TrialScheduler(plan, store, settings, tracker.close_trial, echo, options.minutes)
+        with closing_trials(scheduler, tracker):
+            run_until_done(build_tuner(scheduler, tracker.run_id, concurrent), scheduler)
+        if scheduler.input_error is not None:
+            raise ConfigError(scheduler.input_error)
+        result = report.to_json(plan, store, scheduler.stop_reason)
+        if options.retrain and scheduler.stop_reason is None:
+            result["retrained"] = train_best(plan, words, store)
+            report.write(plan, store, result)
     finally:
-        if started_here:
+        if is_own_cluster:
             ray.shutdown()
     return result
 
 
-def share(config: Config, wanted: int | None, ours: bool) -> tuple[int, Params]:
-    """How many trials run at once, and the part of the cluster that each of their workers gets."""
-    cpus, _ = resources.worker_resources(config, is_own_cluster=ours)
+def divide_cluster(config: Config, max_concurrent: int | None, is_own_cluster: bool) -> tuple[int, float, int]:
+    """(trials at a time, CPUs per worker, threads per worker). Raises ConfigError if not one trial fits."""
+    cpus, _ = resources.worker_resources(config, is_own_cluster=is_own_cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = config.scaling.most
     try:
         fits = concurrent_trials(nodes, workers=workers, cpus=cpus, use_gpu=config.scaling.use_gpu)
     except ConfigError:
-        if ours or wanted is None:
+        if is_own_cluster or max_concurrent is None:
             raise
-        fits = wanted  # of a cluster that grows when work waits for it
-    count = min(fits, wanted or fits)
+        fits = max_concurrent  # on a cluster that grows on demand
+    count = min(fits, max_concurrent or fits)
     cores = sum(node.get("CPU", 0.0) for node in nodes)
-    threads = config.train.threads_per_worker or max(1, int(cores / (count * workers)))
-    return count, {"scaling.cpus_per_worker": cpus, "train.threads_per_worker": threads}
+    return count, cpus, config.train.threads_per_worker or max(1, int(cores / (count * workers)))
 
 
-def conclude(control: TrialScheduler, tracked: Tracked, work: Any) -> dict[str, Any]:
-    """Does the work and, however it ends, writes down what came out."""
-    plan = control.plan
-    for trial in control.own():  # stopped, and the search was killed before its run was closed
+@contextmanager
+def closing_trials(scheduler: TrialScheduler, tracker: SearchTracker) -> Iterator[None]:
+    """Writes the results at the end of the block, even if it fails, and ends the runs in MLflow."""
+    plan, store = scheduler.plan, scheduler.store
+    for trial in store.own_trials():  # stopped by an earlier start that was killed before it closed the run
         if trial.state == "stopped" and record.is_open(plan.trial_root(trial.id)):
-            tracked.close_trial(trial, "KILLED")
+            tracker.close_trial(trial, "KILLED")
     try:
-        work()
+        yield
     except BaseException:
-        control.halt = control.halt or "an error"
+        scheduler.stop_reason = scheduler.stop_reason or "an error"
         raise
     finally:
-        for trial in control.rest():
-            tracked.close_trial(trial, "KILLED")
-        result = report.to_json(plan, control.ledger, control.halt)
+        for trial in scheduler.release_running():
+            tracker.close_trial(trial, "KILLED")
+        result = report.to_json(plan, store, scheduler.stop_reason)
         try:
-            report.write(plan, control.ledger, result)
+            report.write(plan, store, result)
         except OSError as error:
-            echo(f"{plan.root}: the results could not be written ({error}); make room, and give the same command again")
-        tracked.close(result, "KILLED" if control.halt else "FINISHED")
-    if control.wrong_input is not None:
-        raise ConfigError(control.wrong_input)
-    return result
+            echo(f"{plan.root}: the results could not be written ({error}); free storage and repeat the command")
+        tracker.close(result, "KILLED" if scheduler.stop_reason else "FINISHED")
 
 
-def tuner(control: TrialScheduler, tracked: Tracked, concurrent: int) -> tune.Tuner:
+def build_tuner(scheduler: TrialScheduler, parent: str | None, concurrent: int) -> tune.Tuner:
+    """A Tuner that runs ``concurrent`` trials at a time; ``parent`` is the ID of the search's run in MLflow."""
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     ray_compat.set_tune_environment()
-    root, trials, parent = control.plan.root, control.plan.root / "trials", tracked.run_id
+    plan = scheduler.plan
+    root, store_path = plan.root, scheduler.store.path
+
+    def trainable(config: dict[str, str]) -> None:
+        run_trial(root / "trials" / config["trial"], store_path, root.name, parent)
+
     return tune.Tuner(
-        tune.with_resources(lambda config: run_trial(trials / config["trial"], root.name, parent), WAITING),
+        tune.with_resources(trainable, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
-            search_alg=Suggest(control),
-            scheduler=Judge(control),
-            num_samples=-1,  # until the searcher has no more
+            search_alg=TrialSearcher(scheduler),
+            scheduler=ReportScheduler(scheduler),
+            num_samples=-1,  # until the searcher has no more trials
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: str(trial.config["trial"]),
         ),
         run_config=tune.RunConfig(
             name=f"attempt_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}",
             storage_path=str(root / run_loop.RAY_FOLDER),
-            failure_config=tune.FailureConfig(max_failures=control.plan.base.run.max_failures),
-            stop=Halt(control),
+            failure_config=tune.FailureConfig(max_failures=plan.base.run.max_failures),
+            stop=SearchStopper(scheduler),
             verbose=0,
         ),
     )
 
 
-def follow(tuner: tune.Tuner, control: TrialScheduler) -> None:
-    """Runs Tune in a thread of its own (in the main one it would take Ctrl-C for itself), with a table now and then.
-    Raises what Tune raised."""
-    outcome: dict[str, BaseException] = {}
+def run_until_done(tuner: tune.Tuner, scheduler: TrialScheduler) -> None:
+    """Runs Tune in a thread (in the main thread it would handle Ctrl-C itself) and prints tables meanwhile.
+
+    Raises the error of Tune.
+    """
+    errors: list[BaseException] = []
     done = threading.Event()
 
-    def target() -> None:
+    def fit() -> None:
         try:
             tuner.fit()
         except BaseException as error:
-            outcome["error"] = error
+            errors.append(error)
         finally:
             done.set()
 
-    threading.Thread(target=target, daemon=True).start()
-    shown, told = time.monotonic(), ""
+    threading.Thread(target=fit, daemon=True).start()
+    shown_at, shown = time.monotonic(), ""
     while not done.is_set():
         try:
             done.wait(timeout=0.5)
-            if time.monotonic() > shown + TABLE_EVERY:
-                shown, progress = time.monotonic(), control.progress()
-                if progress != told:
+            if time.monotonic() > shown_at + TABLE_EVERY_S:
+                shown_at, progress = time.monotonic(), scheduler.progress()
+                if progress != shown:
                     echo(progress)
-                told = progress
+                shown = progress
         except KeyboardInterrupt:
-            if control.halt is not None:
+            if scheduler.stop_reason is not None:
                 raise
-            control.halt = "Ctrl-C"
-            echo("stopping all trials; they go on from their last checkpoints. Ctrl-C again to stop at once")
-    if "error" in outcome:
-        raise outcome["error"]
+            scheduler.stop_reason = "Ctrl-C"
+            echo("stopping all trials; they can resume from their last checkpoints. Ctrl-C again stops immediately")
+    if errors:
+        raise errors[0]
 
 
-class Unsaved:
-    """Tune pickles these for its own way to resume, which we do not use: locks and threads stay here."""
+class NotPickled:
+    """Tune pickles these objects for its own way to resume, which is not used: their locks and threads stay here."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return object, ()
 
 
-class Suggest(Unsaved, Searcher):
-    """Tune's searcher: asks for the next trial."""
+class TrialSearcher(NotPickled, Searcher):
+    """Tune's searcher: asks the scheduler for the next trial."""
 
-    def __init__(self, control: TrialScheduler) -> None:
+    def __init__(self, scheduler: TrialScheduler) -> None:
         super().__init__()
-        self.control = control
+        self.scheduler = scheduler
 
-    def suggest(self, trial_id: str) -> Any:
-        trial = self.control.next()
-        if trial is None:  # None: ask again later
-            return None if self.control.waits() else Searcher.FINISHED
-        return {"trial": trial.id}
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        trial = self.scheduler.next_trial()
+        if trial is not None:
+            return {"trial": trial.id}
+        if self.scheduler.has_waiting_trials():
+            return None  # Tune asks again later
+        finished: str = Searcher.FINISHED
+        return finished
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
-    def save(self, checkpoint_path: str) -> None: ...
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing to do: trials report to the scheduler."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the state is in the trial store."""
 
 
-class Judge(Unsaved, FIFOScheduler):
-    """Tune's scheduler: hands on what trials report. It stops none: Tune would end a trial's process, and with it the
-    owner of its workers, whose CPUs Ray (2.60) may then keep reserved until the search ends. Trials stop themselves."""
+class ReportScheduler(NotPickled, FIFOScheduler):
+    """Tune's scheduler: passes the reports of trials on, and stops none of them.
 
-    def __init__(self, control: TrialScheduler) -> None:
+    Tune would end the process of a trial, which owns the workers, and Ray (2.60) may then keep their CPUs reserved
+    until the search ends. Trials therefore stop themselves.
+    """
+
+    def __init__(self, scheduler: TrialScheduler) -> None:
         super().__init__()
-        self.control = control
+        self.scheduler = scheduler
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self.control.on_result(trial.config["trial"], result)
+    def on_trial_result(self, tune_controller: object, trial: Trial, result: Mapping[str, Any]) -> str:
+        name = trial.config["trial"]
+        match result.get(REPORT):
+            case "score":
+                self.scheduler.on_score(name, result["step"], result[METRIC])
+            case "end":
+                self.scheduler.on_end(name, is_finished=result["finished"])
+            case "failure":
+                self.scheduler.on_failure(name, result["reason"])
+            case "input_error":
+                self.scheduler.on_input_error(name, result["reason"])
         return str(self.CONTINUE)
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        if trial.status == Trial.ERROR:  # Tune tries it again; what it gives up is still RUNNING or PENDING here (2.60)
+    def on_trial_error(self, tune_controller: object, trial: Trial) -> None:
+        if trial.status == Trial.ERROR:  # Tune retries it; a trial that it gives up is RUNNING or PENDING here (2.60)
             return
         lines = str(trial.get_error()).strip().splitlines()
-        self.control.on_result(trial.config["trial"], {"failed": lines[-1] if lines else "its process died"})
+        self.scheduler.on_failure(trial.config["trial"], lines[-1] if lines else "its process died")
 
 
-class Halt(Unsaved, tune.Stopper):
+class SearchStopper(NotPickled, tune.Stopper):
     """Tune's stopper: ends the whole search."""
 
-    def __init__(self, control: TrialScheduler) -> None:
-        self.control = control
+    def __init__(self, scheduler: TrialScheduler) -> None:
+        self.scheduler = scheduler
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.control.halts()
+        return self.scheduler.should_stop()
 
 
-def run_trial(root: Path, search: str, parent: str | None) -> None:
-    """A trial's life, in a process of its own: trains the run at ``root`` and reports each evaluation to Tune, those
-    of an earlier start first. Where the ledger then says that it is stopped, it stops with a checkpoint."""
+def run_trial(root: Path, store_path: Path, search_name: str, parent: str | None) -> None:
+    """Trains the run in ``root``, in the process of a trial, and reports each evaluation to Tune.
+
+    Evaluations of earlier starts are reported first. If the trial store in ``store_path`` then says that the trial is
+    stopped, the trial stops with a checkpoint.
+    """
     reported = 0
     stop = threading.Event()
 
-    def report_new() -> None:
+    def report_new_scores() -> None:
         nonlocal reported
         for row in metric_rows(root):
             if METRIC in row and row["step"] > reported and not stop.is_set():
                 reported = row["step"]
-                # Returns when Tune has taken it, and the verdict stands in the ledger.
-                tune.report({"step": reported, METRIC: UNDEFINED if row[METRIC] is None else row[METRIC]})
-                if TrialStore(root.parent.parent / LEDGER).trial(root.name).state == "stopped":
+                ap = UNDEFINED if row[METRIC] is None else row[METRIC]
+                # Returns after the scheduler has handled the report and saved its decision.
+                tune.report({REPORT: "score", "step": reported, METRIC: ap})
+                if TrialStore(store_path).trial(root.name).state == "stopped":
                     stop.set()
 
-    def report_scores(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, EvaluationScores) and event.role == "teacher":
-            report_new()
+            report_new_scores()
 
-    report_new()
+    report_new_scores()
     if stop.is_set():
-        tune.report({"finished": False})
+        tune.report({REPORT: "end", "finished": False})
         return
     try:
         config = load(root / "config.yaml")
-        result = launch.train(config, tags={"search": search}, parent=parent, on_event=report_scores, stop=stop)
-    except (run_loop.RunFailedError, CheckpointError) as error:  # of this trial alone; trying again cannot help
-        tune.report({"failed": str(error)})
-    except RunLockedError:  # by this trial's process on a node that is being given up: Tune tries again
+        result = launch.train(config, tags={"search": search_name}, parent=parent, on_event=on_event, stop=stop)
+    except (run_loop.RunFailedError, CheckpointError) as error:  # affects this trial alone; a retry would fail again
+        tune.report({REPORT: "failure", "reason": str(error)})
+    except RunLockedError:  # locked by the process of this trial on a node that is being given up: Tune retries
         raise
     except ValueError as error:
-        tune.report({"wrong_input": str(error)})
+        tune.report({REPORT: "input_error", "reason": str(error)})
     else:
-        report_new()
-        tune.report({"finished": result.step >= result.steps})
+        report_new_scores()
+        tune.report({REPORT: "end", "finished": result.step >= result.steps})
 
 
-def as_written(plan: Plan, prepared: Config) -> Config:
-    """What WORDS spell, as the config.yaml of a trial says it: with paths for every node and what the split is."""
+def base_of_trials(plan: SearchPlan, prepared: Config) -> Config:
+    """The config of the plan as a trial records it: with absolute paths, and with the settings of the split."""
     base = compose_with(plan.words, data_paths(prepared))
     split = {name: getattr(prepared.data, name) for name in ("labeled", "fold", "holdout")}
     return base.model_copy(update={"data": base.data.model_copy(update=split)})
 
 
 def data_paths(config: Config) -> Params:
-    """The config's paths of data and weights, as every node can find them."""
+    """The settings that are paths of data and weights, made absolute."""
     paths = {f"data.{name}": value for name, value in config.data if isinstance(value, str)}
     weights = getattr(config.segmentor, "weights", None)
     if isinstance(weights, str):
@@ -301,12 +335,14 @@ def data_paths(config: Config) -> Params:
     return {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
 
 
-def retrain(plan: Plan, words: tuple[str, ...], ledger: TrialStore) -> dict[str, Any]:
-    """Trains WORDS, at their own length, with the best settings, as the run NAME-best; or resumes it."""
-    best = report.best_of(ledger.standings())
+def train_best(plan: SearchPlan, words: tuple[str, ...], store: TrialStore) -> dict[str, Any]:
+    """Trains ``words`` at their own length with the best settings, as the run NAME-best, or resumes that run."""
+    best = report.best_of(store.ranking())
     if best is None:
-        raise ConfigError(f"--retrain-best: no configuration finished, see {plan.root / 'table.txt'}; run it again")
-    config = named_best(f"{plan.root.name}-best", best, words)
+        raise ConfigError(
+            f"--retrain-best: no configuration finished, see {plan.root / 'table.txt'}; repeat the command"
+        )
+    config = best_run_config(f"{plan.root.name}-best", best, words)
     name = config.run.name
     echo(f"training the best configuration, {best.point:03d}, as {name}: {report.describe(best.params)}")
     result = launch.train(config, tags={"search": plan.root.name})
@@ -314,39 +350,15 @@ def retrain(plan: Plan, words: tuple[str, ...], ledger: TrialStore) -> dict[str,
     return result.to_json()
 
 
-def named_best(name: str, best: Standing, words: tuple[str, ...]) -> Config:
-    """WORDS with the best settings, as the run ``name``, or as NAME-011 where that name is of an earlier best."""
+def best_run_config(name: str, best: RankedConfiguration, words: tuple[str, ...]) -> Config:
+    """``words`` with the best settings, as the run ``name``; as NAME-011 if that run has other settings."""
     config = compose_with(words, {**best.params, "run.name": name})
     root = Path(config.run.storage_path).absolute() / name
     if not checkpoints(root):
         return config
     before = load(root / "config.yaml")
-    if all(value_at(before, path) == value_at(config, path) for path in best.params):
+    if all(setting_value(before, path) == setting_value(config, path) for path in best.params):
         return config
     own = f"{name}-{best.point:03d}"
-    echo(f"{root} has the settings of an earlier best; this one is {own}")
+    echo(f"{root} was trained with the settings of an earlier best configuration; the new run is {own}")
     return compose_with(words, {**best.params, "run.name": own})
-
-
-def concurrent_trials(nodes: Sequence[Mapping[str, float]], *, workers: int, cpus: float, use_gpu: bool) -> int:
-    """The most trials that all of a cluster's ``nodes`` (resource -> amount) can run at once: each worker has a place
-    of ``cpus`` CPUs (and a GPU). With more, trials would wait for workers that cannot start. A trial's own process and
-    the tasks that read images take no CPU. Raises ConfigError below one."""
-    places = 0
-    for node in nodes:
-        fits = _floor(node.get("CPU", 0.0) / cpus)
-        places += min(fits, int(node.get("GPU", 0.0))) if use_gpu else fits
-    found = places // workers
-    if found < 1:
-        have = ", ".join(f"{n.get('CPU', 0.0):g} CPUs" + f" {n.get('GPU', 0.0):g} GPUs" * use_gpu for n in nodes)
-        raise ConfigError(
-            f"not one trial fits: its {workers} workers need {cpus:g} CPUs{' and a GPU' * use_gpu} each; the cluster's "
-            f"nodes have {have or 'none'}. Lower scaling.cpus_per_worker or scaling.num_workers; where "
-            "the cluster grows by itself, say how many trials at once with --max-concurrent"
-        )
-    return found
-
-
-def _floor(value: float) -> int:
-    """Of 2.9999999999999996, which is 1.2 / 0.4, it is 3."""
-    return math.floor(value + 1e-9)

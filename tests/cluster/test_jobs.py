@@ -150,5 +150,5 @@ def test_a_job_runs_a_verb_or_a_program_of_pipelines():
 def test_the_earlier_name_of_the_sampler_option_still_works():
     for option in ("--sampler", "--search"):
         given = tune.make_context("tune", ["quickstart", option, "random"]).params
-        assert tune_options(given).kind == "random"
+        assert tune_options(given).sampler == "random"
     assert "--search" not in CliRunner().invoke(main, ["tune", "--help"]).output

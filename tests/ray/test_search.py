@@ -1,4 +1,4 @@
-"""Searches on a real cluster: killed and resumed, stopped at a rung, tracked, the best retrained."""
+"""Searches on a real cluster: killed and resumed, stopped at a rung, tracked, best configuration trained."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def storage(tmp_path_factory) -> Path:
 
 
 def words(data: Path, storage: Path, *more: str) -> list[str]:
-    """One worker of half a CPU a trial, so that two trials fit beside the reading tasks."""
+    """One worker of half a CPU per trial, so that two trials and the reading tasks fit."""
     return [
         *("tune", "synthetic", "mask_rcnn", "pais"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
@@ -48,19 +48,19 @@ def tune(*arguments: str) -> str:
     return done.output
 
 
-def killed(arguments: list[str], address: str, ledger: Path, event) -> None:
-    """Starts the search in a process of its own and kills it once its ledger shows ``event``."""
+def killed(arguments: list[str], address: str, store: Path, event) -> None:
+    """Starts the search in a process and kills it when its trial store shows ``event``."""
     env = {**os.environ, "RAY_ADDRESS": address}
     driver = subprocess.Popen([sys.executable, "-m", "pais_ray.cli", *arguments], env=env)
     try:
-        wait_for(lambda: ledger.exists() and event(TrialStore(ledger).trials), lambda: driver.poll() is None)
+        wait_for(lambda: store.exists() and event(TrialStore(store).trials), lambda: driver.poll() is None)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
 
 
 def children(storage: Path, name: str):
-    """The MLflow runs of a search: the parent's, and trial -> run."""
+    """The MLflow runs of a search: the parent, and trial -> run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -73,7 +73,7 @@ def children(storage: Path, name: str):
 
 @pytest.fixture(scope="module")
 def searched(cluster, tiny_coco, storage) -> Path:
-    """A search of two trials, killed once a trial had a score and so a checkpoint, and resumed."""
+    """A search of two trials that was killed when a trial had a score and a checkpoint, and resumed."""
     root = storage / "first"
     arguments = words(tiny_coco, storage, "--over", "method.tau_cls=0.05,0.5", "--name", "first")
     killed(arguments, cluster["address"], root / "trials.json", lambda trials: any(t.scores for t in trials))
@@ -96,12 +96,12 @@ def searched(cluster, tiny_coco, storage) -> Path:
         assert sorted(trial.scores) == [2, 4, 6, STEPS]
         assert [row["step"] for row in metric_rows(folder) if "loss" in row] == list(range(1, STEPS + 1))
         again = {c: (c / "manifest.json").stat().st_mtime_ns for c in made[trial.id]}
-        assert again == made[trial.id], "what was made before the kill was not made again"
-    assert "goes on after" in output
+        assert again == made[trial.id], "checkpoints from before the kill were not written again"
+    assert "resumes after step" in output
     return root
 
 
-def test_a_killed_search_goes_on_and_leaves_what_it_promises(searched, storage):
+def test_a_killed_search_resumes_and_writes_its_results(searched, storage):
     files = {p.name for p in searched.iterdir()} | {p.name for p in (searched / "figures").iterdir()}
     assert files >= {"table.txt", "results.json", "results.csv", "best.yaml", "parallel.png", "parameters.png"}
     result = json.loads((searched / "results.json").read_text())
@@ -117,7 +117,7 @@ def test_a_killed_search_goes_on_and_leaves_what_it_promises(searched, storage):
     assert {run.data.tags["search"] for run in runs.values()} == {"first"}
 
 
-def test_a_finished_search_says_so_at_once(searched, tiny_coco, storage):
+def test_a_finished_search_starts_no_trial(searched, tiny_coco, storage):
     before = (searched / "trials.json").read_text()
     output = tune(*words(tiny_coco, storage, "--over", "method.tau_cls=0.05,0.5", "--name", "first"))
     assert "starts" not in output
@@ -125,21 +125,21 @@ def test_a_finished_search_says_so_at_once(searched, tiny_coco, storage):
     assert "best settings" in output
 
 
-def test_a_trial_worse_than_an_earlier_searchs_is_stopped_at_the_rung(searched, tiny_coco, storage):
-    """The earlier search's trials count at the rungs; here they were better."""
+def test_a_trial_worse_than_those_of_an_earlier_search_is_stopped_at_the_rung(searched, tiny_coco, storage):
+    """The trials of the earlier search count at the rungs; here they were better."""
     earlier = storage / "better"
     earlier.mkdir()
     for name in ("config.yaml", "search.json"):
         (earlier / name).write_text((searched / name).read_text())
-    ledger = TrialStore(earlier / "trials.json")
-    ledger.trials = TrialStore(searched / "trials.json").trials
-    for trial in ledger.trials:
+    store = TrialStore(earlier / "trials.json")
+    store.trials = TrialStore(searched / "trials.json").trials
+    for trial in store.trials:
         trial.folder = str(searched / "trials" / trial.id)
         trial.scores = dict.fromkeys(trial.scores, 0.9)
-    ledger.save()
+    store.save()
     over = ("--over", "method.tau_cls=0.05,0.3,0.5", "--name", "second", "--warm-start", str(earlier))
     output = tune(*words(tiny_coco, storage, *over))
-    assert "2 trials taken up" in output
+    assert "2 trials imported" in output
     (trial,) = (t for t in TrialStore(storage / "second" / "trials.json").trials if t.folder is None)
     assert (trial.params, trial.state, sorted(trial.scores)) == ({"method.tau_cls": 0.3}, "stopped", [2])
     _, runs = children(storage, "second")
@@ -147,23 +147,25 @@ def test_a_trial_worse_than_an_earlier_searchs_is_stopped_at_the_rung(searched, 
     assert runs[trial.id].data.tags["search.state"].startswith("stopped AP 0.0")
     root = storage / "second" / "trials" / trial.id
     assert (root / "figures" / "curves.png").exists()
-    assert checkpoints(root), "it stopped by itself"
+    assert checkpoints(root), "it stopped by itself, with a checkpoint"
     reserved = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     assert not [group for group in reserved if any("CPU" in bundle for bundle in group["bundles"].values())]
 
 
 @pytest.mark.slow
-def test_ctrl_c_seeds_optuna_and_the_best_at_full_length(cluster, tiny_coco, storage):
-    """The printed command goes on; then WORDS are trained at their own length with what was best."""
+def test_ctrl_c_resume_with_optuna_and_full_training_of_the_best(cluster, tiny_coco, storage):
+    """The printed command resumes; then WORDS are trained at their own length with the best settings."""
     root = storage / "third"
     over = ("--over", "method.tau_cls=uniform(0.05,0.5)", "--over", "method.alpha=1,4", "--name", "third")
-    chosen = ("--search", "optuna", "--samples", "2", "--seeds", "2", "--steps", "4", "--retrain-best")
+    chosen = ("--sampler", "optuna", "--samples", "2", "--seeds", "2", "--steps", "4", "--retrain-best")
     arguments = words(tiny_coco, storage, *over, *chosen)
     arguments[arguments.index("--rungs") + 1] = "none"
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    driver = subprocess.Popen([sys.executable, "-m", "pais_ray.cli", *arguments], env=env, preexec_fn=heed, **pipes)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "pais_ray.cli", *arguments], env=env, preexec_fn=default_sigint, **pipes
+    )
     output = ""
     while " at 2/4: AP" not in output:
         line = driver.stdout.readline()
@@ -180,7 +182,7 @@ def test_ctrl_c_seeds_optuna_and_the_best_at_full_length(cluster, tiny_coco, sto
     assert parent.info.status == "KILLED"
     assert "RUNNING" not in {run.info.status for run in runs.values()}
 
-    command = shlex.split(output.split("go on with:")[1].strip().splitlines()[0])
+    command = shlex.split(output.split("resume with:")[1].strip().splitlines()[0])
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     trials = TrialStore(root / "trials.json").trials

@@ -1,4 +1,4 @@
-"""Laws of a search without Ray: what may be searched, who goes on at a rung, what is proposed, what survives."""
+"""Searches without Ray: search spaces, decisions at rungs, proposals, and what survives a restart."""
 
 import inspect
 import json
@@ -16,71 +16,72 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from pais_ray.cli.training import tune
+from pais_ray.cli.training import tune, tune_options
 from pais_ray.config.identity import flatten
 from pais_ray.config.overlays import ConfigError, config_dirs, resolve
 from pais_ray.config.tree import compose, dump, load
 from pais_ray.runs.prepare import prepare
 from pais_ray.search import report, samplers, tuner
-from pais_ray.search.asha import ETA, default_rungs, goes_on, parse_rungs
-from pais_ray.search.plan import Options, make_plan, warm_start
-from pais_ray.search.scheduler import METRIC, TrialScheduler
+from pais_ray.search.asha import REDUCTION, default_rungs, is_promoted, parse_rungs
+from pais_ray.search.capacity import concurrent_trials
+from pais_ray.search.plan import SearchOptions, import_trials, make_plan
+from pais_ray.search.scheduler import TrialScheduler
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
 from pais_ray.search.trials import TrialStore
-from pais_ray.search.tuner import concurrent_trials
 
 WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=10")
 
 
 def plan_of(tmp_path, *over, words=WORDS, **options):
-    told = Options(over=over or ("method.tau_cls=0.35,0.5,0.65",), name=options.pop("name", "s"), **options)
+    told = SearchOptions(over=over or ("method.tau_cls=0.35,0.5,0.65",), name=options.pop("name", "s"), **options)
     plan = make_plan((*words, f"run.storage_path={tmp_path}"), told)
-    plan.check_same()
+    plan.check_unchanged()
+    plan.write()
     return plan
 
 
-def control_of(plan, said=None):
+def scheduler_of(plan, said=None):
     closed = []
-    control = TrialScheduler(
+    scheduler = TrialScheduler(
         plan,
         TrialStore(plan.root / "trials.json"),
         {"run.storage_path": str(plan.root / "trials")},
         lambda trial, status: closed.append((trial.id, status)),
         (said if said is not None else []).append,
     )
-    return control, closed
+    return scheduler, closed
 
 
-def on_result(control, trial, **aps):
-    """Reports AP at steps, as `s10=0.1`; whether the trial must stop."""
-    return [control.on_result(trial, {"step": int(s[1:]), METRIC: ap}) for s, ap in aps.items()][-1]
+def report_scores(scheduler, trial, **aps):
+    """Reports the AP at steps, such as `s10=0.1`; returns whether the trial must stop."""
+    return [scheduler.on_score(trial, int(step[1:]), ap) for step, ap in aps.items()][-1]
 
 
 def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
-    """What is known stays in memory, and is written when there is room; trials that cannot begin wait for it."""
+    """Results stay in memory until storage works again; trials that cannot start wait for it."""
     said = []
-    control, _ = control_of(plan_of(tmp_path), said)
-    first = control.next()
+    scheduler, _ = scheduler_of(plan_of(tmp_path), said)
+    first = scheduler.next_trial()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        on_result(control, first.id, s30=0.1)
-        assert control.next() is None
-        assert control.waits()
+        report_scores(scheduler, first.id, s30=0.1)
+        assert scheduler.next_trial() is None
+        assert scheduler.has_waiting_trials()
     assert len([s for s in said if "cannot be written" in s]) == 1
-    assert control.next().id == "001s0"
-    known = TrialStore(control.plan.root / "trials.json")
+    assert scheduler.next_trial().id == "001s0"
+    known = TrialStore(scheduler.plan.root / "trials.json")
     assert known.trial(first.id).scores == {30: 0.1}
     assert [t.state for t in known.trials] == ["running", "running"]
 
 
-# What may be searched over
+# Search spaces
 
 
-def test_values_and_ranges_are_read():
+def test_values_and_ranges_are_parsed():
     space = read_space(
         {"method": {"beta": "loguniform(1, 8)", "ema": [0.99, 0.999], "alpha": None}},
         [
@@ -120,31 +121,31 @@ def test_values_and_ranges_are_read():
         ("method.alpha=[1", "expected values"),
         ("train.seed=0,1", "use --seeds"),
         ("train.steps=10,20", "same steps"),
-        ("run.name=a,b", "folders of their own"),
+        ("run.name=a,b", "its own name and folder"),
         ("train=1,2", "expected section.setting=value"),
     ],
 )
-def test_what_cannot_be_searched_is_one_line_before_anything_starts(over, line, tmp_path):
+def test_an_invalid_search_space_is_a_one_line_error_before_anything_starts(over, line, tmp_path):
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as caught:
         plan_of(tmp_path, over)
     assert line in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_search_over_nothing_is_refused(tmp_path):
+def test_an_empty_search_space_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="nothing to search over"):
-        make_plan(("quickstart",), Options())
+        make_plan(("quickstart",), SearchOptions())
 
 
-def test_combinations_that_do_not_fit_are_found_before_anything_starts(tmp_path):
-    """Each value fits on its own."""
+def test_invalid_combinations_are_found_before_anything_starts(tmp_path):
+    """Each value is valid by itself."""
     words = ("synthetic", "mask_rcnn", "pais", "train.steps=90")
     with pytest.raises(ConfigError, match=r"batch\.unlabeled"):
         plan_of(tmp_path, "method.name=pais,supervised", "batch.unlabeled=2,3", words=words)
 
 
 def test_trials_that_end_within_the_burn_in_are_refused(tmp_path):
-    """All of them would be the same training: what is searched over weighs nothing until then."""
+    """They would all learn the same: the searched settings have no effect until then."""
     long = (*WORDS, "method.burn_in=90")
     with pytest.raises(ConfigError, match=r"method\.burn_in: a trial of 90 steps .*more --steps"):
         plan_of(tmp_path, words=long)
@@ -154,46 +155,45 @@ def test_trials_that_end_within_the_burn_in_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"'method\.burn_in': (90|200)"):
             plan_of(tmp_path, over)
     plan_of(tmp_path, words=(*WORDS, "method.burn_in=89"))
-    plan_of(tmp_path, "method.burn_in=0,20", words=long, name="over")  # the words' own is no trial's
-    plan_of(tmp_path, "method.lambda_unlabeled=0,1.5", name="none")  # a baseline on purpose
+    plan_of(tmp_path, "method.burn_in=0,20", words=long, name="over")  # no trial uses the value in the words
+    plan_of(tmp_path, "method.lambda_unlabeled=0,1.5", name="none")  # a deliberate baseline
     plan_of(tmp_path, "method.ema=0.9,0.99", words=("quickstart", "supervised"), name="supervised")
 
 
-def test_no_rung_lies_within_the_burn_in(tmp_path):
+def test_no_rung_is_within_the_burn_in(tmp_path):
     assert plan_of(tmp_path).rungs == (10, 30)
     assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), name="a").rungs == (30,)
     assert plan_of(tmp_path, "method.burn_in=0,30", name="b").rungs == ()
     assert plan_of(tmp_path, words=(*WORDS, "method.burn_in=10"), rungs="10,20", name="c").rungs == (10, 20)
-    with pytest.raises(ConfigError, match=r"--rungs 10,30: at 10 no unlabeled image"):
+    with pytest.raises(ConfigError, match=r"--rungs 10,30: at 10 no trial has learned from unlabeled images"):
         plan_of(tmp_path, words=(*WORDS, "method.burn_in=11"), rungs="10,30", name="d")
 
 
 @pytest.mark.parametrize("over", ["batch.unlabeled=1,2", "optim.reference.steps=choice(300,600)"])
 def test_trials_of_different_lengths_are_refused(tmp_path, over):
     words = ("quickstart", "method.burn_in=5", "train.steps=null")
-    with pytest.raises(ConfigError, match=r"its trials would have \d+ steps, others \d+, .*give --steps"):
+    with pytest.raises(ConfigError, match=r"its trials would have \d+ steps, others \d+, .*use --steps"):
         plan_of(tmp_path, over, words=words)
     assert plan_of(tmp_path, over, words=words, steps=90).steps == 90
 
 
 def test_the_documented_searches_have_rungs(tmp_path):
-    """And so are worth their time: their trials get over the burn-in, and weak ones are stopped."""
+    """Their trials outlast the burn-in, and weak trials are stopped early."""
     page = Path("docs/guides/search.md").read_text()
-    told = [page, next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
-    lines = "".join(told).replace("\\\n", " ").splitlines()
+    texts = [page, next(d for d in config_dirs()).joinpath("search_pais.yaml").read_text()]
+    lines = "".join(texts).replace("\\\n", " ").splitlines()
     commands = [line.lstrip("# ") for line in lines if line.lstrip("# ").startswith("pais-ray tune ")]
     assert len(commands) == 4
     for number, command in enumerate(commands):
         given = tune.make_context("tune", shlex.split(command)[2:]).params
-        words = (*given.pop("words"), f"run.storage_path={tmp_path}/{number}")
-        given.pop("json_path")
-        assert make_plan(words, Options(**given)).rungs, command
+        words = (*given["words"], f"run.storage_path={tmp_path}/{number}")
+        assert make_plan(words, tune_options(given)).rungs, command
 
 
 @given(
     st.sampled_from(["uniform", "loguniform", "randint"]), st.floats(0.001, 1e3), st.floats(0.002, 1e3), st.integers()
 )
-def test_draws_lie_between_the_ends(kind, low, span, seed):
+def test_draws_are_within_the_range(kind, low, span, seed):
     domain = Range(kind, math.ceil(low), math.ceil(low) + math.ceil(span)) if kind == "randint" else None
     domain = domain or Range(kind, low, low + span)
     value = domain.draw(np.random.default_rng(abs(seed)))
@@ -203,14 +203,14 @@ def test_draws_lie_between_the_ends(kind, low, span, seed):
 
 
 @pytest.mark.parametrize("segmentor", ["mask_rcnn", "knet"])
-def test_the_papers_preset_searches_its_six_numbers(segmentor):
+def test_the_preset_of_the_paper_searches_its_six_settings(segmentor):
     words = ("coco", segmentor, "pais", "search_pais")
     space = read_space(resolve(words)["search"], [])
     names = {"tau_cls", "tau_iou", "alpha", "beta", "lambda_unlabeled", "ema"}
     assert set(short_names(list(space)).values()) == names
     check_space(words, space)
     paper = flatten(compose(words[:-1]))
-    assert all(paper[path] in domain for path, domain in space.items()), "the paper's own numbers are within"
+    assert all(paper[path] in domain for path, domain in space.items()), "the values of the paper are in the space"
     without = read_space(resolve((*words, "search.method.ema=null"))["search"], [])
     assert set(space) - set(without) == {"method.ema"}
 
@@ -225,12 +225,12 @@ def test_the_preset_names_its_command_and_source():
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=40))
-def test_at_a_rung_the_best_third_goes_on(aps):
-    """However many there are: at least one, and no one who is worse than somebody stopped."""
-    going = [ap for ap in aps if goes_on(ap, aps)]
-    best = sorted(aps, reverse=True)[: -(-len(aps) // ETA)]
+def test_at_a_rung_the_best_third_continues(aps):
+    """At least one trial continues, and none that is worse than a stopped one."""
+    going = [ap for ap in aps if is_promoted(ap, aps)]
+    best = sorted(aps, reverse=True)[: -(-len(aps) // REDUCTION)]
     assert sorted(going, reverse=True)[: len(best)] == best
-    assert set(going) == set(best), "equals go on together"
+    assert set(going) == set(best), "equal trials continue together"
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
@@ -241,7 +241,7 @@ def test_default_rungs_are_evaluations_before_the_end(steps, every):
     assert all(parse_rungs(str(r), steps, every) == (r,) for r in rungs)
 
 
-def test_rungs_that_no_trial_is_evaluated_at_are_refused():
+def test_rungs_without_an_evaluation_are_refused():
     assert default_rungs(90, 10) == (10, 30)
     assert default_rungs(90, None) == ()
     assert parse_rungs("none", 90, None) == ()
@@ -250,27 +250,27 @@ def test_rungs_that_no_trial_is_evaluated_at_are_refused():
             parse_rungs(text, 90, every)
 
 
-# What is decided and remembered
+# Decisions and the trial store
 
 
 def test_trials_start_report_stop_and_finish(tmp_path):
     plan = plan_of(tmp_path)
-    control, closed = control_of(plan)
-    a, b, c = (control.next().id for _ in range(3))
-    assert control.next() is None
-    assert [t.params["method.tau_cls"] for t in control.ledger.trials] == [0.35, 0.5, 0.65]
-    assert not on_result(control, a, s10=0.1, s20=0.15, s30=0.2)
-    assert not on_result(control, b, s10=0.3)
-    assert on_result(control, c, s10=0.2)
+    scheduler, closed = scheduler_of(plan)
+    a, b, c = (scheduler.next_trial().id for _ in range(3))
+    assert scheduler.next_trial() is None
+    assert [t.params["method.tau_cls"] for t in scheduler.store.trials] == [0.35, 0.5, 0.65]
+    assert not report_scores(scheduler, a, s10=0.1, s20=0.15, s30=0.2)
+    assert not report_scores(scheduler, b, s10=0.3)
+    assert report_scores(scheduler, c, s10=0.2)
     assert closed == []
-    control.on_result(c, {"finished": False})
-    assert closed == [(c, "KILLED")], "when it writes no more"
-    assert control.ledger.trial(c).state == "stopped"
-    assert "AP 0.2000 at rung 10" in control.ledger.trial(c).why
+    scheduler.on_end(c, is_finished=False)
+    assert closed == [(c, "KILLED")], "after it has stopped writing"
+    assert scheduler.store.trial(c).state == "stopped"
+    assert "AP 0.2000 at rung 10" in scheduler.store.trial(c).why
     for trial, ap in ((a, 0.3), (b, 0.4)):
-        on_result(control, trial, s90=ap)
-        control.on_result(trial, {"finished": True})
-    ranked = control.ledger.standings()
+        report_scores(scheduler, trial, s90=ap)
+        scheduler.on_end(trial, is_finished=True)
+    ranked = scheduler.store.ranking()
     assert [(s.trials[0].id, s.state, s.ap) for s in ranked] == [
         (b, "finished", 0.4),
         (a, "finished", 0.3),
@@ -278,32 +278,32 @@ def test_trials_start_report_stop_and_finish(tmp_path):
     ]
 
 
-def test_rungs_survive_a_kill_and_late_results_stay_out_of_them(tmp_path):
-    """Ray 2.60's ASHA, killed and restored, has empty rungs and fills them with later results."""
+def test_rungs_survive_a_kill_and_ignore_late_results(tmp_path):
+    """Ray 2.60's ASHA loses its rungs when it is restored, and then fills them with later results."""
     plan = plan_of(tmp_path, "method.tau_cls=0.2,0.3,0.4,0.5")
-    control, _ = control_of(plan)
-    ids = [control.next().id for _ in range(3)]
+    scheduler, _ = scheduler_of(plan)
+    ids = [scheduler.next_trial().id for _ in range(3)]
     for trial, ap in zip(ids, (0.3, 0.2, 0.1), strict=True):
-        on_result(control, trial, s10=ap)
-    before = {step: control.ledger.rung(step) for step in plan.rungs}
+        report_scores(scheduler, trial, s10=ap)
+    before = {step: scheduler.store.rung(step) for step in plan.rungs}
     assert before == {10: dict(zip(ids, (0.3, 0.2, 0.1), strict=True)), 30: {}}
 
-    again, closed = control_of(plan)  # a new process: nothing but the folder
-    assert {step: again.ledger.rung(step) for step in plan.rungs} == before
-    assert [t.state for t in again.ledger.trials] == ["waiting", "stopped", "stopped"]
-    assert again.next().id == ids[0], "what was running goes on first"
-    # It resumed from a checkpoint before the rung, and on other hardware its AP came out otherwise; then it is late.
-    assert not on_result(again, ids[0], s10=0.05, s20=0.4, s40=0.9)
-    assert {step: again.ledger.rung(step) for step in plan.rungs} == before
-    fresh = again.next().id
-    assert not on_result(again, fresh, s10=0.35), "judged against what was there at step 10, not against 0.4 or 0.9"
+    again, closed = scheduler_of(plan)  # a new process has only the folder
+    assert {step: again.store.rung(step) for step in plan.rungs} == before
+    assert [t.state for t in again.store.trials] == ["waiting", "stopped", "stopped"]
+    assert again.next_trial().id == ids[0], "running trials resume first"
+    # It resumed from a checkpoint before the rung and got another AP there; later results follow.
+    assert not report_scores(again, ids[0], s10=0.05, s20=0.4, s40=0.9)
+    assert {step: again.store.rung(step) for step in plan.rungs} == before
+    fresh = again.next_trial().id
+    assert not report_scores(again, fresh, s10=0.35), "compared with the values at step 10, not with 0.4 or 0.9"
     assert closed == []
 
 
-def test_a_half_written_ledger_is_never_seen(tmp_path, monkeypatch):
+def test_the_trial_store_is_written_atomically(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
-    control, _ = control_of(plan)
-    trial = control.next().id
+    scheduler, _ = scheduler_of(plan)
+    trial = scheduler.next_trial().id
     text = (plan.root / "trials.json").read_text()
 
     def dies(*_):
@@ -311,48 +311,48 @@ def test_a_half_written_ledger_is_never_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        on_result(control, trial, s10=0.5)
+        report_scores(scheduler, trial, s10=0.5)
     assert (plan.root / "trials.json").read_text() == text
 
 
-def test_failed_trials_are_tried_again_and_wrong_input_ends_the_search(tmp_path):
+def test_failed_trials_are_retried_and_wrong_input_ends_the_search(tmp_path):
     plan = plan_of(tmp_path)
-    control, closed = control_of(plan)
-    trial = control.next().id
-    assert control.on_result(trial, {"failed": "no finite loss"})
+    scheduler, closed = scheduler_of(plan)
+    trial = scheduler.next_trial().id
+    scheduler.on_failure(trial, "no finite loss")
     assert closed == [(trial, "FAILED")]
-    assert not control.halts()
-    assert control_of(plan)[0].next().id == trial
-    other = control.next().id
-    control.on_result(other, {"wrong_input": "a.jpg: truncated"})
-    assert control.halts()
-    assert control.wrong_input == f"trial {other}: a.jpg: truncated"
+    assert not scheduler.should_stop()
+    assert scheduler_of(plan)[0].next_trial().id == trial
+    other = scheduler.next_trial().id
+    scheduler.on_input_error(other, "a.jpg: truncated")
+    assert scheduler.should_stop()
+    assert scheduler.input_error == f"trial {other}: a.jpg: truncated"
 
 
-def test_what_a_process_dies_of_later_undoes_no_verdict(tmp_path):
-    control, closed = control_of(plan_of(tmp_path))
-    a, b = control.next().id, control.next().id
-    on_result(control, a, s10=0.3, s90=0.3)
-    control.on_result(a, {"finished": True})
-    assert on_result(control, b, s10=0.1)
+def test_a_later_failure_of_the_process_changes_no_decision(tmp_path):
+    scheduler, closed = scheduler_of(plan_of(tmp_path))
+    a, b = scheduler.next_trial().id, scheduler.next_trial().id
+    report_scores(scheduler, a, s10=0.3, s90=0.3)
+    scheduler.on_end(a, is_finished=True)
+    assert report_scores(scheduler, b, s10=0.1)
     for trial in (a, b):
-        control.on_result(trial, {"failed": "its process died"})
-    assert [t.state for t in control.ledger.trials] == ["finished", "stopped"]
-    assert closed == [(b, "KILLED")], "nobody else ends its run"
+        scheduler.on_failure(trial, "its process died")
+    assert [t.state for t in scheduler.store.trials] == ["finished", "stopped"]
+    assert closed == [(b, "KILLED")], "nothing else ends its run"
 
 
 @pytest.mark.parametrize(("status", "state"), [(Trial.ERROR, "running"), (Trial.RUNNING, "failed")])
-def test_a_failure_that_tune_recovers_from_is_none(tmp_path, status, state):
-    """Tune tells its scheduler of both: with the state ERROR what it puts back into its queue."""
-    control, _ = control_of(plan_of(tmp_path))
-    trial = control.next()
+def test_a_failure_that_tune_retries_is_not_recorded(tmp_path, status, state):
+    """Tune reports both kinds to its scheduler; a trial that it retries has the status ERROR."""
+    scheduler, _ = scheduler_of(plan_of(tmp_path))
+    trial = scheduler.next_trial()
     died = SimpleNamespace(config={"trial": trial.id}, status=status, get_error=lambda: "its node died")
-    tuner.Judge(control).on_trial_error(None, died)
+    tuner.ReportScheduler(scheduler).on_trial_error(None, died)
     assert (trial.state, trial.why) == (state, "its node died" if state == "failed" else "")
 
 
 def test_tune_gives_up_before_it_changes_a_trials_state():
-    """What the law above rests on, of Ray 2.60."""
+    """The test above relies on this; seen in Ray 2.60."""
     source = inspect.getsource(TuneController._process_trial_failure)
     given_up = source[source.index("elif trial.status in {Trial.RUNNING, Trial.PENDING}") :]
     assert given_up.index("_scheduler_alg.on_trial_error") < given_up.index("_schedule_trial_stop")
@@ -360,20 +360,22 @@ def test_tune_gives_up_before_it_changes_a_trials_state():
     assert recovered.index("_schedule_trial_stop(trial, exception=exc)") < recovered.index("_requeue_trial(trial)")
 
 
-def test_the_time_budget_ends_the_search_and_what_ran_waits(tmp_path, monkeypatch):
+def test_the_time_budget_ends_the_search_and_running_trials_wait(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
-    said: list[str] = []
-    control = TrialScheduler(plan, TrialStore(plan.root / "trials.json"), {}, lambda *_: None, said.append, minutes=60)
-    trial = control.next()
-    assert not control.halts()
-    control.deadline -= 3601
-    assert control.halts()
-    assert "time budget" in said[-1]
-    assert [t.id for t in control.rest()] == [trial.id]
+    lines: list[str] = []
+    scheduler = TrialScheduler(
+        plan, TrialStore(plan.root / "trials.json"), {}, lambda *_: None, lines.append, minutes=60
+    )
+    trial = scheduler.next_trial()
+    assert not scheduler.should_stop()
+    scheduler.deadline -= 3601
+    assert scheduler.should_stop()
+    assert "time budget" in lines[-1]
+    assert [t.id for t in scheduler.release_running()] == [trial.id]
     assert TrialStore(plan.root / "trials.json").trial(trial.id).state == "waiting"
 
 
-def test_a_search_told_otherwise_under_its_name_is_refused(tmp_path):
+def test_a_search_with_changed_settings_is_refused(tmp_path):
     plan_of(tmp_path)
     plan_of(tmp_path)
     for changed, line in (
@@ -381,85 +383,85 @@ def test_a_search_told_otherwise_under_its_name_is_refused(tmp_path):
         ({"over": ("method.tau_iou=0.35,0.5",)}, "--over method.tau_cls, --over method.tau_iou"),
         ({"seeds": 2}, "--seeds"),
         ({"rungs": "10"}, "--rungs"),
-        ({"kind": "random"}, "--search"),
+        ({"sampler": "random"}, "--sampler"),
         ({"words": (*WORDS, "method.alpha=2")}, "method.alpha"),
     ):
         with pytest.raises(ConfigError, match=f"another {line};"):
             plan_of(tmp_path, *changed.pop("over", ()), **changed)
-    plan_of(tmp_path, words=(*WORDS, "train.log_every=1"))  # no part of what a search is
+    plan_of(tmp_path, words=(*WORDS, "train.log_every=1"))  # not part of the identity of a search
 
 
-def test_a_search_does_not_take_the_folder_of_a_run(tmp_path):
+def test_a_search_does_not_use_the_directory_of_a_run(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"a run of `pais-ray train`"):
         plan_of(tmp_path)
 
 
-# What is proposed
+# Proposals
 
 
 def test_a_grid_is_every_combination_with_every_seed(tmp_path):
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,2,4", seeds=2, rungs="none")
-    control, _ = control_of(plan)
-    trials = [control.next() for _ in range(12)]
-    assert control.next() is None
+    scheduler, _ = scheduler_of(plan)
+    trials = [scheduler.next_trial() for _ in range(12)]
+    assert scheduler.next_trial() is None
     assert len({(t.params["method.tau_cls"], t.params["method.alpha"], t.seed) for t in trials}) == 12
     assert {t.point for t in trials} == set(range(6))
-    config = control.config(trials[-1])
+    config = scheduler.trial_config(trials[-1])
     assert (config.method.tau_cls, config.method.alpha, config.train.seed) == (0.5, 4.0, 1)
     assert config.run.name == trials[-1].id
     with pytest.raises(ConfigError, match="has no grid"):
-        plan_of(tmp_path, "method.alpha=uniform(1,2)", kind="grid", name="other")
+        plan_of(tmp_path, "method.alpha=uniform(1,2)", sampler="grid", name="other")
     with pytest.raises(ConfigError, match="--samples"):
         plan_of(tmp_path, "method.alpha=1,2", samples=3, name="other")
 
 
-@pytest.mark.parametrize("kind", ["random", "optuna"])
-def test_a_killed_search_proposes_what_it_would_have(tmp_path, kind):
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_a_killed_search_proposes_the_same_configurations(tmp_path, sampler):
     over = ("method.tau_cls=uniform(0.2,0.6)", "method.alpha=loguniform(1,8)", "method.burn_in=randint(0,9)")
     runs = []
     for name, killed in (("whole", False), ("killed", True)):
-        plan = plan_of(tmp_path, *over, kind=kind, samples=14, name=name)
-        control, _ = control_of(plan)
+        plan = plan_of(tmp_path, *over, sampler=sampler, samples=14, name=name)
+        scheduler, _ = scheduler_of(plan)
         for k in range(14):
-            trial = control.next()
-            on_result(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.45))
-            control.on_result(trial.id, {"finished": True})
+            trial = scheduler.next_trial()
+            report_scores(scheduler, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.45))
+            scheduler.on_end(trial.id, is_finished=True)
             if killed and k in (4, 11):
-                control, _ = control_of(plan)
-        assert control.next() is None
-        runs.append([t.params for t in control.ledger.trials])
+                scheduler, _ = scheduler_of(plan)
+        assert scheduler.next_trial() is None
+        runs.append([t.params for t in scheduler.store.trials])
     assert runs[0] == runs[1]
     assert len({json.dumps(p) for p in runs[0]}) == 14
 
 
-def test_optuna_learns_where_the_best_is(tmp_path):
-    """After twenty configurations it proposes near the best; chance would be .34 away on average."""
-    plan = plan_of(tmp_path, "method.tau_cls=uniform(0,1)", kind="optuna", samples=30)
-    control, _ = control_of(plan)
+def test_optuna_proposes_near_the_best(tmp_path):
+    """After twenty configurations; random proposals would be 0.34 away on average."""
+    plan = plan_of(tmp_path, "method.tau_cls=uniform(0,1)", sampler="optuna", samples=30)
+    scheduler, _ = scheduler_of(plan)
     for _ in range(30):
-        trial = control.next()
-        on_result(control, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.8))
-        control.on_result(trial.id, {"finished": True})
-    late = [t.params["method.tau_cls"] for t in control.ledger.trials[20:]]
+        trial = scheduler.next_trial()
+        report_scores(scheduler, trial.id, s90=1 - abs(trial.params["method.tau_cls"] - 0.8))
+        scheduler.on_end(trial.id, is_finished=True)
+    late = [t.params["method.tau_cls"] for t in scheduler.store.trials[20:]]
     assert sum(abs(v - 0.8) for v in late) / 10 < 0.17
 
 
-@pytest.mark.parametrize("kind", ["random", "optuna"])
-def test_few_choices_end_early_instead_of_for_ever(tmp_path, kind):
-    control, _ = control_of(plan_of(tmp_path, "method.tau_cls=0.35,0.5", kind=kind, samples=9))
-    assert [control.next().params["method.tau_cls"] for _ in range(2)] != [0.35, 0.35]
-    assert control.next() is None
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_a_small_search_space_ends_early(tmp_path, sampler):
+    scheduler, _ = scheduler_of(plan_of(tmp_path, "method.tau_cls=0.35,0.5", sampler=sampler, samples=9))
+    assert [scheduler.next_trial().params["method.tau_cls"] for _ in range(2)] != [0.35, 0.35]
+    assert scheduler.next_trial() is None
 
 
 def finished_search(tmp_path, name, over, aps, **options):
     plan = plan_of(tmp_path, *over, name=name, **options)
-    control, _ = control_of(plan)
+    scheduler, _ = scheduler_of(plan)
     for ap in aps:
-        trial = control.next()
-        on_result(control, trial.id, s10=ap / 2, s90=ap)
-        control.on_result(trial.id, {"finished": True})
+        trial = scheduler.next_trial()
+        report_scores(scheduler, trial.id, s10=ap / 2, s90=ap)
+        scheduler.on_end(trial.id, is_finished=True)
     return plan
 
 
@@ -467,34 +469,34 @@ def test_a_warm_start_skips_grid_points_and_teaches_optuna(tmp_path):
     over = ("method.tau_cls=0.35,0.5",)
     first = finished_search(tmp_path, "first", over, (0.1, 0.2))
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5,0.65", name="wider")
-    control, _ = control_of(plan)
-    assert warm_start(plan, control.ledger, plan.base, first.root) == 2
-    assert warm_start(plan, control.ledger, plan.base, first.root) == 0, "once"
-    assert control.next().params == {"method.tau_cls": 0.65}
-    assert control.next() is None
-    assert [s.ap for s in control.ledger.standings()] == [0.2, 0.1, None]
+    scheduler, _ = scheduler_of(plan)
+    assert import_trials(plan, scheduler.store, plan.base, first.root) == 2
+    assert import_trials(plan, scheduler.store, plan.base, first.root) == 0, "once"
+    assert scheduler.next_trial().params == {"method.tau_cls": 0.65}
+    assert scheduler.next_trial() is None
+    assert [s.ap for s in scheduler.store.ranking()] == [0.2, 0.1, None]
     learned = plan_of(
         tmp_path, "method.tau_cls=uniform(0.3,0.6)", "method.alpha=uniform(1,5)", samples=1, name="learns"
     )
-    control, _ = control_of(learned)
-    assert warm_start(learned, control.ledger, learned.base, first.root) == 2
-    assert control.ledger.trials[0].params == {"method.tau_cls": 0.35, "method.alpha": 4.0}, "what it had fixed"
-    assert control.next() is not None
-    assert control.next() is None, "samples count what is new"
+    scheduler, _ = scheduler_of(learned)
+    assert import_trials(learned, scheduler.store, learned.base, first.root) == 2
+    assert scheduler.store.trials[0].params == {"method.tau_cls": 0.35, "method.alpha": 4.0}, "its fixed value"
+    assert scheduler.next_trial() is not None
+    assert scheduler.next_trial() is None, "--samples counts new configurations"
 
 
-def test_a_warm_start_from_something_else_is_refused(tmp_path):
+def test_a_warm_start_from_a_different_search_is_refused(tmp_path):
     first = finished_search(tmp_path, "first", ("method.tau_cls=0.35",), (0.1,))
     plan = plan_of(tmp_path, words=(*WORDS, "method.beta=1"), name="other")
-    control, _ = control_of(plan)
+    scheduler, _ = scheduler_of(plan)
     with pytest.raises(ConfigError, match=r"its trials differ in method\.beta"):
-        warm_start(plan, control.ledger, plan.base, first.root)
+        import_trials(plan, scheduler.store, plan.base, first.root)
     with pytest.raises(ConfigError, match="not the folder of a search"):
-        warm_start(plan, control.ledger, plan.base, tmp_path)
+        import_trials(plan, scheduler.store, plan.base, tmp_path)
 
 
-def test_a_warm_start_knows_the_split_of_a_manifest(tmp_path, tiny_coco):
-    """The config.yaml of a trial says what the manifest says, which the words do not."""
+def test_a_warm_start_compares_the_split_of_a_manifest(tmp_path, tiny_coco):
+    """The config.yaml of a trial has the settings of the manifest, which the words do not name."""
     words = (*WORDS, *(f"data.{n}={tiny_coco}/{n}.json" for n in ("train", "val")), f"data.images={tiny_coco}/images")
     _, data = prepare(compose((*words, "data.labeled=0.5", "data.fold=3")))
     (tmp_path / "split.json").write_text(data.manifest.to_json())
@@ -504,17 +506,17 @@ def test_a_warm_start_knows_the_split_of_a_manifest(tmp_path, tiny_coco):
         path = first.trial_root(trial.id) / "config.yaml"
         path.write_text(dump(prepare(load(path))[0]))
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", words=words, name="wider")
-    base = tuner.as_written(plan, prepare(plan.base)[0])
-    assert warm_start(plan, TrialStore(plan.root / "trials.json"), base, first.root) == 1
+    base = tuner.base_of_trials(plan, prepare(plan.base)[0])
+    assert import_trials(plan, TrialStore(plan.root / "trials.json"), base, first.root) == 1
 
 
-# How many at once
+# Capacity
 
 
 @given(st.lists(st.integers(0, 96), min_size=1, max_size=5), st.integers(1, 6), st.integers(1, 48), st.randoms())
 @settings(max_examples=300)
-def test_the_workers_of_all_trials_have_places_wherever_they_land(nodes, workers, quarters, chance):
-    """In quarters of a CPU, placed at random; one trial more would not fit."""
+def test_the_workers_of_all_trials_fit_wherever_they_are_placed(nodes, workers, quarters, chance):
+    """In quarters of a CPU, placed at random; one more trial would not fit."""
     cluster, cpus = [{"CPU": n / 4} for n in nodes], quarters / 4
     try:
         count = concurrent_trials(cluster, workers=workers, cpus=cpus, use_gpu=False)
@@ -526,7 +528,7 @@ def test_the_workers_of_all_trials_have_places_wherever_they_land(nodes, workers
     assert sum(n // quarters for n in free) < workers
 
 
-def test_the_arithmetic_on_machines_as_they_are():
+def test_the_capacity_of_typical_machines():
     def count(*cpus, workers=1, each=1.0, gpus=None):
         nodes = [{"CPU": float(c), "GPU": float(gpus or 0)} for c in cpus]
         return concurrent_trials(nodes, workers=workers, cpus=each, use_gpu=gpus is not None)
@@ -543,132 +545,138 @@ def test_the_arithmetic_on_machines_as_they_are():
         count(8, workers=2, gpus=1)
 
 
-# What is reported
+# Reports
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.randoms())
-def test_the_table_is_best_first_by_the_mean_over_seeds(aps, chance):
-    ledger = TrialStore(Path("nowhere"))
-    trials = [ledger.add({"method.tau_cls": point}, seed) for point in range(len(aps)) for seed in (0, 1)]
+def test_the_ranking_is_by_the_mean_over_seeds(aps, chance):
+    store = TrialStore(Path("nowhere"))
+    trials = [store.add({"method.tau_cls": point}, seed) for point in range(len(aps)) for seed in (0, 1)]
     for trial in trials:
         trial.scores, trial.state = {90: aps[trial.point][trial.seed]}, "finished"
-    chance.shuffle(ledger.trials)
-    standings = ledger.standings()
+    chance.shuffle(store.trials)
+    ranking = store.ranking()
     means = [sum(pair) / 2 for pair in aps]
-    assert [s.ap for s in standings] == pytest.approx(sorted(means, reverse=True))
-    for s in standings:
+    assert [s.ap for s in ranking] == pytest.approx(sorted(means, reverse=True))
+    for s in ranking:
         a, b = aps[s.point]
         assert s.ap == pytest.approx((a + b) / 2)
         assert s.spread == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-12)
-    assert report.best_of(standings) == standings[0]
+    assert report.best_of(ranking) == ranking[0]
 
 
-def test_a_configuration_is_ranked_where_all_its_seeds_were(tmp_path):
-    """One seed is on its way: the other's later, higher AP does not count yet."""
+def test_a_configuration_is_ranked_at_the_last_step_of_all_its_seeds(tmp_path):
+    """One seed is still running: the later, higher AP of the other does not count yet."""
     plan = plan_of(tmp_path, "method.tau_cls=0.35", seeds=2)
-    control, _ = control_of(plan)
-    a = control.next().id
-    on_result(control, a, s10=0.2, s30=0.4, s90=0.9)
-    control.on_result(a, {"finished": True})
-    on_result(control, control.next().id, s10=0.1)
-    (only,) = control.ledger.standings()
+    scheduler, _ = scheduler_of(plan)
+    a = scheduler.next_trial().id
+    report_scores(scheduler, a, s10=0.2, s30=0.4, s90=0.9)
+    scheduler.on_end(a, is_finished=True)
+    report_scores(scheduler, scheduler.next_trial().id, s10=0.1)
+    (only,) = scheduler.store.ranking()
     assert (only.state, only.step, only.ap) == ("running", 10, pytest.approx(0.15))
     assert report.best_of([only]) is None
 
 
-def test_the_first_seeds_verdict_is_its_configurations(tmp_path):
-    """Judged each on its own, seldom would all seeds of a configuration finish, and there would be no best."""
+def test_the_first_seed_decides_for_its_configuration(tmp_path):
+    """If each seed was compared by itself, all seeds of a configuration would seldom finish."""
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5,0.65", seeds=3)
-    control, _ = control_of(plan)
-    a, b = control.next(), control.next()
-    assert (a.seed, b.seed, a.point, b.point) == (0, 0, 0, 1), "other first seeds fill the places"
-    on_result(control, a.id, s10=0.5, s30=0.5, s90=0.5)
-    control.on_result(a.id, {"finished": True})
-    again = control_of(plan)[0]  # killed here: what ran comes first, then what the ledger says may start
-    assert [(t.point, t.seed) for t in (again.next(), again.next(), again.next())] == [(1, 0), (0, 1), (0, 2)]
-    assert on_result(again, b.id, s10=0.4)
-    again.on_result(b.id, {"finished": False})
+    scheduler, _ = scheduler_of(plan)
+    a, b = scheduler.next_trial(), scheduler.next_trial()
+    assert (a.seed, b.seed, a.point, b.point) == (0, 0, 0, 1), "first seeds of other configurations start meanwhile"
+    report_scores(scheduler, a.id, s10=0.5, s30=0.5, s90=0.5)
+    scheduler.on_end(a.id, is_finished=True)
+    again = scheduler_of(plan)[0]  # killed here: running trials resume first, then new ones start
+    assert [(t.point, t.seed) for t in (again.next_trial(), again.next_trial(), again.next_trial())] == [
+        (1, 0),
+        (0, 1),
+        (0, 2),
+    ]
+    assert report_scores(again, b.id, s10=0.4)
+    again.on_end(b.id, is_finished=False)
     for trial in ("000s1", "000s2"):
-        assert not on_result(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end, unjudged"
-        again.on_result(trial, {"finished": True})
-    c = again.next()
-    assert (c.point, c.seed) == (2, 0), "no further seed of what was stopped"
-    assert again.next() is None
-    assert again.waits(), "its other seeds may come"
-    assert on_result(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
-    assert again.ledger.rung(10) == {"000s0": 0.5, "001s0": 0.4, "002s0": 0.2}
-    assert again.next() is None
-    assert not again.waits()
-    best = report.best_of(again.ledger.standings())
+        assert not report_scores(again, trial, s10=0.1, s30=0.1, s90=0.1), "runs to the end without comparisons"
+        again.on_end(trial, is_finished=True)
+    c = again.next_trial()
+    assert (c.point, c.seed) == (2, 0), "no further seed of a stopped configuration"
+    assert again.next_trial() is None
+    assert again.has_waiting_trials(), "its other seeds may start later"
+    assert report_scores(again, c.id, s10=0.2), "against 0.5 and 0.4: further seeds are not at the rung"
+    assert again.store.rung(10) == {"000s0": 0.5, "001s0": 0.4, "002s0": 0.2}
+    assert again.next_trial() is None
+    assert not again.has_waiting_trials()
+    best = report.best_of(again.store.ranking())
     assert (best.point, len(best.trials), best.ap) == (0, 3, pytest.approx(0.7 / 3))
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.sampled_from(["grid", "random", "optuna"]), st.randoms())
 @settings(max_examples=25, deadline=None)
-def test_every_search_ends_with_a_best(tmp_path_factory, places, seeds, kind, chance):
-    """However many run at once and however they do: no place stays empty for ever, and one configuration is whole."""
+def test_every_search_ends_with_a_best(tmp_path_factory, places, seeds, sampler, chance):
+    """For any number of concurrent trials and any scores, one configuration finishes all its seeds."""
     over = "method.tau_cls=0.2,0.3,0.4,0.5,0.6"
-    plan = plan_of(tmp_path_factory.mktemp("s"), over, seeds=seeds, kind=kind, samples=None if kind == "grid" else 5)
-    control, _ = control_of(plan)
+    plan = plan_of(
+        tmp_path_factory.mktemp("s"), over, seeds=seeds, sampler=sampler, samples=None if sampler == "grid" else 5
+    )
+    scheduler, _ = scheduler_of(plan)
     running = {}
     while True:
-        while len(running) < places and (trial := control.next()) is not None:
+        while len(running) < places and (trial := scheduler.next_trial()) is not None:
             running[trial.id] = iter((10, 30, 90))
         if not running:
             break
         name = chance.choice(sorted(running))
         step = next(running[name], None)
-        if step is None or on_result(control, name, **{f"s{step}": chance.random()}):
-            control.on_result(name, {"finished": step is None})
+        if step is None or report_scores(scheduler, name, **{f"s{step}": chance.random()}):
+            scheduler.on_end(name, is_finished=step is None)
             del running[name]
-    assert not control.waits()
-    best = report.best_of(control.ledger.standings())
+    assert not scheduler.has_waiting_trials()
+    best = report.best_of(scheduler.store.ranking())
     assert [t.seed for t in best.trials] == list(range(seeds))
-    assert {len(s.trials) for s in control.ledger.standings() if s.state == "stopped"} <= {1}
-    assert {s.state for s in control.ledger.standings()} <= {"finished", "stopped"}
+    assert {len(s.trials) for s in scheduler.store.ranking() if s.state == "stopped"} <= {1}
+    assert {s.state for s in scheduler.store.ranking()} <= {"finished", "stopped"}
 
 
-def test_tune_asks_again_where_seeds_wait(tmp_path):
-    """To Tune, FINISHED is for ever."""
-    control, _ = control_of(plan_of(tmp_path, "method.tau_cls=0.35", seeds=2))
-    suggest = tuner.Suggest(control)
+def test_tune_asks_again_while_seeds_wait(tmp_path):
+    """FINISHED would be final for Tune."""
+    scheduler, _ = scheduler_of(plan_of(tmp_path, "method.tau_cls=0.35", seeds=2))
+    suggest = tuner.TrialSearcher(scheduler)
     assert suggest.suggest("x") == {"trial": "000s0"}
     assert suggest.suggest("x") is None
-    control.on_result("000s0", {"finished": True})
+    scheduler.on_end("000s0", is_finished=True)
     assert suggest.suggest("x") == {"trial": "000s1"}
     assert suggest.suggest("x") == Searcher.FINISHED
 
 
-def test_another_best_has_a_name_of_its_own(tmp_path):
-    """NAME-best is of the first: with other settings it could not be resumed, however often one asks."""
+def test_another_best_configuration_has_its_own_run_name(tmp_path):
+    """NAME-best belongs to the first best configuration and cannot be resumed with other settings."""
     words = (*WORDS, f"run.storage_path={tmp_path}")
     plan = finished_search(tmp_path, "s", ("method.tau_cls=0.35,0.5",), (0.1, 0.2), rungs="none")
-    low, high = sorted(TrialStore(plan.root / "trials.json").standings(), key=lambda s: s.point)
-    config = tuner.named_best("s-best", low, words)
+    low, high = sorted(TrialStore(plan.root / "trials.json").ranking(), key=lambda s: s.point)
+    config = tuner.best_run_config("s-best", low, words)
     assert (config.run.name, config.method.tau_cls) == ("s-best", 0.35)
-    assert tuner.named_best("s-best", high, words).run.name == "s-best", "nothing was made of it yet"
+    assert tuner.best_run_config("s-best", high, words).run.name == "s-best", "it has no checkpoint yet"
     root = tmp_path / "s-best"
     checkpoint = root / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     (root / "config.yaml").write_text(dump(config))
-    assert tuner.named_best("s-best", low, words).run.name == "s-best"
-    other = tuner.named_best("s-best", high, words)
+    assert tuner.best_run_config("s-best", low, words).run.name == "s-best"
+    other = tuner.best_run_config("s-best", high, words)
     assert (other.run.name, other.method.tau_cls) == ("s-best-001", 0.5)
 
 
-def test_no_best_to_retrain_is_one_line(tmp_path):
+def test_retraining_without_a_finished_configuration_is_a_one_line_error(tmp_path):
     plan = plan_of(tmp_path)
     with pytest.raises(ConfigError, match="--retrain-best: no configuration finished"):
-        tuner.retrain(plan, plan.words, TrialStore(plan.root / "trials.json"))
+        tuner.train_best(plan, plan.words, TrialStore(plan.root / "trials.json"))
 
 
 def test_the_files_of_a_search(tmp_path):
     over = ("method.tau_cls=0.35,0.5", "method.alpha=1,4", "optim.reference.milestones=[240,280]")
     plan = finished_search(tmp_path, "first", over, (0.1, 0.4, 0.3, 0.2), rungs="none")
-    ledger = TrialStore(plan.root / "trials.json")
-    result = report.to_json(plan, ledger, None)
-    report.write(plan, ledger, result)
+    store = TrialStore(plan.root / "trials.json")
+    result = report.to_json(plan, store, None)
+    report.write(plan, store, result)
     figures = ("figures/parallel.png", "figures/parameters.png")
     for name in ("table.txt", "results.json", "results.csv", "best.yaml", *figures):
         assert (plan.root / name).stat().st_size > 100
@@ -687,11 +695,11 @@ def test_the_files_of_a_search(tmp_path):
     assert json.loads((plan.root / "results.json").read_text())["best"]["teacher/segm_AP"] == 0.4
 
 
-def test_values_stand_under_their_names_whatever_order_they_came_in(tmp_path):
+def test_csv_columns_do_not_depend_on_the_order_of_params(tmp_path):
     plan = plan_of(tmp_path, "method.tau_cls=0.35,0.5", "method.alpha=1,4")
-    ledger = TrialStore(plan.root / "trials.json")
-    ledger.add({"method.alpha": 4, "method.tau_cls": 0.5}, 0)
-    report.write(plan, ledger, {})
+    store = TrialStore(plan.root / "trials.json")
+    store.add({"method.alpha": 4, "method.tau_cls": 0.5}, 0)
+    report.write(plan, store, {})
     head, row = (plan.root / "results.csv").read_text().splitlines()
     assert head.split(",")[-2:] == ["method.tau_cls", "method.alpha"]
     assert row.split(",")[-2:] == ["0.5", "4"]
