@@ -1,4 +1,5 @@
-"""`pais-ray` verbs. Everything heavy is imported inside the verbs: `--help` answers at once."""
+"""The command `pais-ray` and its verbs. Modules that take seconds to import are imported inside the verbs, so that
+`--help` answers at once."""
 
 import signal
 
@@ -18,7 +19,9 @@ from pais_ray.cluster import ray_compat
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Semi-supervised instance segmentation: few labeled images, many unlabeled ones."""
+    """Semi-supervised instance segmentation from few labeled and many unlabeled images.
+
+    `pais-ray VERB --help` explains a verb."""
     if ray_compat.is_stopped_by_sigint():
         # If the cluster of this job was started by a shell in the background, its processes ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)

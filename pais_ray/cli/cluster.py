@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pais_ray.cli.options import FAILED, json_option, verb, write_json
+from pais_ray.cli.options import FAILED, checkpoint_option, json_option, role_option, verb, write_json
 from pais_ray.cli.search_pipeline import search
 from pais_ray.cli.training import train, tune, tune_options
 
@@ -22,7 +22,7 @@ JOB_VERBS = {  # name of a job -> verb of `pais-ray`
 }
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(short_help="Run a verb as a job on a Ray cluster.", context_settings={"ignore_unknown_options": True})
 @click.argument("job", metavar="VERB")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -34,11 +34,16 @@ JOB_VERBS = {  # name of a job -> verb of `pais-ray`
 )
 @click.option(
     "--include",
+    metavar="PATH",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="File or folder to send along, such as YAML files, manifests or a package with your own method.",
+    help="File or folder to send along, such as YAML files, manifests or a package with your own method. Repeatable.",
 )
-@click.option("--num-gpus", type=float, help="GPUs of the program itself (audit); workers reserve their own.")
+@click.option(
+    "--num-gpus",
+    type=float,
+    help="Number of GPUs for the program itself, which audit uses. Workers reserve their own.",
+)
 @verb
 def submit(job: str, words: tuple[str, ...], address: str, include: tuple[Path, ...], num_gpus: float) -> None:
     """Run `pais-ray VERB WORDS` as a job on a Ray cluster: train, tune, search, batch-predict, audit or tables.
@@ -91,24 +96,43 @@ def check_words(job: str, words: tuple[str, ...]) -> None:
         check_outlives_job(make_plan(given["words"], tune_options(given)).base)
 
 
-@click.command("batch-predict")
+@click.command("batch-predict", short_help="Predict instances in many images on a cluster.")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("source")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Seen by every node.")
-@click.option("--images", help="Where SOURCE is a COCO JSON: the folder or bucket prefix of its images.")
-@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
-@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
-@click.option("--part-images", type=click.IntRange(min=1), default=100, show_default=True, help="Images of a part.")
-@click.option("--workers", type=click.IntRange(min=1), help="Actors; default: a GPU each, or all CPUs but one.")
-@click.option("--use-gpu", is_flag=True, help="One GPU an actor.")
-@click.option("--merge", is_flag=True, help="Also one OUT/results.json of all parts, with OUT/images.json.")
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for the results, which every node must see under the same path.",
+)
+@click.option(
+    "--images", metavar="PATH", help="Folder or bucket prefix of the images, required if SOURCE is a COCO JSON."
+)
+@role_option
+@checkpoint_option
+@click.option(
+    "--part-images",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Number of images per part. A part is written when all of its images are predicted.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Number of actors. Default: one per GPU with --use-gpu, else one per CPU except for one CPU.",
+)
+@click.option("--use-gpu", is_flag=True, help="Reserve one GPU for each actor.")
+@click.option("--merge", is_flag=True, help="Also write OUT/results.json of all parts, with OUT/images.json.")
 @json_option
 @verb
 def batch_predict(run: Path, source: str, out: Path, json_path: str | None, **options: Any) -> None:
-    """Instances in all images of SOURCE, with a pool of actors on the cluster (pipelines/predict.py).
+    """Predict instances in all images of SOURCE with a pool of actors on the cluster.
 
-    SOURCE is a folder, a bucket prefix (s3://..., gs://...) or a COCO JSON. Writes OUT/parts/part-NNNNNN.json (COCO
-    results); the same command goes on after any kill. Exit code 1 where images could not be read."""
+    SOURCE is a folder, a bucket prefix (s3://..., gs://...) or a COCO JSON. Writes OUT/parts/part-NNNNNN.json, which
+    are COCO results. The same command resumes after any interruption. The exit code is 1 if images could not be read
+    or parts were not finished."""
     from pais_ray.inference.batch import batch_predict as predict_all
 
     summary = predict_all(run, source, out, **options)

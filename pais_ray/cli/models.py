@@ -1,25 +1,33 @@
-"""Verbs on a trained model or its results: evaluate, predict."""
+"""Verbs that use a trained model or its results: evaluate, predict, export."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pais_ray.cli.options import FAILED, json_option, verb, write_json
+from pais_ray.cli.options import FAILED, checkpoint_option, device_option, json_option, role_option, verb, write_json
 
 
-@click.command()
+@click.command(short_help="Compute the AP of a checkpoint or of a results file.")
 @click.argument("run", required=False, type=click.Path(exists=True, file_okay=False))
-@click.option("--annotations", type=click.Path(exists=True), help="COCO ground truth JSON, or Cityscapes' gtFine/PART.")
-@click.option("--images", type=click.Path(exists=True, file_okay=False), help="The ground truth's images.")
+@click.option(
+    "--annotations",
+    metavar="PATH",
+    type=click.Path(exists=True),
+    help="Ground truth to evaluate on: a COCO JSON, or the folder gtFine/PART of Cityscapes.",
+)
+@click.option(
+    "--images", metavar="FOLDER", type=click.Path(exists=True, file_okay=False), help="The images of --annotations."
+)
 @click.option(
     "--predictions",
+    metavar="PATH",
     type=click.Path(exists=True),
-    help="COCO results JSON, or a folder of Cityscapes results, to score.",
+    help="Results to score instead of a checkpoint: a COCO results JSON, or a folder of Cityscapes results.",
 )
-@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
-@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
-@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@role_option
+@checkpoint_option
+@device_option
 @json_option
 @verb
 def evaluate(
@@ -32,26 +40,29 @@ def evaluate(
     device: str | None,
     json_path: str | None,
 ) -> None:
-    """COCO AP of a RUN's checkpoint on its validation images (or on --annotations with --images), or of any
-    results file: --annotations GT.json --predictions RESULTS.json. On Cityscapes its own instance AP is added."""
+    """Compute the COCO AP of a checkpoint of RUN, or of a results file.
+
+    A checkpoint is evaluated on the validation images of its run, or on --annotations with --images. A results file
+    needs no RUN: --annotations GT.json --predictions RESULTS.json. On Cityscapes, the instance AP of its own
+    evaluation script is added."""
     from pais_ray.evaluation.scoring import format_table, score
 
     if predictions is not None:
         if annotations is None or run is not None:
-            raise click.UsageError("--predictions goes with --annotations and without RUN")
-        scores = score(*truth_and_results(annotations, predictions))
+            raise click.UsageError("--predictions requires --annotations and excludes RUN")
+        scores = score(*read_truth_and_results(annotations, predictions))
     elif run is not None:
         from pais_ray.inference.predictor import Predictor
 
         predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
         scores = predictor.evaluate(annotations, images)
     else:
-        raise click.UsageError("give RUN, or --annotations with --predictions")
+        raise click.UsageError("expected RUN, or --annotations with --predictions")
     click.echo(format_table(scores))
     write_json(json_path, scores)
 
 
-@click.command()
+@click.command(short_help="Predict instances in images with a trained model.")
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
 @click.argument("images", nargs=-1, type=click.Path(exists=True))
 @click.option(
@@ -59,14 +70,27 @@ def evaluate(
     type=click.Choice(["val", "unlabeled"]),
     default="val",
     show_default=True,
-    help="Which images of the run, where no IMAGES are named.",
+    help="The images of the run to use if no IMAGES are given.",
 )
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for results and overlays.")
-@click.option("--draw", type=click.IntRange(min=0), default=None, help="Overlays of so many images; default: all.")
-@click.option("--score", default=0.5, show_default=True, help="Minimum score to be drawn. Every detection is written.")
-@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
-@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
-@click.option("--device", default=None, help="cpu or cuda; default: cuda where there is one.")
+@click.option(
+    "--out", metavar="FOLDER", type=click.Path(file_okay=False), required=True, help="Folder for results and overlays."
+)
+@click.option(
+    "--draw",
+    metavar="NUMBER",
+    type=click.IntRange(min=0),
+    help="Number of images to draw overlays of. Default: all.",
+)
+@click.option(
+    "--score",
+    metavar="SCORE",
+    default=0.5,
+    show_default=True,
+    help="Minimum score of a detection to be drawn. Every detection is written.",
+)
+@role_option
+@checkpoint_option
+@device_option
 @json_option
 @verb
 def predict(
@@ -81,10 +105,11 @@ def predict(
     device: str | None,
     json_path: str | None,
 ) -> None:
-    """Instances in IMAGES (files or folders; default: the run's validation images, or its --part unlabeled).
+    """Predict instances in IMAGES, which are files or folders, with a checkpoint of RUN.
 
-    Writes OUT/results.json (COCO results with the predicted mask IoU: data.pseudo_labels of another run takes them),
-    OUT/images.json (which id is which file) and OUT/overlays/."""
+    Without IMAGES, the validation images of the run are used, or its unlabeled images with --part unlabeled. Writes
+    OUT/results.json (COCO results with the predicted mask IoU, which another run accepts as data.pseudo_labels),
+    OUT/images.json (the file of each image id) and OUT/overlays/."""
     from pais_ray.inference.predictor import Predictor, image_records
 
     predictor = Predictor.open(Path(run), role=role, checkpoint=checkpoint, device=device)
@@ -99,8 +124,8 @@ def predict(
     write_json(json_path, summary)
 
 
-def truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
-    """Ground truth and predictions as ``evaluate.score`` takes them."""
+def read_truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
+    """Ground truth and predictions as ``evaluation.scoring.score`` takes them."""
     from pais_ray.data.annotations.cityscapes import read_results
     from pais_ray.data.sources.readers import read_truth
 
@@ -108,35 +133,40 @@ def truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any]:
     if not Path(predictions).is_dir():
         return truth, predictions
     if isinstance(truth, str):
-        raise click.UsageError(f"{predictions}: a folder of results goes with --annotations ROOT/gtFine/PART")
+        raise click.UsageError(f"{predictions}: a folder of results requires --annotations ROOT/gtFine/PART")
     return truth, read_results(predictions, truth)
 
 
-@click.command()
+@click.command(short_help="Export a trained model as ONNX or safetensors.")
 @click.argument("run", type=click.Path(exists=True, file_okay=False))
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the exported model.")
-@click.option("--role", type=click.Choice(["teacher", "student"]), default="teacher", show_default=True)
-@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a checkpoint directory.")
+@click.option(
+    "--out", metavar="FOLDER", type=click.Path(file_okay=False), required=True, help="Folder for the exported model."
+)
+@role_option
+@checkpoint_option
 @click.option(
     "--format",
     "kind",
     type=click.Choice(["onnx", "safetensors"]),
     default="onnx",
     show_default=True,
-    help="safetensors: weights and config alone, which onnx writes too.",
+    help="What to write. The choice safetensors writes weights and config only; onnx writes these too.",
 )
 @click.option(
-    "--images", type=click.IntRange(min=1), help="Compare AP on the first so many validation images; default: all."
+    "--images",
+    metavar="NUMBER",
+    type=click.IntRange(min=1),
+    help="Number of validation images to compare the AP of ONNX and PyTorch on. Default: all.",
 )
 @json_option
 @verb
 def export(
     run: str, out: str, role: str, checkpoint: str, kind: str, images: int | None, json_path: str | None
 ) -> None:
-    """RUN's model as OUT/model.onnx, which takes images of any size, beside its safetensors and config.
+    """Export a checkpoint of RUN as OUT/model.onnx, which accepts images of any size, with safetensors and config.
 
-    OUT/run.py runs it with numpy, Pillow and onnxruntime. What ONNX and PyTorch say of the run's validation images is
-    compared at the end; exit code 1 where they differ by more than the tolerance."""
+    OUT/run.py runs the model with numpy, Pillow and onnxruntime only. At the end, the results of ONNX and PyTorch on
+    the validation images of the run are compared. The exit code is 1 if they differ by more than the tolerance."""
     from pais_ray.inference.export import export as exporting
 
     manifest = exporting.export(

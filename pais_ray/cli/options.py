@@ -1,4 +1,4 @@
-"""What all verbs share: exit codes, JSON output, progress, text for any terminal."""
+"""What all verbs share: common options, exit codes, JSON output, progress bars, text for any terminal."""
 
 import json
 import os
@@ -8,19 +8,43 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+Item = TypeVar("Item")
+
 OK, FAILED, WRONG_INPUT = 0, 1, 2
-json_option = click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the result here.")
-WORDS = """WORDS are names of files in configs/ (or paths to YAML files), applied left to right, then dotted
-settings: `coco mask_rcnn pais data.labeled=0.01 train.seed=1`. data=FOLDER stands for the settings of the data set
-that lies there."""
+WORDS = """WORDS are names of files in configs/ or paths of YAML files, applied from left to right, then overrides
+of single settings: `coco mask_rcnn pais data.labeled=0.01 train.seed=1`. The word data=FOLDER stands for the settings
+that fit the data set in FOLDER."""
+
+json_option = click.option(
+    "--json", "json_path", metavar="FILE", type=click.Path(dir_okay=False), help="Also write the result as JSON."
+)
+role_option = click.option(
+    "--role",
+    type=click.Choice(["teacher", "student"]),
+    default="teacher",
+    show_default=True,
+    help="The model to use: the EMA teacher, or the student that it follows.",
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar="NAME",
+    default="best",
+    show_default=True,
+    help="The checkpoint to use: best, last, or the path of a checkpoint directory.",
+)
+device_option = click.option(
+    "--device", metavar="DEVICE", help="The device to use: cpu or cuda. Default: cuda if a GPU is available."
+)
 
 
-def verb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Exit codes: 0 success, 1 failure of the work, 2 wrong usage or input; one clear line first."""
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a verb so that errors are printed as one line and end in an exit code.
+
+    Exit codes: 0 success, 1 runtime failure, 2 wrong usage or input. Unexpected failures also print a traceback."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -36,15 +60,15 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(WRONG_INPUT)
         except Exception as error:
             click.echo(f"error: {type(error).__name__}: {error}", err=True)
-            if not (isinstance(error, OSError) and error.filename):  # a file or folder that says it all
+            if not (isinstance(error, OSError) and error.filename):  # the message already names the file or folder
                 traceback.print_exc()
             sys.exit(FAILED)
 
     return wrapped
 
 
-def progress(items: Iterable[Any], count: int) -> Iterator[Any]:
-    """The items, with a bar on a terminal."""
+def progress(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """Iterate over ``items``, ``count`` in number, with a progress bar if stderr is a terminal."""
     if count == 0 or not sys.stderr.isatty():
         yield from items
         return
@@ -53,8 +77,9 @@ def progress(items: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 def echo(text: str) -> None:
-    """Text with names from outside, whatever the terminal's encoding lacks. Where the reader of a pipe has gone, the
-    work goes on without it, and its exit code counts."""
+    """Print text that may contain any characters, replacing those that the terminal's encoding lacks.
+
+    If the process at the other end of a pipe has ended, the output is dropped and the verb continues."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "replace").decode(encoding))
@@ -62,14 +87,18 @@ def echo(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def same_command(known_by: str, *addition: str) -> str:
-    """This command line, to be run again: with ``addition`` where no word begins with ``known_by``."""
-    started = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
-    words = sys.argv[1:] if any(w.startswith(known_by) for w in sys.argv) else [*sys.argv[1:], *addition]
-    return " ".join([started, *(shlex.quote(w) for w in words)])
+def resume_command(prefix: str, *addition: str) -> str:
+    """The command line of this process, for the user to repeat.
+
+    ``addition`` is appended unless an argument starts with ``prefix``, so that the command names the run."""
+    program = sys.argv[0] if os.access(sys.argv[0], os.X_OK) else f"{sys.executable} {sys.argv[0]}"
+    is_named = any(argument.startswith(prefix) for argument in sys.argv)
+    arguments = sys.argv[1:] if is_named else [*sys.argv[1:], *addition]
+    return " ".join([program, *(shlex.quote(argument) for argument in arguments)])
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
+    """Write the result of a verb to the file of --json, if one was given. Raises UsageError if that fails."""
     if path is not None:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

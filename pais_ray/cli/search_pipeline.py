@@ -13,6 +13,7 @@ from pais_ray.cli.training import tune
 
 
 @click.command(
+    short_help="Run tune, train the best settings, and register the model.",
     hidden=True,
     context_settings={"ignore_unknown_options": True},
     help="Run `pais-ray tune WORDS --retrain-best`, then `pais-ray register` on the best run.\n\n"
@@ -23,8 +24,9 @@ from pais_ray.cli.training import tune
 @click.option(
     "--json",
     "json_path",
+    metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the result of the search to this file, as `pais-ray tune --json` does.",
+    help="Also write the result of the search as JSON, like `pais-ray tune --json`.",
 )
 def search(words: tuple[str, ...], model: str, json_path: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +39,7 @@ def search(words: tuple[str, ...], model: str, json_path: Path | None) -> None:
 
 
 def run_verb(verb: click.Command, words: Sequence[str]) -> None:
-    """Runs a verb; if it fails, this program ends with its exit code."""
+    """Run a verb. If it fails, this process exits with its exit code."""
     try:
         verb.main(list(words))
     except SystemExit as end:

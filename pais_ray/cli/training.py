@@ -1,6 +1,7 @@
-"""Verbs around a run: train, show."""
+"""Verbs that train: train, tune; and show, which explains what they would do."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,28 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pais_ray.cli.options import FAILED, WORDS, echo, json_option, same_command, verb, write_json
+from pais_ray.cli.options import FAILED, WORDS, echo, json_option, resume_command, verb, write_json
 
 if TYPE_CHECKING:
     from pais_ray.search.plan import SearchOptions
 
-
 SAMPLERS = ("grid", "random", "optuna")
 
 
-@click.command(help="Train, or resume the run of that run.name.\n\n" + WORDS)
+@click.command(
+    short_help="Train a model, or resume a run.",
+    help="Train a model, or resume the run that run.name names. Without WORDS, the quickstart is trained.\n\n" + WORDS,
+)
 @click.argument("words", nargs=-1)
-@click.option("--force", is_flag=True, help="Resume even though identity settings differ from the run's start.")
+@click.option(
+    "--force", is_flag=True, help="Resume although settings that define the run differ from those at its start."
+)
 @json_option
 @verb
 def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose
 
-    spelt = expand_words(words or ("quickstart",))
-    for line in (*spelt.found, *spelt.chosen):
+    resolved = expand_words(words or ("quickstart",))
+    for line in (*resolved.found, *resolved.chosen):
         echo(line)
-    config = compose(spelt.words)
+    config = compose(resolved.words)
     from pais_ray.train.driver import launch, run_loop
     from pais_ray.train.driver.result import summary
 
@@ -42,28 +47,40 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     click.echo(summary(result, config))
     if result.stopped:
         name = f"run.name={Path(result.run_dir).name}"
-        click.echo(f"resume with:\n  {same_command('run.name=', name)}")
+        click.echo(f"Resume with:\n  {resume_command('run.name=', name)}")
 
 
 @click.command(
-    help="Print the resolved configuration of WORDS and the schedule that follows from it, without training.\n\n"
-    + WORDS
+    short_help="Print the resolved settings, or explain a setting.",
+    help="Print the resolved settings of WORDS and the schedule that follows from them, without training.\n\n" + WORDS,
 )
 @click.argument("words", nargs=-1)
 @click.option(
     "--describe",
     "key",
     metavar="KEY",
-    help="Explain a setting (train.steps) or all settings of a section (train) instead.",
+    help="Explain the setting KEY (train.steps), or all settings of the section KEY (train), instead.",
 )
+@click.option("--schema", is_flag=True, help="Print the JSON schema of config files, for editors, instead.")
 @json_option
 @verb
-def show(words: tuple[str, ...], key: str | None, json_path: str | None) -> None:
+def show(words: tuple[str, ...], key: str | None, schema: bool, json_path: str | None) -> None:
+    if sum([bool(words), key is not None, schema]) > 1:
+        raise click.UsageError("expected only one of WORDS, --describe and --schema")
     if key is not None:
-        if words:
-            raise click.UsageError("--describe KEY excludes WORDS; run the command once for each")
-        describe_settings(key, json_path)
-        return
+        content = describe_settings(key)
+    elif schema:
+        from pais_ray.config.schema import json_schema
+
+        content = json_schema()
+        click.echo(json.dumps(content, indent=1))
+    else:
+        content = show_config(words)
+    write_json(json_path, content)
+
+
+def show_config(words: tuple[str, ...]) -> dict[str, Any]:
+    """Print the settings that ``words`` describe, as YAML with the schedule in comments, and return both."""
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose, dump, run_schedule
 
@@ -74,57 +91,77 @@ def show(words: tuple[str, ...], key: str | None, json_path: str | None) -> None
     schedule = run_schedule(config)
     click.echo(dump(config), nl=False)
     click.echo("# " + schedule.explain().replace("\n", "\n# "))
-    write_json(json_path, {"config": config.model_dump(mode="json"), "schedule": vars(schedule)})
+    return {"config": config.model_dump(mode="json"), "schedule": schedule.to_json()}
 
 
-def describe_settings(key: str, json_path: str | None) -> None:
-    """Prints what ``key`` means, one paragraph per setting."""
+def describe_settings(key: str) -> dict[str, Any]:
+    """Print and return the descriptions of the setting or section ``key``."""
     from pais_ray.config.describe import describe
 
     settings = describe(key)
     echo("\n\n".join(setting.to_text() for setting in settings))
-    write_json(json_path, {"settings": [vars(setting) for setting in settings]})
+    return {"settings": [vars(setting) for setting in settings]}
 
 
 @click.command(
-    help="Search settings of WORDS: many short trainings on the cluster, compared by the teacher's segm AP. The same"
-    " command goes on with a search that was stopped or killed. docs/guides/search.md explains it.\n\n" + WORDS
+    short_help="Search for the best settings with many short runs.",
+    help="Search for the best settings: many short runs of WORDS on the cluster, compared by the teacher's segm AP."
+    " The same command resumes a search that was stopped or killed. See docs/guides/search.md.\n\n" + WORDS,
 )
 @click.argument("words", nargs=-1, required=True)
 @click.option(
     "--over",
     multiple=True,
-    metavar="PATH=VALUES",
-    help="method.tau_cls=0.35,0.5 or uniform(a,b), loguniform(a,b), randint(a,b), choice(...); repeatable."
-    " Or as the section search: of a word, such as search_pais.",
+    metavar="SETTING=VALUES",
+    help="A setting to search and its values: method.tau_cls=0.35,0.5, or uniform(a,b), loguniform(a,b), randint(a,b),"
+    " choice(...). Repeatable. A config file can list them in its section search:, as search_pais does.",
 )
-@click.option("--name", help="Of the search and its folder; the same name goes on. Default: run.name, or the time.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="Name of the search and of its folder. The name of an existing search resumes it."
+    " Default: run.name, or a name made of the time.",
+)
 @click.option(
     "--sampler",
     type=click.Choice(SAMPLERS),
     help="How configurations are chosen. Default: grid if all settings are lists, else optuna (TPE).",
 )
 @click.option("--search", type=click.Choice(SAMPLERS), hidden=True)  # the earlier name of --sampler
-@click.option("--samples", type=click.IntRange(min=1), help="Configurations to try, unless in a grid.  [default: 20]")
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trials a configuration, by train.seed."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Number of configurations to try. A grid always tries all of its own.  [default: 20]",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Of a trial, instead of WORDS' train.steps.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of trials per configuration, each with another train.seed.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Length of a trial in steps, instead of train.steps.")
 @click.option(
     "--rungs",
-    help="Steps at which only the best third goes on, 40,80; or none. Default: a ninth and a third of the steps, at"
-    " the next evaluation.",
+    metavar="STEPS",
+    help="Steps after which only the best third of the trials continues, such as 40,80; or none. Default: a ninth and"
+    " a third of the length, each moved to the next evaluation.",
 )
 @click.option(
-    "--time-budget", "minutes", type=click.FloatRange(min=0, min_open=True), help="Minutes; the same command goes on."
+    "--time-budget",
+    "minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Minutes after which the search stops. The same command resumes it.",
 )
 @click.option(
     "--max-concurrent",
     type=click.IntRange(min=1),
-    help="Trials at a time, if fewer than the cluster holds, or than it will.",
+    help="Maximum number of concurrent trials. Default: as many as the cluster has resources for.",
 )
-@click.option("--warm-start", metavar="FOLDER", help="Of a search to learn from.")
-@click.option("--retrain-best", "retrain", is_flag=True, help="Then train WORDS with the best settings as NAME-best.")
+@click.option("--warm-start", metavar="FOLDER", help="Folder of an earlier search whose trials are reused.")
+@click.option(
+    "--retrain-best", "retrain", is_flag=True, help="Afterwards train WORDS with the best settings as run NAME-best."
+)
 @json_option
 @verb
 def tune(words: tuple[str, ...], json_path: str | None, **given: Any) -> None:
@@ -135,10 +172,10 @@ def tune(words: tuple[str, ...], json_path: str | None, **given: Any) -> None:
     folder = Path(result["folder"])
     echo((folder / "table.txt").read_text())
     if result["best"] is not None:
-        echo(f"best settings:  {result['best']['overlay']} (a word for `pais-ray train`)")
+        echo(f"best settings:  {result['best']['overlay']} (add it to the words of `pais-ray train`)")
     echo(f"folder, plots:  {folder}, {folder / 'figures'}")
     if result["stopped"] or result.get("retrained", {}).get("stopped"):
-        echo(f"resume with:\n  {same_command('--name', '--name', folder.name)}")
+        echo(f"Resume with:\n  {resume_command('--name', '--name', folder.name)}")
     write_json(json_path, result)
 
 

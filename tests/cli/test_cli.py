@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -41,7 +42,7 @@ def test_show_gives_config_schedule_and_arithmetic(tmp_path):
     assert "batch 4 of reference 16: lr 0.01 -> 0.0025 (linear), steps 220000 -> 880000" in done.output
     shown = json.loads(out.read_text())
     assert shown["config"]["method"]["lambda_unlabeled"] == 1.5
-    assert shown["schedule"]["steps"] == 880000
+    assert (shown["schedule"]["steps"], shown["schedule"]["reference_steps"]) == (880000, 220000)
 
 
 def test_show_prints_the_papers_knet():
@@ -89,6 +90,25 @@ def test_evaluate_needs_something_to_evaluate(tmp_path):
     assert call("evaluate").exit_code == 2
     assert call("evaluate", "--annotations", str(tmp_path / "none.json"), "--predictions", "x").exit_code == 2
     assert call("predict", str(tmp_path), "--out", str(tmp_path / "o")).exit_code == 2
+
+
+def test_show_prints_the_schema_of_config_files():
+    done = call("show", "--schema")
+    assert done.exit_code == 0, done.output
+    assert {"data", "base", "per_segmentor"} <= set(json.loads(done.stdout)["properties"])
+    assert call("show", "--schema", "coco").exit_code == 2
+
+
+def test_every_verb_and_option_has_a_help_text():
+    for name, command in main.commands.items():
+        assert command.get_short_help_str(limit=200).endswith("."), name
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.hidden:
+                assert option.help, f"{name} {option.name}"
+                assert option.help[0].isupper(), f"{name} {option.name}"
+                assert option.help.rstrip("]").rpartition("  [")[0].endswith(".") or option.help.endswith("."), (
+                    option.name
+                )
 
 
 def test_show_describes_a_setting(tmp_path):

@@ -314,7 +314,7 @@ def test_split_and_diff_from_the_command_line(tiny_coco, tmp_path):
     assert call("split", "diff", one, one).exit_code == 0
     done = call("split", "diff", one, two, "--json", str(tmp_path / "diff.json"))
     assert done.exit_code == 1
-    assert "not the same split" in done.output
+    assert "the splits differ" in done.output
     assert json.loads((tmp_path / "diff.json").read_text())["same_source"]
     assert call("split", *base, "--unlabeled", str(tiny_coco / "val.json")).exit_code == 0
     full = json.loads((tmp_path / "labeled_100pct_fold0.json").read_text())

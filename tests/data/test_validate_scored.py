@@ -191,7 +191,7 @@ def test_train_ends_with_the_same_rule_and_exit_code_2(folder):
     assert "[score-range]" in done.stderr
     done = CliRunner().invoke(main, ["train", "synthetic", "mask_rcnn", "supervised", *words])
     assert done.exit_code == 2
-    assert "data.pseudo_labels: supervised learns from labeled images alone" in done.stderr
+    assert "data.pseudo_labels: supervised learns from labeled images only" in done.stderr
 
 
 def test_a_file_that_is_not_there_is_wrong_usage(folder):

@@ -351,7 +351,7 @@ def test_a_cluster_of_its_own(tiny_coco, storage, undisturbed, tmp_path):
         assert len(open_to_all) <= 1
         assert set(open_to_all) <= {p.pid for p in workers(psutil.Process(driver.process.pid))}
         driver.process.send_signal(signal.SIGTERM)
-        assert "resume with:" in driver.finish()
+        assert "Resume with:" in driver.finish()
         stopped = newest(root)
         assert 3 <= int(stopped.name[5:]) < steps
         driver = Driver(arguments, None, log)

@@ -217,4 +217,4 @@ def test_a_server_that_is_away_is_one_line_soon(tmp_path, monkeypatch, verb):
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: MLflow: ")
-    assert line.endswith("if its server is away, start it and give this command again")
+    assert line.endswith("if its server is down, start it and repeat this command")

@@ -200,7 +200,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
             worker.resume()
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
-    assert "resume with:" in output
+    assert "Resume with:" in output
     stopped_at = directory.completed_steps(root)
     assert 2 <= stopped_at < STEPS, output
     launch.train(compose(words(tiny_coco, storage, "interrupted")))

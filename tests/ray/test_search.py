@@ -182,7 +182,7 @@ def test_ctrl_c_resume_with_optuna_and_full_training_of_the_best(cluster, tiny_c
     assert parent.info.status == "KILLED"
     assert "RUNNING" not in {run.info.status for run in runs.values()}
 
-    command = shlex.split(output.split("resume with:")[1].strip().splitlines()[0])
+    command = shlex.split(output.split("Resume with:")[1].strip().splitlines()[0])
     again = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     trials = TrialStore(root / "trials.json").trials

@@ -138,11 +138,11 @@ def test_a_server_unavailable_at_start_middle_and_end_gets_everything(tmp_path, 
         server.start()
         done = CliRunner().invoke(main, ["sync", str(root)])
         assert done.exit_code == 0, done.output
-        assert "sent 4 metric values, 1 figures and papers, 1 checkpoints" in done.output
+        assert "sent 4 metric values, 1 figures and metadata files, 1 checkpoints" in done.output
         assert is_stored(9, 3)
         assert client(server.url).get_run(read_run_id(root)).info.status == "FINISHED"
         again = CliRunner().invoke(main, ["sync", str(root)])
-        assert "MLflow lacks nothing" in again.output
+        assert "MLflow is up to date" in again.output
         assert is_stored(9, 3)
     finally:
         server.kill()

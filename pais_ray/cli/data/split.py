@@ -1,4 +1,4 @@
-"""`pais-ray split`: which images are labeled."""
+"""The verb `split`: choose which images are labeled, as manifests for data.split."""
 
 import sys
 from collections.abc import Sequence
@@ -14,22 +14,52 @@ if TYPE_CHECKING:
 
 
 class DataFirst(click.Group):
-    """Takes `data=FOLDER`, as the verbs with WORDS do, for the option --data."""
+    """Accepts `data=FOLDER`, which the verbs with WORDS accept, as the option --data."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [f"--{arg}" if arg.startswith("data=") else arg for arg in args])
 
 
-@click.group(cls=DataFirst, invoke_without_command=True)
-@click.option("--annotations", type=click.Path(), help="COCO JSON of the training images, or Cityscapes' gtFine/train.")
-@click.option("--data", help="Or the folder of a data set, also as data=FOLDER.")
-@click.option("--protocol", type=click.Choice(["coco", "cityscapes"]), help="The paper's shares and folds.")
-@click.option("--labeled", type=float, multiple=True, help="Share of the images to label, 0.1; repeatable.")
-@click.option("--fold", type=int, multiple=True, help="Which draw; repeatable. Default: the protocol's, or 1.")
-@click.option("--unlabeled", help="COCO JSON or folder of other images: all of --annotations labeled (100 %).")
-@click.option("--holdout", type=float, help="Share of the images to hold out for validation first, 0.2.")
-@click.option("--cover", is_flag=True, help="See that every class is labeled, instead of a plain random draw.")
-@click.option("--out", type=click.Path(file_okay=False), help="Directory for the manifests.")
+@click.group(
+    cls=DataFirst, invoke_without_command=True, short_help="Choose which images are labeled, as reusable manifests."
+)
+@click.option(
+    "--annotations",
+    metavar="PATH",
+    type=click.Path(),
+    help="Annotations of the training images: a COCO JSON, or the folder gtFine/train of Cityscapes.",
+)
+@click.option("--data", metavar="FOLDER", help="Folder of a data set, instead of --annotations; also data=FOLDER.")
+@click.option(
+    "--protocol", type=click.Choice(["coco", "cityscapes"]), help="Use the shares and folds of the paper's protocol."
+)
+@click.option(
+    "--labeled",
+    metavar="SHARE",
+    type=float,
+    multiple=True,
+    help="Share of the images that are labeled, such as 0.1. Repeatable.",
+)
+@click.option(
+    "--fold",
+    metavar="NUMBER",
+    type=int,
+    multiple=True,
+    help="Number of the random draw. Repeatable. Default: those of the protocol, or 1.",
+)
+@click.option(
+    "--unlabeled",
+    metavar="PATH",
+    help="COCO JSON or folder of other images that are unlabeled. All images of --annotations are then labeled.",
+)
+@click.option(
+    "--holdout",
+    metavar="SHARE",
+    type=float,
+    help="Share of the images to reserve for validation first, such as 0.2.",
+)
+@click.option("--cover", is_flag=True, help="Draw so that every class is labeled, instead of uniformly at random.")
+@click.option("--out", metavar="FOLDER", type=click.Path(file_okay=False), help="Folder for the manifests.")
 @json_option
 @click.pass_context
 @verb
@@ -46,18 +76,18 @@ def split(
     out: str | None,
     json_path: str | None,
 ) -> None:
-    """Which images are labeled, as manifests for data.split: `split --annotations A.json --protocol coco --out DIR`.
+    """Choose which images are labeled, and write manifests for data.split.
 
-    Needs the annotations, no images (with data=FOLDER both are there). Equal input gives equal files, wherever and in
-    whatever order it is read."""
+    Example: `split --annotations A.json --protocol coco --out DIR`. Only annotations are read, no images. The same
+    annotations give the same manifests on every machine, in whatever order they are listed."""
     if context.invoked_subcommand is not None:
         return
     if (annotations is None) == (data is None) or out is None:
-        raise click.UsageError("give --out, and --annotations or data=FOLDER")
+        raise click.UsageError("expected --out, and one of --annotations and data=FOLDER")
     if data is None and not (protocol or labeled or unlabeled):
-        raise click.UsageError("give one of --protocol, --labeled, --unlabeled")
+        raise click.UsageError("expected one of --protocol, --labeled, --unlabeled")
     if data is not None and unlabeled is not None:
-        raise click.UsageError("--unlabeled goes with --annotations; data=FOLDER has its own")
+        raise click.UsageError("--unlabeled requires --annotations; data=FOLDER implies its own unlabeled images")
     from pais_ray.data.annotations.coco import read_unlabeled
     from pais_ray.data.annotations.splits import draw
     from pais_ray.data.sources.readers import read_annotations
@@ -78,18 +108,19 @@ def draw_of_folder(
     holdout: float | None,
     cover: bool,
 ) -> "list[SplitManifest]":
-    """The manifests of the data set in a folder: of the shares asked for, or of all labels. Where it has unlabeled
-    images of its own, these are the unlabeled part, with what loses its labels."""
+    """The manifests of the data set in ``folder`` for the given shares, or for all labels.
+
+    If the data set has its own unlabeled images, they and the images that lose their labels are the unlabeled part."""
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.annotations.coco import read_unlabeled
     from pais_ray.data.annotations.splits import draw, manifest, with_left
     from pais_ray.data.sources.readers import read_labeled
 
-    spelt = expand_words([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
-    for line in spelt.found:
+    resolved = expand_words([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
+    for line in resolved.found:
         echo(line)
-    data = compose_data(spelt.words)
+    data = compose_data(resolved.words)
     train = read_labeled(*data.part("train"))
     shares = labeled or (() if protocol else (1.0,))
     made = draw(train, protocol, shares, fold, cover=cover, holdout=data.holdout)
@@ -100,12 +131,22 @@ def draw_of_folder(
     return [manifest(with_left(m.split, train, others, val), train, m.sampling) for m in made]
 
 
-@split.command("import")
+@split.command("import", short_help="Convert published splits to manifests.")
 @click.argument("published", type=click.Path(exists=True, dir_okay=False))
-@click.option("--annotations", type=click.Path(), required=True, help="The COCO JSON that the lists were made for.")
-@click.option("--labeled", type=float, multiple=True, help="Only these shares, 0.01; repeatable. Default: all.")
-@click.option("--fold", type=int, multiple=True, help="Only these seeds; repeatable. Default: all.")
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Directory for the manifests.")
+@click.option(
+    "--annotations", metavar="FILE", type=click.Path(), required=True, help="The COCO JSON that the splits refer to."
+)
+@click.option(
+    "--labeled",
+    metavar="SHARE",
+    type=float,
+    multiple=True,
+    help="Share to import, such as 0.01. Repeatable. Default: all.",
+)
+@click.option("--fold", metavar="NUMBER", type=int, multiple=True, help="Seed to import. Repeatable. Default: all.")
+@click.option(
+    "--out", metavar="FOLDER", type=click.Path(file_okay=False), required=True, help="Folder for the manifests."
+)
 @json_option
 @verb
 def split_import(
@@ -116,8 +157,10 @@ def split_import(
     out: str,
     json_path: str | None,
 ) -> None:
-    """Manifests of a PUBLISHED file: Unbiased Teacher's COCO_supervision.txt, or the labeled file of a pair
-    instances_train2017.SEED@PERCENT.json / -unlabeled.json (SoftTeacher, STAC)."""
+    """Convert the splits in the file PUBLISHED to manifests.
+
+    PUBLISHED is COCO_supervision.txt of Unbiased Teacher, or the labeled file of a pair
+    instances_train2017.SEED@PERCENT.json and -unlabeled.json of SoftTeacher or STAC."""
     from pais_ray.data.sources.published_splits import import_splits
     from pais_ray.data.sources.readers import read_annotations
 
@@ -125,19 +168,19 @@ def split_import(
     write_manifests(made, Path(out), Path(published).name.split(".")[0].lower(), json_path)
 
 
-@split.command("diff")
+@split.command("diff", short_help="Compare two manifests.")
 @click.argument("a", type=click.Path(exists=True, dir_okay=False))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False))
 @json_option
 @verb
 def split_diff(a: str, b: str, json_path: str | None) -> None:
-    """What two manifests have in common; exit code 1 where they differ, as with diff."""
+    """Print what the manifests A and B have in common. The exit code is 1 if they differ."""
     from pais_ray.data.annotations.splits import difference, read_manifest
 
     tree = difference(read_manifest(a), read_manifest(b))
     write_json(json_path, tree)
     echo(f"A {a}\nB {b}")
-    echo("annotations: " + ("the same" if tree["same_source"] else "others: ids may mean other images"))
+    echo("annotations: " + ("the same" if tree["same_source"] else "different, so the same id can mean another image"))
     for part in ("labeled_ids", "unlabeled_ids", "held_out_ids"):
         found = tree[part]
         numbers = f"{found['both']} in both, {len(found['only_a'])} in A only, {len(found['only_b'])} in B only"
@@ -145,13 +188,13 @@ def split_diff(a: str, b: str, json_path: str | None) -> None:
     changed = {name: counts for name, counts in tree["classes"].items() if counts[0] != counts[1]}
     for name, (in_a, in_b) in changed.items():
         echo(f"  {name}: {in_a} -> {in_b} labeled instances")
-    echo("the same split" if tree["same"] else "not the same split")
+    echo("the splits are the same" if tree["same"] else "the splits differ")
     if not tree["same"]:
         sys.exit(FAILED)
 
 
 def write_manifests(made: Sequence["SplitManifest"], out: Path, name: str, json_path: str | None) -> None:
-    """One file each, named by share and fold, and a line on what it holds."""
+    """Write one file per manifest, named by share and fold, and print one line about each."""
     rows = []
     for manifest in made:
         split = manifest.split

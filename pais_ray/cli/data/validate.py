@@ -1,4 +1,4 @@
-"""`pais-ray validate`: what is wrong with a data set."""
+"""The verb `validate`: find the errors of a data set before training does."""
 
 import sys
 from pathlib import Path
@@ -10,23 +10,34 @@ from pais_ray.cli.options import FAILED, WORDS, echo, json_option, progress, ver
 
 
 @click.command(
-    help="What is wrong with a data set, before it costs GPU time: of WORDS (the section data: alone counts) or of"
-    " one COCO file. Exit code 0: no errors, 1: errors, 2: wrong usage."
-    " docs/reference/data_rules.md explains the rules.\n\n" + WORDS
+    short_help="Find the errors of a data set before training.",
+    help="Find the errors of a data set before they cost GPU time: of the section data: of WORDS, or of one COCO file."
+    " The exit code is 0 without errors, 1 with errors, 2 for wrong usage. See docs/reference/data_rules.md.\n\n"
+    + WORDS,
 )
 @click.argument("words", nargs=-1)
 @click.option(
-    "--annotations", type=click.Path(exists=True, dir_okay=False, readable=False), help="One COCO annotation file."
+    "--annotations",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, readable=False),
+    help="A COCO annotation file to validate instead of WORDS.",
 )
 @click.option(
     "--images",
+    metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, readable=False),
-    help="The folder of its images; without it files are not looked at.",
+    help="The images of --annotations. Without it, only the annotations are checked.",
 )
-@click.option("--fix", type=click.Path(dir_okay=False), help="Write a repaired copy of the COCO file here.")
-@click.option("--max-pixels", type=click.IntRange(min=1), help="Cap on an image; like data.max_pixels of WORDS.")
-@click.option("--max-instances", type=click.IntRange(min=1), help="Cap on the annotations of an image.")
-@click.option("--max-json-gib", type=click.FloatRange(min=0, min_open=True), help="Cap on the parsed file's memory.")
+@click.option("--fix", metavar="FILE", type=click.Path(dir_okay=False), help="Write a repaired copy of --annotations.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    help="Maximum number of pixels per image, like data.max_pixels in WORDS.",
+)
+@click.option("--max-instances", type=click.IntRange(min=1), help="Maximum number of annotations per image.")
+@click.option(
+    "--max-json-gib", type=click.FloatRange(min=0, min_open=True), help="Maximum memory of a parsed file, in GiB."
+)
 @json_option
 @verb
 def validate(
@@ -35,14 +46,14 @@ def validate(
     images: str | None,
     fix: str | None,
     json_path: str | None,
-    **caps: float | None,
+    **limits_given: float | None,
 ) -> None:
-    given = {name: value for name, value in caps.items() if value is not None}
+    given = {name: value for name, value in limits_given.items() if value is not None}
     if bool(words) == (annotations is not None):
-        raise click.UsageError("give WORDS or --annotations")
+        raise click.UsageError("expected one of WORDS and --annotations")
     if words and (images or fix or given):
         raise click.UsageError(
-            "--images, --fix and caps go with --annotations; WORDS have data.images, data.max_pixels"
+            "--images, --fix and limits require --annotations; with WORDS, set data.images, data.max_pixels and so on"
         )
     check_targets(annotations, fix, json_path)
     from pais_ray.data.validation import report as reports
@@ -53,13 +64,13 @@ def validate(
         parts, limits, scored = data_parts(words)
     else:
         if given.get("max_pixels", 0) > 2 * MAX_PIXELS:
-            raise click.UsageError(f"--max-pixels: expected at most {2 * MAX_PIXELS}, where Pillow refuses")
+            raise click.UsageError(f"--max-pixels: expected at most {2 * MAX_PIXELS}, the limit of Pillow")
         parts, limits = [reports.Part(name="file", annotations=annotations, images=images)], Limits(**given)  # type: ignore[arg-type]
     report = reports.examine(parts, limits, progress, scored)
     echo(report.table())
     more: dict[str, Any] = {}
     if fix is not None and annotations is not None:
-        more["changes"] = fixed(annotations, fix, images, limits, report.broken)
+        more["changes"] = write_repaired(annotations, fix, images, limits, report.broken)
     if json_path is not None:
         try:
             report.write(json_path, **more)
@@ -70,21 +81,23 @@ def validate(
 
 
 def check_targets(source: str | None, *targets: str | None) -> None:
-    """What is written must be neither the source nor each other, and its name one that the disk takes."""
+    """Raise UsageError if a target is the source or another target, or if its path is invalid."""
     paths = [Path(path) for path in (source, *targets) if path is not None]
     try:
-        there = [path.exists() for path in paths]
+        exists = [path.exists() for path in paths]
         for i, path in enumerate(paths):
             for j, other in enumerate(paths[:i]):
-                if path.absolute() == other.absolute() or (there[i] and there[j] and path.samefile(other)):
+                if path.absolute() == other.absolute() or (exists[i] and exists[j] and path.samefile(other)):
                     message = f"expected different files, got {other} and {path}; the source is never changed"
                     raise click.UsageError(message)
-    except OSError as error:  # too long a name, or a folder that may not be looked into
+    except OSError as error:  # the name is too long, or a folder is not readable
         raise click.UsageError(str(error)) from error
 
 
 def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
-    """The parts of the data set that ``words`` spell, all of whose paths exist, its caps, and its scored masks."""
+    """The parts, the limits and the scored masks of the data set that ``words`` describe.
+
+    Raises DataError if a path does not exist, and ValueError for the generated data set."""
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.annotations.splits import read_manifest
@@ -94,12 +107,12 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     from pais_ray.data.validation.rules import DataError
     from pais_ray.files.storage import is_url
 
-    spelt = expand_words(words)
-    for line in spelt.found:
+    resolved = expand_words(words)
+    for line in resolved.found:
         echo(line)
-    data = compose_data(spelt.words)
+    data = compose_data(resolved.words)
     if data.train is None:
-        raise ValueError("data.train: null is the generated data set, which needs no check; set it to a COCO JSON")
+        raise ValueError("data.train: expected a COCO JSON, got null, which is the generated data set")
     train, images = data.part("train")
     draw: dict[str, Any] = {"labeled": data.labeled, "fold": data.fold, "holdout": data.holdout}
     if data.split is not None:
@@ -121,8 +134,10 @@ def data_parts(words: tuple[str, ...]) -> tuple[list[Any], Any, str | None]:
     return parts, data.limits(), data.pseudo_labels
 
 
-def fixed(source: str, out: str, images: str | None, limits: Any, broken: dict[int, str]) -> list[dict[str, str]]:
-    """Writes the repaired copy, tells the first changes and returns all."""
+def write_repaired(
+    source: str, out: str, images: str | None, limits: Any, broken: dict[int, str]
+) -> list[dict[str, str]]:
+    """Write the repaired copy, print the first changes and return all of them."""
     from pais_ray.data.validation.repair import repair
     from pais_ray.data.validation.rules import DataError
 
