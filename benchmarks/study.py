@@ -25,7 +25,7 @@ from pais_ray.data.stream.plan import StepPlan
 from pais_ray.evaluation import pseudo_labels
 from pais_ray.evaluation.scoring import score
 from pais_ray.inference.predictor import predict_sample
-from pais_ray.runs.prepare import embedded
+from pais_ray.runs.prepare import with_generated_data
 from pais_ray.structures.batch import Predictions, Targets
 from pais_ray.structures.masks import Masks
 from pais_ray.train.state import build_state
@@ -56,7 +56,7 @@ class Study:
     """The data of one run in memory, its state, and what it measures."""
 
     def __init__(self, config: Config, holdout: int) -> None:
-        self.config = config = embedded(config) if config.data.train is None else config
+        self.config = config = with_generated_data(config) if config.data.train is None else config
         train = coco.read_coco(*config.data.part("train"))
         records = list(train.records)
         if holdout:

@@ -1,19 +1,14 @@
-"""Checkpoint directories: written whole or not at all, verified before use, the damaged ones passed over.
+"""Checkpoint directories: written atomically, verified before use.
 
-A directory is written aside and renamed, its manifest (digests of the other files) last: what has a manifest that
-fits is whole. The newest one that verifies is the one to resume from. A `Writer` does it beside the training,
-tries again where storage fails, and never stops a run before its end.
+A checkpoint is written to a hidden directory, which is renamed at the end. Its manifest, the digests of the other
+files, is written last. A run resumes from the newest checkpoint that verifies.
 """
 
-import errno
 import hashlib
 import json
 import os
-import queue
 import shutil
-import threading
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,193 +18,137 @@ from torch import Tensor, nn
 
 from pais_ray.files.json_lines import metric_rows
 
-FORMAT = 3  # of the directory; a reader refuses what is newer
-
-# What the state of an older format lacks. 1: before roll-backs and the cap on pseudo-labels.
+FORMAT = 3  # of the directory; older versions refuse newer formats
+# What the states of earlier formats lack. Format 1 is older than rollbacks; until format 2 there was a `cap`, which is
+# ignored: the limit of pseudo-labels is in the run directory.
 MIGRATIONS: dict[int, dict[str, Any]] = {1: {"rollbacks": 0}, 2: {}}
-
 MANIFEST = "manifest.json"
-
-TRIES = 5  # at one checkpoint; with the pauses about half a minute, longer than a server's restart
-
-PAUSE_S = 1.0  # before the second try; doubled before each further one
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
+ROLES = ("teacher", "student")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what is wrong with it and what to do."""
-
-
-class StorageLostError(RuntimeError):
-    """The last checkpoint of a run could not be written."""
+    """A checkpoint cannot be used; the message has the reason and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A TrainState at one step, on the CPU: what a checkpoint directory will hold."""
+    """A copy of a TrainState on the CPU: the contents of a checkpoint directory."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]  # file name without suffix -> its tensors
-    state: dict[str, Any]  # the content of state.json
-    unscored_steps: frozenset[int] = frozenset()  # steps whose scores are under way: one of them may be the best
+    state: dict[str, Any]  # the contents of state.json
+    unscored_steps: frozenset[int] = frozenset()  # steps whose scores are being computed: one may be the best
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for part in self.tensors.values() for t in part.values())
 
 
-def write(snapshot: Snapshot, folder: Path) -> None:
-    """Writes the checkpoint ``folder``, whole or not at all."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+def write_checkpoint(snapshot: Snapshot, folder: Path) -> None:
+    """Write the checkpoint ``folder`` atomically. Raises OSError and errors of safetensors."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        folder.parent.mkdir(exist_ok=True)  # no further up: where storage is gone it would be made on another disk
-        aside.mkdir()
+        # Without parents: if the storage is gone, they would be created on another disk.
+        folder.parent.mkdir(exist_ok=True)
+        partial.mkdir()
         for name, tensors in snapshot.tensors.items():
-            save_file(tensors, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
-        names = sorted(p.name for p in aside.iterdir())
-        for name in names:  # retention deletes older ones next: this one has to outlive a power cut
-            _fsync(aside / name)
-        write_manifest(aside, names, {})
-        _fsync(aside)
-        if folder.exists():  # left over by a run that was killed after writing it: same content, written again
+            save_file(tensors, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"format": FORMAT, **snapshot.state}, indent=1))
+        names = sorted(p.name for p in partial.iterdir())
+        for name in names:  # older checkpoints are deleted next, so this one must survive a power failure
+            _fsync(partial / name)
+        write_manifest(partial, names, {})
+        _fsync(partial)
+        if folder.exists():  # written by a run that was killed afterwards, with the same contents
             shutil.rmtree(folder)
-        os.replace(aside, folder)
+        os.replace(partial, folder)
         _fsync(folder.parent)
     except Exception:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk the half of it would take what others need
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would take the space that others need
         raise
 
 
-class CheckpointWriter:
-    """Writes one checkpoint after the other in a thread of its own.
-
-    A failure is retried, told through ``tell`` (text, fields of the event) and then left: the next checkpoint is
-    a new chance. At most one waits while another is written; a third makes ``submit`` wait, which bounds memory.
-    """
-
-    def __init__(self, root: Path, keep: int, on_event: Callable[[str, dict[str, Any]], None]) -> None:
-        self.root, self.keep, self.on_event = root, keep, on_event
-        self.waiting: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)
-        self.failed: str | None = None  # why the newest snapshot is not on the disk
-        self.written: list[int] = []  # steps
-        self.thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self.thread.start()
-
-    def submit(self, snapshot: Snapshot) -> None:
-        self.waiting.put(snapshot)
-
-    def flush(self) -> None:
-        """Waits until all that was submitted is written or given up."""
-        self.waiting.join()
-
-    def close(self) -> None:
-        self.waiting.put(None)
-        self.thread.join()
-
-    def _work(self) -> None:
-        while (snapshot := self.waiting.get()) is not None:
-            try:
-                self.failed = self._store(snapshot)
-            finally:
-                del snapshot  # until the next one it would take as much memory as the state
-                self.waiting.task_done()
-        self.waiting.task_done()
-
-    def _store(self, snapshot: Snapshot) -> str | None:
-        folder = checkpoint_folder(self.root, snapshot.step)
-        reason = ""
-        for attempt in range(TRIES):
-            try:
-                write(snapshot, folder)
-            except Exception as error:  # OSError, or safetensors' own
-                reason = describe_write_error(folder, snapshot.nbytes, error)
-                self.on_event(f"{reason} (try {attempt + 1} of {TRIES})", {"event": "checkpoint_retry"})
-                if attempt + 1 < TRIES:
-                    time.sleep(PAUSE_S * 2**attempt)
-                continue
-            self.written.append(snapshot.step)
-            protected_steps = snapshot.unscored_steps | {int(best["step"]) for best in snapshot.state["best"].values()}
-            try:
-                delete_old_checkpoints(self.root, self.keep, protected_steps, snapshot.step)
-            except OSError as error:
-                self.on_event(f"old checkpoints could not be looked through ({error})", {"event": "retention_failed"})
-            return None
-        self.on_event(f"{reason}; training goes on without it", {"event": "checkpoint_failed", "at": snapshot.step})
-        return reason
-
-
-def describe_write_error(path: Path, need: int, error: Exception) -> str:
-    """One line: the path, what was needed, what to do."""
-    mib = need / 2**20
-    code = error.errno if isinstance(error, OSError) else None
-    if code in FULL or "No space left" in str(error):
-        try:
-            free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f}"
-        except OSError:
-            free = "?"
-        return f"{path}: no space: {mib:.0f} MiB are needed and {free} are free; make room, or keep fewer checkpoints"
-    if code == errno.EROFS:
-        return f"{path}: the file system is read-only; {mib:.0f} MiB are to be written, mount it writable"
-    return f"{path}: could not be written ({error}); {mib:.0f} MiB are needed, see that the storage is there"
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps of the run at ``root`` lies."""
-    return root / "checkpoints" / f"step_{step:08d}"
+def write_manifest(folder: Path, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest that ``verify`` reads: ``facts``, and size and digest of the files ``names`` of ``folder``."""
+    files = {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
+    manifest = {"format": FORMAT, **facts, "files": files}
+    with (folder / MANIFEST).open("w") as file:
+        file.write(json.dumps(manifest, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there with the size and digest its manifest states."""
+    """Raise CheckpointError unless every file exists with the size and the digest in the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT and manifest["format"] not in MIGRATIONS:
             raise CheckpointError(
-                f"{folder}: checkpoint format {manifest['format']}, this version reads up to {FORMAT}; "
+                f"{folder}: expected checkpoint format {FORMAT} or older, got {manifest['format']}; "
                 "use the version that wrote it"
             )
         for name, facts in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
-                raise CheckpointError(f"{path}: differs from its manifest; the file is damaged, use another checkpoint")
+                raise CheckpointError(f"{path}: does not match its manifest, it is damaged; use another checkpoint")
     except CheckpointError:
         raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # no JSON, no UTF-8, another shape
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({error}); use another one") from error
-
-
-def write_manifest(folder: Path, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """States ``facts``, and size and digest of the files ``names`` of ``folder``; what ``verify`` reads."""
-    files = {n: {"sha256": _sha256(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
-    manifest = {"format": FORMAT, **facts, "files": files}
-    _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
-    return manifest
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # missing, no JSON, another structure
+        raise CheckpointError(f"{folder}: incomplete checkpoint ({error}); use another one") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, with what its older format lacks."""
+    """The contents of state.json in the present format."""
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return {**MIGRATIONS.get(state["format"], {}), **state}
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Path of the checkpoint of ``step`` in the run directory ``root``."""
+    return root / "checkpoints" / f"step_{step:08d}"
+
+
+def has_checkpoint(root: Path, step: int) -> bool:
+    """Whether the checkpoint of ``step`` exists; False if the storage does not answer."""
+    try:
+        return checkpoint_folder(root, step).is_dir()
+    except OSError:
+        return False
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints of the run directory ``root``, oldest first, not verified."""
+    return sorted((root / "checkpoints").glob("step_*"))
+
+
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint of the run at ``root``, and what was wrong with each newer one."""
-    refused: list[str] = []
+    """The newest checkpoint that verifies, and why each newer one does not."""
+    failures: list[str] = []
     for folder in reversed(checkpoints(root)):
         try:
             verify(folder)
         except CheckpointError as error:
-            refused.append(str(error))
+            failures.append(str(error))
             continue
-        return folder, refused
-    return None, refused
+        return folder, failures
+    return None, failures
+
+
+def find_resumable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """As ``newest_verified``. Raises CheckpointError if there are checkpoints and none can be used."""
+    folder, failures = newest_verified(root)
+    if folder is None and failures:
+        raise CheckpointError(
+            f"{root}: no usable checkpoint: {'; '.join(failures)}. Move {root / 'checkpoints'} away to start from "
+            "scratch, or choose another run.name"
+        )
+    return folder, failures
 
 
 def find_rollback_target(root: Path) -> Path | None:
-    """The newest good checkpoint that was not made amid steps without a usable loss: those hold the weights that
-    fail."""
+    """The newest verified checkpoint that was not written between skipped steps, whose weights may be at fault."""
     for folder in reversed(checkpoints(root)):
         try:
             verify(folder)
@@ -220,20 +159,11 @@ def find_rollback_target(root: Path) -> Path | None:
     return None
 
 
-def find_resumable_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
-    """As ``newest_verified``; CheckpointError where there are checkpoints and none can be used."""
-    folder, refused = newest_verified(root)
-    if folder is None and refused:
-        raise CheckpointError(
-            f"{root}: no usable checkpoint: {'; '.join(refused)}. Move {root / 'checkpoints'} away to start anew, "
-            "or choose another run.name"
-        )
-    return folder, refused
-
-
 def best_checkpoint(root: Path, newest: Path, role: str) -> Path | None:
-    """The checkpoint of the highest segm AP of ``role``: what ``newest`` knows, and the scores logged since it was
-    written, of those that are there. None before the first evaluation."""
+    """The existing checkpoint with the highest segm AP of ``role``; None before the first evaluation.
+
+    Considers the scores in the checkpoint ``newest`` and those logged until its step after it had been written.
+    """
     state = read_state(newest)
     best = state["best"].get(role, {"segm_AP": -1.0, "step": None})
     step, highest = best["step"], best["segm_AP"]
@@ -244,27 +174,33 @@ def best_checkpoint(root: Path, newest: Path, role: str) -> Path | None:
     return None if step is None else checkpoint_folder(root, int(step))
 
 
-def checkpoints(root: Path) -> list[Path]:
-    """Checkpoint directories of the run at ``root``, oldest first, unverified."""
-    return sorted((root / "checkpoints").glob("step_*"))
-
-
 def delete_old_checkpoints(root: Path, keep: int, protected_steps: Collection[int], step: int) -> None:
-    """Deletes all but the last ``keep`` checkpoints until ``step`` and those of the steps ``treasured``. Later ones are
-    not this run's any more: they were passed over as damaged, and are written again."""
-    kept = {checkpoint_folder(root, t) for t in protected_steps}
-    made = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
-    for folder in made[:-keep]:
-        if folder not in kept:
+    """Delete the checkpoints until ``step``, except the last ``keep`` and those of ``protected_steps``.
+
+    Later ones are left: they were skipped as damaged, and the run will write them again.
+    """
+    protected = {checkpoint_folder(root, s) for s in protected_steps}
+    present = [c for c in checkpoints(root) if c <= checkpoint_folder(root, step)]
+    for folder in present[:-keep]:
+        if folder not in protected:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def has_checkpoint(root: Path, step: int) -> bool:
-    """Whether the checkpoint of ``step`` lies in storage; where storage does not answer, it does not."""
+def load_segmentor(segmentor: nn.Module, folder: Path, role: str) -> None:
+    """Verify the checkpoint ``folder`` and load the weights of one role (``teacher`` or ``student``)."""
+    verify(folder)
+    load_weights(segmentor, folder / f"{role}.safetensors")
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a file of weights. Raises CheckpointError if it does not fit the module."""
     try:
-        return checkpoint_folder(root, step).is_dir()
-    except OSError:
-        return False
+        module.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: does not fit this model ({str(error).splitlines()[-1].strip()}); "
+            "use the segmentor settings of the run's config.yaml"
+        ) from error
 
 
 def _sha256(path: Path) -> str:
@@ -273,35 +209,9 @@ def _sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-ROLES = ("teacher", "student")
-
-
-def load_segmentor(segmentor: nn.Module, folder: Path, role: str) -> None:
-    """Loads one role's weights (``teacher`` or ``student``) of a checkpoint into ``segmentor``."""
-    verify(folder)
-    _load_weights(segmentor, folder / f"{role}.safetensors")
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: does not fit this model ({str(error).splitlines()[-1].strip()}); "
-            "resume with the segmentor settings of the run's config.yaml"
-        ) from error

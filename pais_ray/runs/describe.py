@@ -1,4 +1,4 @@
-"""What a run is, in the words by which runs are found and compared: its data, tags, schedule, code. No Ray."""
+"""Describe a run, so that runs can be found and compared: its data, tags, schedule and code. Does not import Ray."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from pais_ray.data.shards.dataset import ShardDataset
 from pais_ray.data.sources.scored_masks import ScoredFile
 from pais_ray.tracking.mlflow_compat import GIT_COMMIT_TAG
 
-GIT_TIMEOUT = 10.0  # s; a checkout on slow storage
-
-SCHEDULE = ("images_per_step", "steps", "lr")  # follow from scaling.num_workers too, which is no part of what a run is
+GIT_TIMEOUT = 10.0  # s; enough for a checkout on slow storage
+# They depend on scaling.num_workers, which does not belong to the identity of a run.
+SCHEDULE = ("images_per_step", "steps", "lr")
 Facts = dict[str, dict[str, Any]]  # use of the data -> name, source, sha256 of the annotations, counts
 
 
 def facts(
     data: DataConfig, train: CocoDataset, val: CocoDataset, split: Split, scored: ScoredFile | None = None
 ) -> Facts:
-    """The data a run has seen, by use: the content of its data.json."""
+    """The data of a run by their use: the contents of data.json."""
     parts = {"training": _fact(train.path, train.sha256, len(train.records))}
     parts["training"]["labeled"] = len(split.labeled_ids)
     if isinstance(train, ShardDataset):
@@ -39,7 +39,7 @@ def facts(
 
 
 def tags(config: Config, split: Split, data: Facts) -> dict[str, str]:
-    """What runs are filtered by in MLflow."""
+    """The tags by which runs are filtered in MLflow."""
     commit = git_commit()
     found = {
         "labels_pct": f"{100 * split.labeled:g}",
@@ -59,19 +59,23 @@ def tags(config: Config, split: Split, data: Facts) -> dict[str, str]:
 
 
 def schedule(root: Path) -> dict[str, Any]:
-    """What the run at ``root`` makes of its settings, by dotted name: where it differs, runs are no repetitions."""
-    told = json.loads((root / "schedule.json").read_text())
-    return {f"schedule.{name}": told[name] for name in SCHEDULE}
+    """The resolved schedule of the run at ``root``, by dotted name. Runs with other values are not repetitions."""
+    recorded = json.loads((root / "schedule.json").read_text())
+    return {f"schedule.{name}": recorded[name] for name in SCHEDULE}
 
 
 def git_commit() -> str | None:
-    """The commit of this code, ``-dirty`` where it was changed since; None outside a git checkout of its own."""
+    """The commit of this code, ``-dirty`` if files were changed; None if the code is not in its own git checkout."""
     package = Path(__file__).resolve().parents[1]
-    tracked = ("ls-files", "--error-unmatch", "__init__.py")  # installed within another project's checkout it is not
+    tracked = (
+        "ls-files",
+        "--error-unmatch",
+        "__init__.py",
+    )  # fails if installed inside the checkout of another project
     describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
-        for words in (tracked, describe):
-            command = ["git", "-C", str(package), *words]
+        for arguments in (tracked, describe):
+            command = ["git", "-C", str(package), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""A run directory: whose it is, its papers, and what a later start may not change."""
+"""A run directory: its files, what a resumed run may not change, and what earlier starts have left."""
 
 import json
 from itertools import product
@@ -23,41 +23,68 @@ from pais_ray.runs.checkpoints import (
 )
 from pais_ray.runs.prepare import Data
 
-LIMIT_FILE = "memory.json"  # the cap on pseudo-labels; outlives the rank that ran out of memory
-
-GROUND_TRUTH = "ground_truth.json"  # of the run directory, where the validation data are no COCO file
+LIMIT_FILE = "memory.json"  # the lowered limit of pseudo-labels, for the starts after one that ran out of memory
+GROUND_TRUTH = "ground_truth.json"  # validation annotations that do not come from a COCO file
 
 
 def check_resume(root: Path, config: Config, force: bool) -> None:
-    """Refuses to go on with a run whose identity the new config would change."""
+    """Refuse to resume a run with other values of settings that belong to its identity, unless ``force``.
+
+    Prints the other settings that have changed. A directory without checkpoints may be started with any settings.
+    Raises ConfigError.
+    """
     path = root / "config.yaml"
-    if not checkpoints(root):  # nothing was made of it yet
+    if not checkpoints(root):
         return
     changed = changed_identity(load(path), config)
     if changed and not force:
         raise ConfigError(
-            f"{path}: this run was started with other values of {', '.join(changed)}; "
-            "give them as they were, choose another run.name, delete the run, or insist with --force"
+            f"{path}: this run was started with other values of {', '.join(changed)}; restore them, choose another "
+            "run.name, delete the run, or override with --force"
         )
     for key in changed:
-        echo(f"forced: {key} differs from the run's start")
+        echo(f"forced: {key} differs from the start of the run")
     before, now = flatten(load(path)), flatten(config)
     for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
-        echo(f"changed since the start: {key}: {before.get(key)} -> {now[key]}")
+        echo(f"changed since the start of the run: {key}: {before.get(key)} -> {now[key]}")
 
 
 def check_workers(config: Config, schedule: Schedule) -> None:
-    """Refuses more workers than a step of this run has rows."""
+    """Raise ConfigError if there are more workers than rows in a step of this run."""
     rows = rows_per_step(schedule, config)
     if config.scaling.most > rows:
         raise ConfigError(
-            f"scaling.num_workers: a step of this run has {rows} rows to share, as it began with, and "
-            f"{config.scaling.most} workers are asked for; lower scaling.num_workers, or begin a new run"
+            f"scaling.num_workers: expected at most {rows}, the rows per step that this run was started with, got "
+            f"{config.scaling.most}; lower scaling.num_workers, or start a new run"
+        )
+
+
+def check_data(root: Path, data: Data, force: bool) -> None:
+    """Raise ConfigError if annotations, shards or scored masks of a run have changed, unless ``force``: labeled images
+    could become unlabeled ones and vice versa."""
+    path = root / "split.json"
+    if force or not checkpoints(root) or not path.exists():
+        return
+    recorded, present = splits.SplitManifest.from_json(path.read_text(), str(path)), data.manifest
+    facts = root / "data.json"
+    shards_sha256 = json.loads(facts.read_text())["training"].get("shards_sha256") if facts.exists() else None
+    before = (recorded.split.sha256, recorded.source_sha256, shards_sha256)
+    now = (present.split.sha256, present.source_sha256, data.facts["training"].get("shards_sha256"))
+    changed = None
+    if before != now:
+        changed = data.train.path
+    elif recorded.scored_sha256 != present.scored_sha256:
+        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
+    if changed is not None:
+        raise ConfigError(
+            f"{changed}: changed since the start of the run; restore it, choose another run.name, or override with "
+            "--force"
         )
 
 
 def with_recorded_threads(root: Path, config: Config) -> Config:
-    """``config`` with the threads the run began with, where it names none: sums depend on their number."""
+    """``config`` with the recorded threads per worker if it sets none: the order of floating-point sums depends on
+    their number."""
     if config.train.threads_per_worker is not None or not checkpoints(root):
         return config
     return with_threads(config, load(root / "config.yaml").train.threads_per_worker)
@@ -67,58 +94,38 @@ def with_threads(config: Config, threads: int | None) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"threads_per_worker": threads})})
 
 
-def check_data(root: Path, data: Data, force: bool) -> None:
-    """Refuses to go on where annotations or scored masks changed under their path: labels could change sides."""
-    path = root / "split.json"
-    if force or not checkpoints(root) or not path.exists():
-        return
-    was = splits.SplitManifest.from_json(path.read_text(), str(path))
-    now = data.manifest
-    changed = None
-    facts = root / "data.json"
-    shards_sha256 = json.loads(facts.read_text())["training"].get("shards_sha256") if facts.exists() else None
-    before = (was.split.sha256, was.source_sha256, shards_sha256)  # other shards: the run's rows hold other images
-    if before != (now.split.sha256, now.source_sha256, data.facts["training"].get("shards_sha256")):
-        changed = data.train.path
-    elif was.scored_sha256 != now.scored_sha256:
-        changed = "data.pseudo_labels" if data.scored is None else data.scored.path
-    if changed is not None:
-        raise ConfigError(
-            f"{changed}: changed since the run began; restore it, choose another run.name, or insist with --force"
-        )
-
-
 def recorded_schedule(root: Path, config: Config) -> Schedule:
-    """The schedule the run began with: another number of workers must not move lr and milestones under its steps. A
-    new one where --force let its settings change."""
+    """The schedule that the run was started with: a resumed run keeps learning rates and milestones even if the number
+    of workers has changed. A new schedule if --force changed its settings."""
     schedule, path = run_schedule(config), root / "schedule.json"
     if not checkpoints(root) or not path.exists():
         return schedule
     before = load(root / "config.yaml")
     if run_schedule(before) != run_schedule(config.model_copy(update={"scaling": before.scaling})):
         return schedule
-    began = Schedule.from_json(json.loads(path.read_text()))
-    if began != schedule:
-        echo(f"schedule as the run began ({schedule.images_per_step} images a step now):")
-    return began
+    recorded = Schedule.from_json(json.loads(path.read_text()))
+    if recorded != schedule:
+        echo(f"the schedule of the start of the run is kept ({schedule.images_per_step} images per step now):")
+    return recorded
 
 
 def write_run_directory(root: Path, config: Config, data: Data, schedule: Schedule) -> None:
-    """config.yaml, split.json, schedule.json, data.json, perhaps ground_truth.json; metrics.jsonl and others follow."""
+    """Create the directory and write config.yaml, split.json, schedule.json, data.json and, if needed,
+    ground_truth.json. Workers add metrics.jsonl, events.jsonl, checkpoints and figures."""
     if not checkpoints(root):
-        (root / LIMIT_FILE).unlink(missing_ok=True)  # of a start of which nothing is left, perhaps on a smaller device
+        (root / LIMIT_FILE).unlink(missing_ok=True)  # of a start without checkpoints, perhaps on a smaller device
     (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     (root / "figures").mkdir(exist_ok=True)
     (root / "stacks").mkdir(exist_ok=True)
-    papers = {
+    files = {
         "config.yaml": dump(config),
         "split.json": data.manifest.to_json(),
         "schedule.json": json.dumps(schedule.to_json()),
         "data.json": json.dumps(data.facts, indent=1),
     }
     if not isinstance(data.truth, str):
-        papers[GROUND_TRUTH] = json.dumps(data.truth)
-    for name, text in papers.items():
+        files[GROUND_TRUTH] = json.dumps(data.truth)
+    for name, text in files.items():
         atomic.replace_text(root / name, text)
 
 
@@ -134,34 +141,35 @@ def write_pseudo_label_limit(root: Path, limit: int) -> None:
 
 
 def is_evaluation_due(step: int, config: Config, schedule: Schedule) -> bool:
+    """Whether the run is evaluated after ``step`` steps."""
     every = config.train.eval_every
     return step == schedule.steps or bool(every and step and step % every == 0)
 
 
 def find_unscored_checkpoint(
-    root: Path, folder: Path | None, rows: list[dict[str, Any]], config: Config, schedule: Schedule
+    root: Path, newest: Path | None, rows: list[dict[str, Any]], config: Config, schedule: Schedule
 ) -> Path | None:
-    """The checkpoint of the last evaluation that was due until the one in ``folder``, where its scores are not among
-    the logged ``rows``: they were still under way when the run ended. None too where its weights are gone."""
-    if folder is None:
+    """The checkpoint of the last evaluation due until the checkpoint ``newest``, if its scores are not in ``rows`` of
+    metrics.jsonl because they were still being computed when the run ended. None if that checkpoint is unusable."""
+    if newest is None:
         return None
-    made = read_state(folder)["step"]
+    step = read_state(newest)["step"]
     every = config.train.eval_every
-    due = made if is_evaluation_due(made, config, schedule) else made // every * every if every else 0
+    due = step if is_evaluation_due(step, config, schedule) else step // every * every if every else 0
     if due == 0:
         return None
-    there = {role for row, role in product(rows, ROLES) if row["step"] == due and f"{role}/segm_AP" in row}
-    if len(there) == len(ROLES):
+    scored = {role for row, role in product(rows, ROLES) if row["step"] == due and f"{role}/segm_AP" in row}
+    if len(scored) == len(ROLES):
         return None
-    owed = checkpoint_folder(root, due)
+    unscored = checkpoint_folder(root, due)
     try:
-        verify(owed)
+        verify(unscored)
     except CheckpointError:
         return None
-    return owed
+    return unscored
 
 
 def completed_steps(root: Path) -> int:
-    """Steps of the newest good checkpoint; 0 without one."""
+    """Steps of the newest usable checkpoint; 0 without one. Raises CheckpointError if none of them is usable."""
     folder, _ = find_resumable_checkpoint(root)
-    return 0 if folder is None else int(json.loads((folder / "state.json").read_text())["step"])
+    return 0 if folder is None else int(read_state(folder)["step"])

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The lock of a run directory: one driver at a time."""
 
 import contextlib
 import errno
@@ -12,20 +12,22 @@ from pathlib import Path
 from pais_ray.config.overlays import ConfigError
 
 LOCK_FILE = ".lock"
-
-LOCK_S = 5.0  # for a driver that was killed to be gone
+LOCK_TIMEOUT_S = 5.0  # until a killed driver has released the lock
 
 
 class RunLockedError(ConfigError):
-    """Another process has the run directory."""
+    """Another process uses the run directory."""
 
 
 @contextlib.contextmanager
 def lock_run(root: Path) -> Iterator[None]:
-    """The directory for one driver: two would write over each other's checkpoints. The system lets go of it with the
-    process, however that ends. Raises HeldError where another one has it; a file system without locks has none."""
+    """Lock the run directory for the duration of the block: two drivers would overwrite each other's checkpoints.
+
+    The operating system releases the lock when the process ends, however it ends. On a file system without locks
+    nothing is locked. Raises RunLockedError if another process holds the lock.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    path, until = root / LOCK_FILE, time.monotonic() + LOCK_S
+    path, deadline = root / LOCK_FILE, time.monotonic() + LOCK_TIMEOUT_S
     with path.open("a+") as file:
         while True:
             try:
@@ -33,15 +35,15 @@ def lock_run(root: Path) -> Iterator[None]:
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break
-            if time.monotonic() > until:
+                    break  # no locks here
+            if time.monotonic() > deadline:
                 file.seek(0)
                 raise RunLockedError(
-                    f"{root}: in the hands of another process ({file.read() or 'unknown'}); wait for its end or stop "
-                    "it, or choose another name"
+                    f"{root}: locked by another process ({file.read() or 'unknown'}); wait for its end, stop it, or "
+                    "choose another run.name"
                 )
             time.sleep(0.1)
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()} since {since}".encode())

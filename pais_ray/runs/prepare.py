@@ -1,4 +1,4 @@
-"""A run's data: read, split, and generated where none is given. No Ray."""
+"""Prepare the data of a run: read, split, and generate them if none are given. Does not import Ray."""
 
 import hashlib
 import os
@@ -21,40 +21,44 @@ from pais_ray.runs import describe
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A run's data, read and split. Parts that lie in shards are in the order they lie there."""
+    """The data of a run, read and split. Records of a part in shards are in the order of the shards."""
 
     train: CocoDataset
     labeled: tuple[LabeledRecord | ShardRecord, ...]
     unlabeled: tuple[Record, ...]
-    labeled_groups: tuple[int, ...] | None  # images of the part in each row group, where it lies in shards
+    labeled_groups: tuple[int, ...] | None  # images per row group; None: not in shards
     unlabeled_groups: tuple[int, ...] | None
     val: tuple[Record, ...]
-    truth: str | dict[str, Any]  # of the validation images: a COCO file, or its content
+    truth: str | dict[str, Any]  # annotations of the validation images: path of a COCO file, or its contents
     manifest: splits.SplitManifest
-    scored: scored_masks.ScoredFile | None  # what labels the unlabeled images in the teacher's place
-    facts: dict[str, dict[str, Any]]  # of each part: name, source, sha256 and counts; the run's data.json
+    scored: scored_masks.ScoredFile | None  # replaces the teacher's pseudo-labels
+    facts: dict[str, dict[str, Any]]  # the contents of data.json, see describe.facts
 
 
 def prepare(config: Config) -> tuple[Config, Data]:
-    """Reads annotations, makes the split, and generates the embedded data set where none is given."""
+    """Read the annotations and make the split; without data.train, use the generated data set.
+
+    Returns the config with the split that was made. Raises ConfigError and DataError.
+    """
     if config.data.train is None:
-        config = embedded(config)
+        config = with_generated_data(config)
     threshold = 0.0 if config.data.pseudo_labels is None else config.method.score_threshold
     data = read_data(config.data, threshold)
     split = data.manifest.split
-    # What a manifest says is what the run did.
-    told: dict[str, Any] = {"labeled": split.labeled, "fold": split.fold}
+    # The manifest decides, not the settings.
+    applied: dict[str, Any] = {"labeled": split.labeled, "fold": split.fold}
     if config.data.holds_out:
-        told["holdout"] = split.holdout
-    config = config.model_copy(update={"data": config.data.model_copy(update=told)})
+        applied["holdout"] = split.holdout
+    config = config.model_copy(update={"data": config.data.model_copy(update=applied)})
     if config.method.uses_unlabeled and not data.unlabeled:
-        remedy = "set data.unlabeled, or label fewer with data.labeled or data.split"
-        raise ConfigError(f"data: {config.method.name} needs unlabeled images and there are none; {remedy}")
+        remedy = "set data.unlabeled, or label fewer images with data.labeled or data.split"
+        raise ConfigError(f"data: {config.method.name} requires unlabeled images and there are none; {remedy}")
     return config, data
 
 
 def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
-    """The data that the section `data:` spells, which names a training set; scored masks from ``threshold`` on."""
+    """Read the data that the section `data:` describes; it must have a training set. Scored masks below ``threshold``
+    are dropped."""
     limits = data.limits()
     train = readers.read_labeled(*data.part("train"), limits, "train")
     val = None
@@ -67,7 +71,7 @@ def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
         others = coco.read_unlabeled(data.unlabeled, data.unlabeled_images or data.images, limits)
     elif isinstance(train, dataset.ShardDataset):
         others = train.unlabeled
-    manifest = split_of(data, train, others, () if val is None else val.records)
+    manifest = make_manifest(data, train, others, () if val is None else val.records)
     if val is None:
         val = held_out(train, manifest)
     by_id = {r.image_id: r for r in train.records}
@@ -98,17 +102,18 @@ def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
     )
 
 
-def split_of(
+def make_manifest(
     data: DataConfig,
     train: CocoDataset,
     others: Sequence[Record] | None,
     evaluated: Sequence[Record],
 ) -> splits.SplitManifest:
-    """The manifest that the section `data:` asks for, or the one that shards were written with. Raises ValueError."""
+    """The split that the section `data:` describes, or the one that the shards were written with. Raises ConfigError
+    and other ValueErrors."""
     if not isinstance(train, dataset.ShardDataset):
         return splits.for_run(train, data.labeled, data.fold, data.split, others, data.holdout, evaluated)
     if data.holdout is not None:
-        raise ConfigError(f"data.holdout: {train.path} holds images for validation already; leave data.holdout unset")
+        raise ConfigError(f"data.holdout: {train.path} already has validation images; leave data.holdout unset")
     if train.split is None:
         return splits.for_run(train, data.labeled, data.fold, data.split, others)
     made, split = train.split, train.split.split
@@ -116,8 +121,8 @@ def split_of(
         raise ConfigError(f"data.split: {train.path} was written with another split; leave data.split unset")
     if data.labeled < 1 and (data.labeled, data.fold) != (split.labeled, split.fold):
         raise ConfigError(
-            f"data.labeled: {train.path} was written with labeled={split.labeled:g}, fold={split.fold}, and asked for "
-            f"are {data.labeled:g}, {data.fold}; give those, or write shards of this split or of all labels"
+            f"data.labeled: {train.path} was written with labeled={split.labeled:g}, fold={split.fold}, got "
+            f"{data.labeled:g}, {data.fold}; use those, or write shards with this split or with all labels"
         )
     if data.unlabeled is not None and others is not None:
         made = splits.manifest(splits.with_unlabeled(split, others), train, made.sampling)
@@ -125,25 +130,27 @@ def split_of(
 
 
 def held_out(train: CocoDataset, manifest: splits.SplitManifest) -> CocoDataset:
-    """The validation set that ``manifest`` takes from the annotated images."""
+    """The validation set that ``manifest`` holds out of the annotated images. Raises ConfigError if there is none."""
     ids = set(manifest.split.held_out_ids)
     if not ids:
-        remedy = "set data.val, or make one with `pais-ray split --holdout 0.2`"
-        raise ConfigError(f"data.split: the manifest holds no images out for validation and data.val is null; {remedy}")
+        remedy = "set data.val, or make a split with `pais-ray split --holdout 0.2`"
+        raise ConfigError(
+            f"data.split: the manifest holds no images out for validation, and data.val is null; {remedy}"
+        )
     records = tuple(record for record in train.records if record.image_id in ids)
-    told = f"{train.sha256} {sorted(ids)}"  # figures on other images of the same file are other figures
-    sha256 = hashlib.sha256(told.encode()).hexdigest()
+    identity = f"{train.sha256} {sorted(ids)}"  # scores on other images of the same file are not comparable
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
     return replace(train, records=records, truth=ground_truth.load_ground_truth(train.truth, ids), sha256=sha256)
 
 
-def learned_from_too(data: Data) -> list[str]:
-    """Files of validation images that training sees as well, labeled or not."""
+def find_trained_validation_images(data: Data) -> list[str]:
+    """Paths of validation images that are also training images, labeled or not."""
     learned = {splits.file_key(record.path) for record in (*data.labeled, *data.unlabeled)}
     return [record.path for record in data.val if splits.file_key(record.path) in learned]
 
 
-def embedded(config: Config) -> Config:
-    """``config`` with the generated data set as its data; the set is made where it is not there yet."""
+def with_generated_data(config: Config) -> Config:
+    """``config`` with the generated data set, which is created in the storage of the run if it does not exist."""
     folder = Path(config.run.storage_path).absolute() / "synthetic"
     generator.generate(str(folder))
     paths = {
@@ -155,9 +162,9 @@ def embedded(config: Config) -> Config:
 
 
 def check_outlives_job(config: Config) -> None:
-    """Raises ConfigError where the run would lie in the folder that Ray makes for a job and deletes after it."""
+    """Raise ConfigError if the run directory would be in the folder that Ray creates for a job and deletes after it."""
     if not os.path.isabs(config.run.storage_path):
         raise ConfigError(
             f"run.storage_path: expected an absolute path that every node sees, got {config.run.storage_path!r}; "
-            "a job's own folder goes with the job"
+            "the folder of a job is deleted with the job"
         )

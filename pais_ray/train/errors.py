@@ -2,7 +2,11 @@
 
 from pais_ray.config.overlays import ConfigError
 from pais_ray.data.validation.rules import DataError
-from pais_ray.runs.checkpoints import CheckpointError, StorageLostError
+from pais_ray.runs.checkpoints import CheckpointError
+
+
+class StorageLostError(RuntimeError):
+    """A worker cannot read the run directory, or the last checkpoint of a run could not be written."""
 
 
 class TrainingEnded(RuntimeError):

@@ -442,7 +442,7 @@ def test_a_run_is_not_resumed_with_other_shards(tiny, tmp_path):
     written(tiny, tmp_path / "other", rows_per_group=3)
     other = prepared(tmp_path / "other")[1]
     assert other.manifest == data.manifest, "the images are the same, their order is not"
-    with pytest.raises(ConfigError, match="changed since the run began"):
+    with pytest.raises(ConfigError, match="changed since the start of the run"):
         directory.check_data(tmp_path / "run", other, force=False)
 
 

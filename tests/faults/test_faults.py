@@ -281,7 +281,7 @@ def test_damaged_checkpoints(start, undisturbed, storage):
             do(newest(root) / name)
             driver, _ = start(root.name, steps)
             output = driver.finish()
-            assert "checkpoint passed over" in output
+            assert "checkpoint skipped" in output
             assert f"from {before}" in output
             assert_same_end(root, whole, steps)
     for folder in checkpoints(root):
@@ -398,7 +398,7 @@ def test_a_disk_that_is_full_for_a_while(cluster, tiny_coco, undisturbed, tmp_pa
         failed_at = last_step(root)
         ballast.unlink()
         output = driver.finish()
-        assert "no space: " in output
+        assert "no space left: " in output
         assert "the picture of the pseudo-labels was not written" in output
         assert_same_end(root, undisturbed(steps), steps)
         report(full_disk={"steps_logged_when_given_up": failed_at, "end": "same"})

@@ -111,3 +111,9 @@ def test_a_reader_reads_a_replaced_file_from_the_beginning(lines):
     lines.append({"step": 2, "time": 4.0})
     assert [(row["step"], row["time"]) for row in reader.read()] == [(1, 1.0), (2, 4.0)]
     assert reader.restarted
+
+
+def test_metrics_are_read_without_the_incomplete_line_of_a_killed_writer(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert [row["step"] for row in metric_rows(tmp_path)] == [1, 2]
+    assert [row["step"] for row in metric_rows(tmp_path, up_to=1)] == [1]

@@ -83,7 +83,7 @@ def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbe
     before = masks.read_text()
     masks.write_text(json.dumps([entry | {"score": 0.8} for entry in json.loads(before)]))
     try:
-        with pytest.raises(ValueError, match=r"results\.json: changed since the run began"):
+        with pytest.raises(ValueError, match=r"results\.json: changed since the start of the run"):
             launch.train(compose(given("halves")))
     finally:
         masks.write_text(before)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pais_ray.config.tree import compose
 from pais_ray.runs import describe
-from pais_ray.runs.prepare import learned_from_too, prepare
+from pais_ray.runs.prepare import find_trained_validation_images, prepare
 
 
 def words(data: Path, *more: str) -> list[str]:
@@ -38,10 +38,10 @@ def test_images_that_are_learned_from_and_evaluated_on_are_found(tiny_coco, tmp_
     (tmp_path / "link").symlink_to(tiny_coco)  # the same files, whatever leads to them
     both = ("data.images=null", f"data.val={tmp_path}/link/train.json", f"data.val_images={tmp_path}/link/images")
     named = (f"data.train_images={tiny_coco}/images",)
-    found = learned_from_too(prepare(compose(words(tiny_coco, *both, *named)))[1])
+    found = find_trained_validation_images(prepare(compose(words(tiny_coco, *both, *named)))[1])
     assert len(found) == 12
     assert found[0].startswith(f"{tmp_path}/link/")
-    assert learned_from_too(prepare(compose(words(tiny_coco)))[1]) == []
+    assert find_trained_validation_images(prepare(compose(words(tiny_coco)))[1]) == []
 
 
 def test_other_images_held_out_are_another_validation_set(tiny_coco):

@@ -42,8 +42,8 @@ def other(tmp_path):
 
 
 def test_a_second_driver_is_refused_and_told_who_has_it(tmp_path, other, monkeypatch):
-    monkeypatch.setattr(lock, "LOCK_S", 0.0)
-    words = rf"in the hands of another process \(pid {other.pid} on .* since 20"
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_S", 0.0)
+    words = rf"locked by another process \(pid {other.pid} on .* since 20"
     with pytest.raises(ConfigError, match=words), lock_run(tmp_path):
         pytest.fail("two drivers")
 

@@ -26,7 +26,7 @@ from pais_ray.files.json_lines import metric_rows
 from pais_ray.modeling.optim import Schedule
 from pais_ray.runs import describe, directory, lock
 from pais_ray.runs.checkpoints import newest_verified
-from pais_ray.runs.prepare import Data, check_outlives_job, learned_from_too, prepare
+from pais_ray.runs.prepare import Data, check_outlives_job, find_trained_validation_images, prepare
 from pais_ray.tracking import record, tracker
 from pais_ray.train.distributed import collective_timeout
 from pais_ray.train.driver import resources
@@ -136,7 +136,7 @@ def print_overview(run: RunContext) -> None:
     if data.labeled_groups is not None and len(data.labeled) < len(data.train.records):
         echo(f"hint: {data.train.path} mixes labeled and unlabeled images, and reading one image reads its row group;")
         echo("      shards of this split (pais-ray shard ... data.labeled=... or data.split=...) read less")
-    if both := learned_from_too(data):
+    if both := find_trained_validation_images(data):
         echo(f"warning: {len(both)} of {len(data.val)} validation images are also training images, such as {both[0]}:")
         echo("         their AP does not measure generalization (`pais-ray validate` also finds copies of images)")
     echo(run.schedule.explain())

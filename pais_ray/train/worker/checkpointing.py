@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pais_ray.runs.checkpoints import CheckpointWriter, StorageLostError
+from pais_ray.runs.checkpoint_writer import CheckpointWriter
 from pais_ray.train.distributed import WorkerGroup
+from pais_ray.train.errors import StorageLostError
 from pais_ray.train.state import TrainState
 from pais_ray.train.worker.heartbeat import Heartbeat
 

@@ -12,9 +12,10 @@ from pais_ray.config.overlays import ConfigError
 from pais_ray.config.tree import Config
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.modeling.optim import Schedule
-from pais_ray.runs.checkpoints import StorageLostError, find_resumable_checkpoint
+from pais_ray.runs.checkpoints import find_resumable_checkpoint
 from pais_ray.runs.directory import find_unscored_checkpoint
 from pais_ray.train.distributed import WorkerGroup
+from pais_ray.train.errors import StorageLostError
 from pais_ray.train.job import Job
 from pais_ray.train.state import TrainState, build_state
 from pais_ray.train.worker.evaluation import note_scores

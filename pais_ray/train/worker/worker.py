@@ -13,11 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pais_ray.config.tree import rows_per_step
-from pais_ray.runs.checkpoints import StorageLostError
 from pais_ray.runs.directory import read_pseudo_label_limit
 from pais_ray.tracking.system_metrics import NodeSampler
 from pais_ray.train.distributed import WorkerGroup, collective_timeout
-from pais_ray.train.errors import TrainingEnded, find_fatal_error
+from pais_ray.train.errors import StorageLostError, TrainingEnded, find_fatal_error
 from pais_ray.train.guards import Guards
 from pais_ray.train.job import Job
 from pais_ray.train.messages import FatalError
