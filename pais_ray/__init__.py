@@ -21,6 +21,7 @@ _HOMES = {
     "Targets": "pais_ray.structures",
     "Views": "pais_ray.structures",
     "compose": "pais_ray.config.tree",
+    "local_batches": "pais_ray.runs.batches",
     "score": "pais_ray.evaluation.scoring",
     "train_step": "pais_ray.train.step",
 }

@@ -78,7 +78,7 @@ def test_the_burn_in_changes_nothing_but_the_unlabeled_part(feed, plan, parts, l
     whole, rows = rank_rows(6, 5, 3, 2, 0), rank_rows(6, 5, 3, 2, 0, labeled_only_steps=labeled_only)
     expected = list(batches.stream_batches(feed, whole, VIEWS, "cpu"))
     streamed = list(batches.stream_batches(feed, rows, VIEWS, "cpu"))
-    local = list(batches.local_batches(plan, build_tables(*parts), rows, VIEWS))
+    local = list(batches.load_batches(plan, build_tables(*parts), rows, VIEWS))
     assert len(expected) == len(streamed) == len(local) == 5
     for step in range(5):
         for one, burned_in, alike in zip(expected[step], streamed[step], local[step], strict=True):

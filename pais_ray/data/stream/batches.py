@@ -45,7 +45,7 @@ def stream_decoded(
     return stream_rows(feed, rows, decode, prefetch=prefetch)
 
 
-def local_batches(
+def load_batches(
     plan: StepPlan, tables: PartTables, rows: RankRows, views: ViewSet, device: torch.device | str = "cpu"
 ) -> Iterator[list[Batch | None]]:
     """The batches of ``stream_batches``, read in this process without Ray; for notebooks and tests."""

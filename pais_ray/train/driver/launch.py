@@ -18,13 +18,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pais_ray.cluster import connect, ray_compat
 from pais_ray.config.identity import flatten
 from pais_ray.config.overlays import ConfigError
-from pais_ray.config.tree import Config, rows_per_step
+from pais_ray.config.tree import Config
 from pais_ray.data.stream import pipeline
-from pais_ray.data.stream.plan import StepPlan
 from pais_ray.files.console import echo
 from pais_ray.files.json_lines import metric_rows
 from pais_ray.modeling.optim import Schedule
 from pais_ray.runs import describe, directory, lock
+from pais_ray.runs.batches import step_plan
 from pais_ray.runs.checkpoints import newest_verified
 from pais_ray.runs.prepare import Data, check_outlives_job, find_trained_validation_images, prepare
 from pais_ray.tracking import record, tracker
@@ -178,16 +178,7 @@ def fit(run: RunContext, cpus: float) -> TrainResult:
 def build_job(run: RunContext, monitor: ActorHandle) -> Job:
     """The inputs of the workers; the records of the data set go to the object store."""
     config, data = run.config, run.data
-    plan = StepPlan(
-        seed=config.train.seed,
-        num_labeled=len(data.labeled),
-        num_unlabeled=len(data.unlabeled),
-        labeled=config.batch.labeled,
-        unlabeled=config.batch.unlabeled,
-        labeled_groups=data.labeled_groups,
-        unlabeled_groups=data.unlabeled_groups,
-        lanes=rows_per_step(run.schedule, config),
-    )
+    plan = step_plan(config, data, run.schedule)
     scored = None if data.scored is None else data.scored.images
     # A COCO file, or the one that was written to the run directory.
     truth = os.path.abspath(data.truth) if isinstance(data.truth, str) else str(run.root / directory.GROUND_TRUTH)
