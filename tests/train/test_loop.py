@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pais_ray.config.tree import compose, rows_per_step, run_schedule
-from pais_ray.data.stream.batches import local_batches
+from pais_ray.data.stream.batches import load_batches
 from pais_ray.data.stream.plan import StepPlan
 from pais_ray.data.stream.rows import build_tables
 from pais_ray.files.json_lines import metric_rows
@@ -102,7 +102,7 @@ class Local:
         monkeypatch.setattr(ray.train, "get_context", lambda: context)
         monkeypatch.setattr(ray.train.torch, "get_device", lambda: device)
         monkeypatch.setattr(worker, "Heartbeat", lambda *_: self.heartbeat)
-        monkeypatch.setattr(loop, "stream_batches", lambda feed, *args: local_batches(feed.plan, feed.tables, *args))
+        monkeypatch.setattr(loop, "stream_batches", lambda feed, *args: load_batches(feed.plan, feed.tables, *args))
 
     def train(self, name: str, *more: str, stop: bool = False, save: bool = False) -> Path:
         """Start the run ``name``, or resume it; returns its directory."""
