@@ -1,7 +1,7 @@
 #!/bin/bash
-# Tells Ray that this spot node is about to go, once the cloud says so: `drain_on_notice.sh HEAD:6379 [SECONDS]`.
-# Ray Train then starts the workers anew elsewhere, and does not count it against run.max_failures.
-# NOTICE is the command that succeeds when the notice is there; by default AWS's, which comes 120 s before the end.
+# Waits for the preemption notice of this spot node, then drains the node: `drain_on_notice.sh HEAD:6379 [SECONDS]`.
+# Ray Train restarts the workers on other nodes and does not count this against run.max_failures.
+# NOTICE is a command that succeeds once there is a notice. The default is AWS's, given 120 s before the end.
 set -u
 metadata=http://169.254.169.254/latest
 aws_notice() {

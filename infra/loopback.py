@@ -1,7 +1,7 @@
-"""Runs a command in a network namespace that has nothing but loopback: `python infra/loopback.py CMD ARGS...`
+"""Runs a command in a network namespace that has only the loopback interface: `python infra/loopback.py CMD ARGS...`
 
-Ray listens beyond loopback wherever it finds another interface; here it finds none. Where namespaces are not
-allowed the command runs as it is, but in CI (PAIS_RAY_CI set) that is an error.
+Ray listens on other interfaces if it finds any. If network namespaces are not permitted, the command runs without
+one; in CI (PAIS_RAY_CI is set) that is an error.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # linux/sockios.h, linux/if.h
 
 
 def enter() -> None:
-    """Moves this process into a namespace of its own with ``lo`` up. Raises OSError where that is not allowed."""
+    """Moves this process into a new namespace with ``lo`` up. Raises OSError if that is not permitted."""
     uid, gid = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET if uid == 0 else CLONE_NEWUSER | CLONE_NEWNET) != 0:
@@ -30,8 +30,8 @@ def enter() -> None:
         fcntl.ioctl(channel, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
 
 
-def allowed() -> bool:
-    """Whether ``enter`` works here, tried in a child: half a namespace cannot be left again."""
+def is_permitted() -> bool:
+    """Whether ``enter`` works, tried in a child process: a partly entered namespace cannot be left."""
     child = os.fork()
     if child == 0:
         try:
@@ -45,13 +45,13 @@ def allowed() -> bool:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: loopback.py COMMAND [ARGUMENT...]")
-    if allowed():
+    if is_permitted():
         enter()
         os.environ["PAIS_RAY_LOOPBACK_ONLY"] = "1"
     elif os.environ.get("PAIS_RAY_CI"):
-        sys.exit("loopback.py: no network namespace here; CI must run the tests inside one")
+        sys.exit("loopback.py: network namespaces are not permitted; CI must run the tests inside one")
     else:
-        print("loopback.py: no network namespace here; going on without", file=sys.stderr)
+        print("loopback.py: network namespaces are not permitted; running without one", file=sys.stderr)
     os.execvp(sys.argv[1], sys.argv[1:])
 
 

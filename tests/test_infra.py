@@ -1,7 +1,7 @@
-"""What infra/ ships is what its readers accept: Docker, Compose, Kubernetes, Ray. Nothing is started here.
+"""The files of infra/ are valid for Docker, Compose, Kubernetes and Ray. No test starts anything.
 
-No registry has a package with KubeRay's own schema, so the RayJob is held by three others: Kubernetes' schema for every
-pod in it, Ray's autoscaler, which reads such a resource, and the fields written down below.
+There is no package with KubeRay's schema, so three other checks cover the RayJob: the schema of Kubernetes for each of
+its pods, Ray's autoscaler, which parses such a resource, and the models below.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 INFRA = Path(__file__).resolve().parents[1] / "infra"
-KUBERNETES = "1.35"  # the version whose schema the manifests are held against
+KUBERNETES = "1.35"  # the version whose schema the manifests are validated against
 REGISTRY_HOST = re.compile(r"image: *[\w.-]+\.[a-z]+(:\d+)?/|FROM +[\w.-]+\.[a-z]+(:\d+)?/|index-url +http")
 
 
-def need(module: str) -> None:
-    """The validator, or a skip; in CI a failure."""
+def require_module(module: str) -> None:
+    """Skips the test if a validator is not installed; in CI that is a failure."""
     if importlib.util.find_spec(module) is None:
         (pytest.fail if os.environ.get("PAIS_RAY_CI") else pytest.skip)(f"{module} is not installed")
 
@@ -45,7 +45,7 @@ class Strict(BaseModel):
 
 
 class Group(Strict):
-    """ray.io/v1 HeadGroupSpec and WorkerGroupSpec, what we use of them."""
+    """The fields in use of HeadGroupSpec and WorkerGroupSpec (ray.io/v1)."""
 
     rayStartParams: dict[str, str]
     template: dict
@@ -79,8 +79,8 @@ def pods(job: dict) -> dict[str, dict]:
     return {name: group["template"] for name, group in groups.items()}
 
 
-def test_kubernetes_takes_the_claim_and_every_pod():
-    need("kubernetes_validate")
+def test_the_claim_and_every_pod_are_valid_for_kubernetes():
+    require_module("kubernetes_validate")
     import kubernetes_validate
 
     claim, job = documents()
@@ -95,7 +95,7 @@ def test_kubernetes_takes_the_claim_and_every_pod():
         kubernetes_validate.validate(made[1], KUBERNETES, strict=True)
 
 
-def test_the_rayjob_has_kuberays_fields_and_its_claim():
+def test_the_rayjob_has_the_fields_of_kuberay_and_its_claim():
     claim, job = documents()
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = RayJobSpec.model_validate(job["spec"])
@@ -110,7 +110,7 @@ def test_the_rayjob_has_kuberays_fields_and_its_claim():
         assert mounts["shared"] == "/shared"
 
 
-def test_rays_autoscaler_reads_the_rayjobs_cluster():
+def test_the_cluster_of_the_rayjob_is_valid_for_rays_autoscaler():
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     _, job = documents()
@@ -121,7 +121,7 @@ def test_rays_autoscaler_reads_the_rayjobs_cluster():
     assert types["headgroup"]["resources"].get("GPU", 0) == 0
 
 
-def test_the_rayjobs_words_are_a_config():
+def test_the_arguments_of_the_rayjob_are_a_valid_config():
     from pais_ray.config.tree import compose
     from pais_ray.runs.prepare import check_outlives_job
 
@@ -129,10 +129,10 @@ def test_the_rayjobs_words_are_a_config():
     assert words[:2] == ["pais-ray", "train"]
     config = compose(words[2:])
     check_outlives_job(config)
-    assert config.run.name is not None, "the next attempt resumes by it"
+    assert config.run.name is not None, "the next attempt resumes the run of this name"
 
 
-def test_ray_takes_the_cluster_of_virtual_machines(tmp_path):
+def test_the_cluster_of_virtual_machines_is_valid_for_ray(tmp_path):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
@@ -146,7 +146,7 @@ def test_ray_takes_the_cluster_of_virtual_machines(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "mlflow/Dockerfile"])
-def test_hadolint_finds_nothing(name):
+def test_hadolint_reports_nothing(name):
     done = subprocess.run([tool("hadolint"), str(INFRA / name)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (INFRA / name).read_text()
@@ -154,7 +154,7 @@ def test_hadolint_finds_nothing(name):
     assert ":latest" not in text
 
 
-def test_compose_takes_the_mlflow_server():
+def test_the_compose_file_of_the_mlflow_server_is_valid():
     path = INFRA / "mlflow" / "compose.yaml"
     command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,7 +164,7 @@ def test_compose_takes_the_mlflow_server():
     assert all(":" in s["image"] for s in services.values() if "image" in s), "versions"
 
 
-def test_secrets_are_made_once_for_their_owner_alone(tmp_path):
+def test_secrets_are_created_once_and_readable_by_their_owner_only(tmp_path):
     folder = tmp_path / "secrets"
     command = [sys.executable, str(INFRA / "mlflow" / "make_secrets.py"), str(folder)]
     assert subprocess.run(command, check=False).returncode == 0
@@ -179,7 +179,7 @@ def test_secrets_are_made_once_for_their_owner_alone(tmp_path):
     assert password in made["basic_auth.ini"]
 
 
-def test_no_file_names_a_registry_or_holds_a_secret():
+def test_no_file_contains_a_registry_host_or_a_secret():
     for path in INFRA.rglob("*"):
         if path.is_file() and "secrets/" not in str(path) and path.suffix != ".pyc":
             text = path.read_text()

@@ -1,6 +1,7 @@
-"""Passwords for compose.yaml, made here and readable by their owner alone: `python infra/mlflow/make_secrets.py`.
+"""Creates the passwords for compose.yaml, readable by their owner only: `python infra/mlflow/make_secrets.py`.
 
-Writes secrets/ beside this file once; what is there stays. The admin's password is in secrets/mlflow.env.
+Writes the folder secrets/ next to this file; an existing folder is kept. The admin's password is in
+secrets/mlflow.env.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 
 def contents() -> dict[str, str]:
-    """File name -> text; the same passwords where two services must agree."""
+    """File name -> text. Services that connect to each other get the same password."""
     database, access, secret, admin, flask = (secrets.token_hex(24) for _ in range(5))
     uri = f"postgresql://mlflow:{database}@database:5432/mlflow"
     return {
@@ -26,7 +27,7 @@ def contents() -> dict[str, str]:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "secrets"
     if folder.exists():
-        sys.exit(f"{folder}: is there already; delete it and the services' volumes to begin anew")
+        sys.exit(f"{folder}: exists already; to start over, delete it and the volumes of the services")
     folder.mkdir(mode=0o700, parents=True)
     for name, text in contents().items():
         with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

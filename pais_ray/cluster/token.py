@@ -1,6 +1,6 @@
-"""The token that Ray clusters ask for: where it lies, and that its owner alone can read it.
+"""The token that a Ray cluster requires: its location, and its permissions.
 
-Ray reads it itself, from RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. It is never put into
+Ray reads it from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from ~/.ray/auth_token. It is never passed in
 parameters, runtime environments or logs.
 """
 
@@ -14,19 +14,21 @@ TOKEN_BYTES = 32  # 256 bits, as `ray get-auth-token --generate`
 
 
 def token_file() -> Path:
-    """Where Ray looks for the token."""
+    """The file that Ray reads the token from."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def has_token() -> bool:
-    """Whether there is a token to show to a cluster."""
+    """Whether there is a token."""
     path = token_file()
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or (path.is_file() and path.stat().st_size > 0)
 
 
 def ensure_token() -> None:
-    """Sees that there is a token for a cluster of our own, readable by its owner alone: Ray makes one on its own,
-    which everyone on the machine can read. With RAY_AUTH_MODE=disabled nothing happens."""
+    """Creates a token for a local cluster if there is none, and makes it readable by its owner only.
+
+    Ray would create one that every user of the machine can read. Does nothing with RAY_AUTH_MODE=disabled.
+    """
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = token_file()

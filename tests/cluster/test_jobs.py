@@ -1,4 +1,4 @@
-"""What goes to a cluster: the code and nothing else, the same bytes each time, within Ray's limit."""
+"""Jobs: contents of the working_dir, its size limit, checks before the submission, command lines."""
 
 import io
 import runpy
@@ -22,9 +22,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_working_dir_runs_by_itself(here):
+def test_the_working_dir_is_self_contained(here):
     archive = jobs.pack(jobs.working_dir_files())
-    assert archive == jobs.pack(jobs.working_dir_files()), "Ray knows it again"
+    assert archive == jobs.pack(jobs.working_dir_files()), "equal bytes: Ray uploads them once"
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         names = packed.namelist()
         packed.extractall(here / "job")
@@ -38,7 +38,7 @@ def test_the_working_dir_runs_by_itself(here):
     assert "run.storage_path" in done.stderr
 
 
-def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
+def test_included_folders_are_sent_without_hidden_files(here):
     for name in ("mine/method.py", "mine/.git/config", "mine/__pycache__/x.pyc", "note.yaml", ".secret"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("x")
@@ -46,7 +46,7 @@ def test_what_the_user_adds_is_sent_without_what_is_hidden(here):
     assert added == {"mine/method.py", "note.yaml"}
 
 
-def test_what_lies_elsewhere_stands_beside_the_code(here, monkeypatch):
+def test_files_outside_the_current_folder_are_placed_at_the_top(here, monkeypatch):
     for name in ("work/notes.yaml", "pkg/method.py"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("x")
@@ -57,7 +57,7 @@ def test_what_lies_elsewhere_stands_beside_the_code(here, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [".mine.yaml", ".mine/a.py", "empty/", "pkg/__pycache__/a.pyc"])
-def test_what_adds_no_file_is_refused(here, name):
+def test_an_include_without_a_visible_file_is_refused(here, name):
     (here / name).parent.mkdir(parents=True, exist_ok=True)
     (here / name).mkdir() if name.endswith("/") else (here / name).write_text("x")
     for given in (Path(name), here / name):
@@ -65,7 +65,7 @@ def test_what_adds_no_file_is_refused(here, name):
             jobs.working_dir_files([given])
 
 
-def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
+def test_a_config_file_outside_the_current_folder_is_refused(here, monkeypatch):
     (here / "work").mkdir()
     monkeypatch.chdir(here / "work")
     for path in ("../mine.yaml", "own.yaml"):
@@ -79,7 +79,7 @@ def test_a_word_that_the_job_would_not_find_is_refused(here, monkeypatch):
     )
 
 
-def test_too_much_is_refused_by_name(here, monkeypatch):
+def test_too_large_a_working_dir_is_refused_with_the_largest_files(here, monkeypatch):
     monkeypatch.setattr(ray_compat, "UPLOAD_LIMIT", 2**20)
     Path("weights.bin").write_bytes(__import__("random").Random(0).randbytes(2**20))
     done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--include", "weights.bin"])
@@ -105,14 +105,14 @@ def test_too_much_is_refused_by_name(here, monkeypatch):
         (["search", "quickstart", "--over", "method.tau_clz=1,2", "--model", "m"], "method.tau_clz"),
     ],
 )
-def test_wrong_words_never_reach_the_cluster(words, line):
+def test_invalid_words_are_refused_before_the_submission(words, line):
     done = CliRunner().invoke(main, ["submit", *words, "--address", "http://127.0.0.1:9"])
     assert done.exit_code == 2
     assert line in done.stderr
 
 
-def test_the_searching_program_writes_the_json_that_it_is_told_to(here, monkeypatch):
-    """And reads in it which run to register."""
+def test_the_search_program_writes_its_json_file(here, monkeypatch):
+    """And registers the run that the file names."""
     calls = []
 
     def run_verb(verb, words):
@@ -131,7 +131,7 @@ def test_the_searching_program_writes_the_json_that_it_is_told_to(here, monkeypa
     assert Path("out.json").exists()
 
 
-def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
+def test_an_unreachable_cluster_is_a_one_line_error(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not win over --address
     done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--address", "http://127.0.0.1:9"])
     assert done.exit_code == 1

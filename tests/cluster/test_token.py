@@ -1,4 +1,4 @@
-"""The token of a cluster: made once, for its owner alone, and asked for where the network could reach."""
+"""The token of a cluster: created once, readable by its owner only, and required for network addresses."""
 
 import os
 import stat
@@ -20,26 +20,26 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "deep" / "token"
 
 
-def test_a_token_is_made_once_and_readable_by_its_owner_alone(path):
+def test_a_token_is_created_once_and_readable_by_its_owner_only(path):
     assert not token.has_token()
     token.ensure_token()
     made = path.read_text()
     assert len(made) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    path.chmod(0o644)  # as Ray's own
+    path.chmod(0o644)  # as Ray creates it
     token.ensure_token()
     assert path.read_text() == made
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [p.name for p in path.parent.iterdir()] == ["token"]
 
 
-def test_no_token_is_made_where_none_is_wanted(path, monkeypatch):
+def test_no_token_is_created_with_disabled_authentication(path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     token.ensure_token()
     assert not path.exists()
 
 
-def test_ray_reads_the_token_that_was_made(path):
+def test_ray_reads_the_created_token(path):
     token.ensure_token()
     code = "from ray._raylet import AuthenticationTokenLoader as L; print(L.instance().get_token_for_http_header())"
     env = {**os.environ, "RAY_AUTH_MODE": "token"}
@@ -56,7 +56,7 @@ def test_ray_reads_the_token_that_was_made(path):
         ("ray://10.1.2.3:10001", "expected the dashboard's address"),
     ],
 )
-def test_an_open_address_without_a_token_is_refused(path, address, line):
+def test_a_network_address_without_a_token_is_refused(path, address, line):
     done = CliRunner().invoke(main, ["submit", "tables", "runs", "--address", address])
     assert done.exit_code == 2
     assert line in done.stderr

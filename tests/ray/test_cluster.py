@@ -1,4 +1,4 @@
-"""A job sent to a cluster of three nodes, one of which dies: `pais-ray submit`, its exit codes, and the survivors."""
+"""Jobs on a cluster of three nodes: `pais-ray submit`, exit codes, stops, the loss and the draining of a node."""
 
 import contextlib
 import json
@@ -30,30 +30,30 @@ SUBMIT = [sys.executable, "-m", "pais_ray.cli", "submit"]
 STEPS = 8
 
 
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # any will do for moto
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}  # moto accepts any keys
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A head and two nodes of two CPUs each, behind a token."""
+    """A head and two nodes of two CPUs each that require a token."""
     with nodes(tmp_path_factory.mktemp("n"), [2, 2, 2], **KEYS) as started:
         yield started
 
 
 class Submitted:
-    """`pais-ray submit` in a process of its own, its output in a file."""
+    """`pais-ray submit` in a process, with its output in a file."""
 
     def __init__(self, cluster: Nodes, *arguments: str) -> None:
         self.log = cluster.folder / f"submit{len(list(cluster.folder.glob('submit*')))}.log"
         env = {**cluster.env, "PYTHONPATH": os.getcwd()}
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell would have it ignored
+        default_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell ignores SIGINT
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [*SUBMIT, *arguments, "--address", cluster.address],
-                env=env, cwd=cluster.folder, preexec_fn=heed, stdout=file, stderr=subprocess.STDOUT,
+                env=env, cwd=cluster.folder, preexec_fn=default_sigint, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         return True
 
@@ -71,7 +71,7 @@ def ray_job(cluster: Nodes, *words: str) -> str:
     return subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_failing_job_gives_its_status_and_cause(three):
+def test_a_failing_job_reports_its_status_and_cause(three):
     output = Submitted(three, "tables", "/nowhere").ends(2)
     assert "Directory '/nowhere' does not exist" in output
     assert "failed: Job entrypoint command failed with exit code 2" in output
@@ -80,7 +80,7 @@ def test_a_failing_job_gives_its_status_and_cause(three):
     assert token not in ray_job(three, "list")
 
 
-def test_without_the_token_there_is_no_way_in(three):
+def test_a_cluster_refuses_clients_without_its_token(three):
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [*SUBMIT, "tables", "/runs", "--address", three.address]
     done = subprocess.run(command, env={**env, "HOME": str(three.folder)}, capture_output=True, text=True, check=False)
@@ -118,7 +118,7 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_bucket_is_predicted_by_a_job(three, bucket, tiny_coco, tmp_path):
+def test_a_job_predicts_the_images_of_a_bucket(three, bucket, tiny_coco, tmp_path):
     run = untrained_run(tiny_coco, tmp_path)
     words = ["predict", str(run), bucket, "--out", str(tmp_path / "out"), "--part-images", "6", "--merge"]
     assert "16/16 images" in Submitted(three, *words).ends(0)
@@ -129,11 +129,11 @@ def test_a_bucket_is_predicted_by_a_job(three, bucket, tiny_coco, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco, tmp_path):
+def test_ctrl_c_leaves_the_job_running_and_stopping_it_leaves_a_checkpoint(three, tiny_coco, tmp_path):
     root = tmp_path / "left"
     long = ("train.steps=5000", "train.eval_every=null", "train.checkpoint_every=5000", "train.panel_every=null")
     running = Submitted(three, "train", *words(tiny_coco, tmp_path, "left", *long))
-    wait_for(lambda: 3 in steps_logged(root), running.goes_on)
+    wait_for(lambda: 3 in steps_logged(root), running.is_running)
     running.process.send_signal(signal.SIGINT)
     output = running.ends(1)
     assert "the log is no longer shown; the job keeps running" in output
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_the_job_and_its_stop_leaves_a_checkpoint(three, tiny_coco
 
 
 @pytest.mark.slow
-def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
+def test_a_job_that_loses_a_node_ends_with_the_same_result(three, tiny_coco, tmp_path):
     def job(name: str) -> Submitted:
         more = ("scaling.placement_strategy=SPREAD", "train.panel_every=1")
         return Submitted(three, "train", *words(tiny_coco, tmp_path, name, *more))
@@ -154,15 +154,15 @@ def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
     started = time.monotonic()
     root = tmp_path / "node_killed"
     running = job("node_killed")
-    wait_for(lambda: 3 in steps_logged(root), running.goes_on)
+    wait_for(lambda: 3 in steps_logged(root), running.is_running)
     first = time.monotonic() - started
-    lock_run = {index: workers_on(three, index) for index in range(3)}
-    assert sorted(lock_run.values()) == [0, 1, 1], lock_run
-    victim = max(index for index in lock_run if lock_run[index])  # never 0, the head with the program
+    counts = {index: workers_on(three, index) for index in range(3)}
+    assert sorted(counts.values()) == [0, 1, 1], counts
+    victim = max(index for index in counts if counts[index])  # never 0, the head with the driver
     assert victim
     at, killed = max(steps_logged(root)), time.monotonic()
     three.kill(victim)
-    wait_for(lambda: max(steps_logged(root), default=0) > at, running.goes_on)
+    wait_for(lambda: max(steps_logged(root), default=0) > at, running.is_running)
     again = time.monotonic() - killed
     output = running.ends(0)
     print(f"submit to step 3: {first:.1f} s; kill to the next new step: {again:.1f} s")
@@ -172,30 +172,38 @@ def test_a_node_dies_and_the_job_ends_the_same(three, tiny_coco, tmp_path):
     rows = metric_rows(root)
     for role in ("teacher", "student"):
         assert [r["step"] for r in rows if f"{role}/segm_AP" in r] == [4, STEPS]
-    job("undisturbed").ends(0)  # on the survivors
+    job("undisturbed").ends(0)  # on the remaining nodes
     assert_same_end(root, tmp_path / "undisturbed", STEPS)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_told_to_go_costs_no_failure(three, tiny_coco, tmp_path):
-    """The spot notice of infra/drain_on_notice.sh: Ray Train leaves the node, and does not count it as a failure."""
-    if any(node.poll() is not None for node in three.running):  # another test has killed one
+def test_a_drained_node_does_not_count_as_a_failure(three, tiny_coco, tmp_path):
+    """With infra/drain_on_notice.sh: Ray Train leaves the node, and does not count this as a failure."""
+    if any(node.poll() is not None for node in three.running):  # killed by another test
         three.join(cpus=2)
     root = tmp_path / "drained"
     more = ("scaling.placement_strategy=SPREAD", "train.panel_every=1", "train.steps=60", "run.max_failures=0")
-    more += ("train.eval_every=60", "train.checkpoint_every=60")  # there is none but what the notice asks for
+    more += (
+        "train.eval_every=60",
+        "train.checkpoint_every=60",
+    )  # the only checkpoint is the one that the notice requests
     running = Submitted(three, "train", *words(tiny_coco, tmp_path, "drained", *more))
-    wait_for(lambda: 3 in steps_logged(root), running.goes_on)
-    lock_run = {index: workers_on(three, index) for index in range(len(three.running))}
-    victim = max(index for index in lock_run if lock_run[index])
+    wait_for(lambda: 3 in steps_logged(root), running.is_running)
+    counts = {index: workers_on(three, index) for index in range(len(three.running))}
+    victim = max(index for index in counts if counts[index])
     assert victim
-    command = ["bash", "infra/drain_on_notice.sh", three.gcs, "30"]  # s: two steps and a checkpoint on a busy machine
+    command = [
+        "bash",
+        "infra/drain_on_notice.sh",
+        three.gcs,
+        "30",
+    ]  # s, for two steps and a checkpoint on a busy machine
     env = {**three.env, "NOTICE": "true", "NODE_ID": three.node_id(victim)}
     subprocess.run(command, env=env, check=True)
-    wait_for(lambda: not workers_on(three, victim), running.goes_on)
+    wait_for(lambda: not workers_on(three, victim), running.is_running)
     three.kill(victim)
     output = running.ends(0)
     assert "resumed at step" in output
     assert len(events(root, "node_leaving")) == 1
-    assert 3 <= events(root, "start")[1]["step"] < 60, "the checkpoint that the notice asked for"
+    assert 3 <= events(root, "start")[1]["step"] < 60, "the checkpoint that the notice requested"
     assert steps_logged(root) == list(range(1, 61))
