@@ -1,4 +1,4 @@
-"""Reading the files of a data set: a missing file is an error of the data, and the message says so."""
+"""Opens and reads files of a data set; a missing file raises DataError."""
 
 from typing import BinaryIO
 
@@ -23,4 +23,6 @@ def read_bytes(path: str) -> bytes:
 
 
 def _missing(path: str) -> DataError:
-    return DataError("image-missing", path, "there is no such file", "restore it, or remove it from the data set")
+    return DataError(
+        "image-missing", path, "expected a file, got no such file", "restore it, or remove it from the data set"
+    )

@@ -1,4 +1,4 @@
-"""What data=FOLDER stands for: real layouts and generated ones, what is told of them, and what is ambiguous."""
+"""Detection of data=FOLDER: real and generated layouts, the explanations printed, and ambiguous folders."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_images_of_a_test_file_are_not_trained_on(tmp_path):
         for name in names:
             picture(tmp_path / "images" / name)
     lines = "\n".join(detect(str(tmp_path), {}).lines)
-    assert "2 images listed by other JSON files are not taken as unlabeled ones" in lines
+    assert "2 images listed by other JSON files are not used as unlabeled images" in lines
     assert "not used: " in lines
 
 
@@ -108,7 +108,7 @@ def test_one_file_alone_is_what_is_labeled(image_sets):
 def test_cityscapes(image_sets, tmp_path):
     root = image_sets / "cityscapes_layout"
     assert found(root) == {"train": f"{root}/gtFine/train", "val": f"{root}/gtFine/val"}
-    assert any("word cityscapes" in line for line in detect(str(root), {}).lines)
+    assert any("add the config cityscapes" in line for line in detect(str(root), {}).lines)
     for name in ("gtFine/train", "leftImg8bit/train", "leftImg8bit/train_extra"):
         (tmp_path / name).mkdir(parents=True)
     more = {"unlabeled": f"{tmp_path}/leftImg8bit/train_extra", "labeled": 1.0, "holdout": 0.2}
@@ -173,7 +173,7 @@ def test_a_folder_of_images_and_one_file(photos):
     assert found(photos / "labels.json") == found(photos), "the file alone says as much"
     lines = detect(str(photos), {}).lines
     assert f"  data.train={photos}/labels.json  (4 images)" in lines
-    assert f"  data.unlabeled={photos}  (6 images that no JSON lists)" in lines
+    assert f"  data.unlabeled={photos}  (6 images that no JSON file lists)" in lines
 
 
 def test_shards_are_known_by_their_manifest(tmp_path):
@@ -185,22 +185,22 @@ def test_shards_are_known_by_their_manifest(tmp_path):
 # ---- what is missing or ambiguous ------------------------------------------------------------------------
 
 
-def test_images_alone_say_what_is_missing_and_how_to_go_on(photos):
+def test_images_without_annotations_are_an_error_with_remedies(photos):
     (photos / "labels.json").unlink()
     message = refused(photos)
-    assert message.startswith(f"{photos}: 10 images and no COCO JSON to learn from; label some")
+    assert message.startswith(f"{photos}: expected a COCO JSON file for training, got 10 images and none; label some")
     assert f"data.unlabeled={photos}" in message
     done = call("train", f"data={photos}")
     assert done.exit_code == 2
     assert "[data-layout]" in done.stderr
     (photos / "other.json").write_text('{"note": "images"}')
-    assert f"10 images and no COCO JSON to learn from; {photos}/other.json is none; label" in refused(photos)
+    assert f"got 10 images and none (not usable: {photos}/other.json); label" in refused(photos)
 
 
 @pytest.mark.parametrize("length", [0, 1, 60, 400, -1])
 @pytest.mark.parametrize("name", ["instances_val.json", "instances_train.json", "valid/_annotations.coco.json"])
-def test_a_file_that_is_cut_is_refused_and_not_passed_over(tmp_path, name, length):
-    """Else a run would hold out images of train, and tell a figure on those."""
+def test_a_truncated_file_is_an_error_and_not_ignored(tmp_path, name, length):
+    """Otherwise a run would hold out training images and report results on them."""
     for i in range(6):
         picture(tmp_path / "images" / f"{i}.png", 20 * i)
     other = "instances_val.json" if "train" in name else "instances_train.json"
@@ -210,7 +210,7 @@ def test_a_file_that_is_cut_is_refused_and_not_passed_over(tmp_path, name, lengt
     path.write_bytes(path.read_bytes()[:length] if length else b"")
     part = "train" if "train" in name else "val"
     assert found(tmp_path)[part] == str(path)
-    assert "the file is cut short" in "\n".join(detect(str(tmp_path), {}).lines)
+    assert "the file is truncated" in "\n".join(detect(str(tmp_path), {}).lines)
     done = call("validate", f"data={tmp_path}")
     assert done.exit_code == 1, done.output
     assert "file-json" in done.output
@@ -219,64 +219,65 @@ def test_a_file_that_is_cut_is_refused_and_not_passed_over(tmp_path, name, lengt
     assert "[file-json]" in done.stderr
 
 
-def test_other_files_that_are_cut_stay_out(photos):
+def test_other_truncated_files_are_ignored(photos):
     (photos / "log_train.json").write_text('[{"loss": 1}, {"lo')
     (photos / "settings.json").write_text("")
     (photos / "captions.json").write_text('{"images": [], "annotations": [{"caption": "a"}]}')
     assert found(photos)["train"] == f"{photos}/labels.json"
 
 
-def test_a_missing_image_is_for_the_report_to_tell(photos):
+def test_a_missing_image_is_reported_by_validate(photos):
     (photos / "2.png").unlink()
     done = call("validate", f"data={photos}")
     assert done.exit_code == 1, done.output
     assert "image-missing" in done.output
 
 
-def test_a_folder_that_may_not_be_read(photos, monkeypatch):
+def test_a_folder_without_read_permission(photos, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", folder)
 
     monkeypatch.setattr(os, "listdir", refuse)
     done = call("validate", f"data={photos}")
     assert done.exit_code == 2
-    assert f"error: {photos}: the folder cannot be read (Permission denied)" in done.stderr
+    assert f"error: {photos}: expected a readable folder, got Permission denied" in done.stderr
 
 
-def test_two_files_to_learn_from(photos):
+def test_two_files_for_training(photos):
     coco(photos / "more.json", ["5.png"])
     message = refused(photos)
     assert (
-        f"several JSON files to learn from: {photos}/labels.json, {photos}/more.json; say which: data.train=" in message
+        f"expected one JSON file for training, got {photos}/labels.json, {photos}/more.json; choose with data.train="
+        in message
     )
     lines = "\n".join(detect(str(photos), {"train": f"{photos}/more.json"}).lines)
-    assert "4 images listed by other JSON files are not taken as unlabeled ones" in lines
-    assert "train" not in found(photos, train=f"{photos}/more.json"), "what is said is not said again"
+    assert "4 images listed by other JSON files are not used as unlabeled images" in lines
+    assert "train" not in found(photos, train=f"{photos}/more.json"), "settings of the user are not repeated"
     (photos / "more.json").rename(photos / "train.json")
-    assert found(photos)["train"] == f"{photos}/train.json", "a name that says so decides"
+    assert found(photos)["train"] == f"{photos}/train.json", "the name decides"
 
 
-def test_images_that_are_nowhere_or_in_two_places(tmp_path):
+def test_images_in_no_folder_or_in_two(tmp_path):
     coco(tmp_path / "train.json", ["a.png"])
-    assert "no folder of" in refused(tmp_path)
+    assert "expected a folder with images such as 'a.png'" in refused(tmp_path)
     assert refused(tmp_path).endswith("set data.train_images [data-layout]")
     picture(tmp_path / "one/a.png")
     picture(tmp_path / "two/a.png")
-    assert f"several folders: {tmp_path}/one, {tmp_path}/two; say which: data.train_images=" in refused(tmp_path)
+    assert f"in one folder, got {tmp_path}/one, {tmp_path}/two; choose with data.train_images=" in refused(tmp_path)
     assert found(tmp_path, train_images=f"{tmp_path}/one")["holdout"] == 0.2
     picture(tmp_path / "images/a.png")
-    assert found(tmp_path)["train_images"] == f"{tmp_path}/images", "the common name goes first"
+    assert found(tmp_path)["train_images"] == f"{tmp_path}/images", "the usual name has priority"
 
 
-def test_pictures_of_a_run_are_no_unlabeled_images(photos):
+def test_figures_of_a_run_are_not_used_as_unlabeled_images(photos):
     picture(photos / "runs/first/figures/curves.png")
-    assert "lie in other folders than the labeled ones: runs/first/figures; say which: data.unlabeled=" in refused(
+    assert "in the folders of labeled ones, got some in runs/first/figures; choose with data.unlabeled=" in refused(
         photos
     )
     assert "unlabeled" not in found(photos, unlabeled=None)
 
 
-def test_what_is_said_beside_it_wins(photos):
+def test_explicit_settings_have_priority(photos):
     for words in (["data.holdout=0.5", f"data={photos}"], [f"data={photos}", "data.holdout=0.5"]):
         assert compose_data(words).holdout == 0.5
     coco(photos / "val.json", ["9.png"])
@@ -373,7 +374,7 @@ def test_split_and_run_agree(photos, tmp_path):
 def test_verbs_print_what_they_found(photos, tmp_path):
     done = call("show", f"data={photos}", "--json", tmp_path / "show.json")
     assert done.exit_code == 0, done.output
-    assert "#   data.holdout=0.2  (no JSON is named as validation)" in done.output
+    assert "#   data.holdout=0.2  (no JSON file is named as validation)" in done.output
     assert "# Defaults: mask_rcnn pais (no other word names a segmentor or a method)" in done.output
     assert json.loads((tmp_path / "show.json").read_text())["config"]["data"]["unlabeled"] == str(photos)
     done = call("validate", f"data={photos}")

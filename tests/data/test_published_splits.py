@@ -54,7 +54,7 @@ def test_indices_count_images_with_instances_by_id(annotations, tmp_path):
     assert made[2].split.labeled_ids == tuple(ids[:12])
     path, dataset = str(tmp_path / "COCO_supervision.txt"), read_annotations(annotations)
     assert import_splits(path, dataset, [0.125], [1]) == made[1:2]
-    with pytest.raises(DataError, match="has no split of the shares and folds asked for"):
+    with pytest.raises(DataError, match="expected a split with the requested fractions and folds"):
         import_splits(path, dataset, [0.25])
 
 
@@ -84,15 +84,15 @@ def test_the_command_writes_manifests(annotations, tmp_path):
 @pytest.mark.parametrize(
     ("content", "rule", "said"),
     [
-        ({"12.5": {"0": [0, 1]}}, "id-unknown", "2 indices do not fit the 24 images"),
-        ({"12.5": {"0": [0, 1, 24]}}, "id-unknown", "do not fit"),
+        ({"12.5": {"0": [0, 1]}}, "id-unknown", "expected 3 indices of the 24 images"),
+        ({"12.5": {"0": [0, 1, 24]}}, "id-unknown", "got 3 indices up to 24"),
         ({"12.5": {"0": [0, 1, "2"]}}, "key-type", "a list of indices"),
-        ({"12.5": {"one": [0, 1, 2]}}, "key-type", "a whole number as seed"),
+        ({"12.5": {"one": [0, 1, 2]}}, "key-type", "an integer as seed"),
         ({"much": {"0": [0]}}, "key-type", "percent"),
         ({"12.5": [0, 1, 2]}, "key-type", "percent"),
         ([1, 2], "file-json", "expected a JSON object"),
-        ({"12.5": {"0": [0, 1, 1]}}, "id-duplicate", "an index twice"),
-        ({"images": [{"name": 1}]}, "key-type", "whole numbers as ids"),
+        ({"12.5": {"0": [0, 1, 1]}}, "id-duplicate", "one that occurs twice"),
+        ({"images": [{"name": 1}]}, "key-type", "integers as ids"),
         ({"images": [{"id": 1000}]}, "file-missing", "list-unlabeled.json"),
     ],
 )

@@ -227,7 +227,7 @@ def test_best_first_and_nothing_below_the_threshold(dataset, tmp_path):
     assert image.boxes.tolist() == [[4, 6, 34, 26], [5, 5, 40, 30], [5, 5, 40, 30]]
     assert (found.below, found.empty, found.elsewhere) == (1, 1, 0)
     assert sum(len(image.scores) for image in found.images) == 3
-    assert "3 scored masks in 1 of 9 unlabeled images, 8 have none\n  score 0.38 / 0.50 / 0.82" in found.summary()
+    assert "3 scored masks in 1 of 9 unlabeled images, none in 8\n  score 0.38 / 0.50 / 0.82" in found.summary()
 
 
 def test_the_table_holds_what_was_read(dataset, tmp_path):

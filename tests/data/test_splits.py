@@ -77,7 +77,7 @@ def test_a_wrong_fraction_is_named(labeled):
 def test_other_wrong_input_is_named():
     with pytest.raises(ValueError, match=r"data\.fold"):
         split(IDS, 0.1, -1)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="at least one image"):
         split([], 0.1, 1)
     with pytest.raises(ValueError, match="twice"):
         split([1, 1], 0.1, 1)
@@ -168,16 +168,16 @@ def others(number):
 def test_all_labeled_with_images_of_another_source(dataset):
     (full,) = draw(dataset, None, (), (), others(9))
     assert full.split.labeled_ids == tuple(sorted(r.image_id for r in dataset.records))
-    assert full.split.unlabeled_ids == tuple(range(9)), "ids may be the same, they are of other images"
+    assert full.split.unlabeled_ids == tuple(range(9)), "the same ids refer to other images"
     assert SplitManifest.from_json(full.to_json()) == full
     renamed = [*others(8), Record(image_id=8, path="a/nine.jpg", height=1, width=1)]
     assert draw(dataset, None, (), (), renamed)[0].split.sha256 != full.split.sha256
     assert draw(dataset, None, (), (), others(9)[::-1])[0].split.sha256 == full.split.sha256
     moved = [dataclasses.replace(r, path=f"/b/{r.image_id}.jpg") for r in others(9)]
-    assert draw(dataset, None, (), (), moved)[0].split.sha256 == full.split.sha256, "wherever they lie"
+    assert draw(dataset, None, (), (), moved)[0].split.sha256 == full.split.sha256, "the folder does not matter"
 
 
-def test_a_run_uses_the_manifest_it_is_given(dataset, tmp_path):
+def test_a_run_uses_the_given_manifest(dataset, tmp_path):
     given = draw(dataset, None, (0.4,), (3,), cover=True)[0]
     (tmp_path / "s.json").write_text(given.to_json())
     assert for_run(dataset, 1.0, 1, str(tmp_path / "s.json"), None) == given
@@ -185,19 +185,19 @@ def test_a_run_uses_the_manifest_it_is_given(dataset, tmp_path):
     (tmp_path / "full.json").write_text(full.to_json())
     assert for_run(dataset, 0.1, 1, str(tmp_path / "full.json"), others(9)) == full
     for path, unlabeled, said in (
-        ("s.json", others(9), "data.unlabeled is set"),
+        ("s.json", others(9), "unset data.unlabeled"),
         ("full.json", None, "set data.unlabeled to it"),
-        ("full.json", others(8), "other unlabeled images"),
+        ("full.json", others(8), "got others in"),
         ("none.json", None, "file-missing"),
     ):
         with pytest.raises(ValueError, match=said):
             for_run(dataset, 1.0, 1, str(tmp_path / path), unlabeled)
     other = dataclasses.replace(dataset, sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"data\.split: .* made of other annotations"):
+    with pytest.raises(ValueError, match=r"data\.split: .* got one of other annotations"):
         for_run(other, 1.0, 1, str(tmp_path / "s.json"), None)
     unknown = assemble([10**6], [0], 0.5, 1)
     (tmp_path / "u.json").write_text(manifest(unknown, dataset).to_json())
-    with pytest.raises(ValueError, match="names image 1000000"):
+    with pytest.raises(ValueError, match="got 1000000 in"):
         for_run(dataset, 1.0, 1, str(tmp_path / "u.json"), None)
 
 
@@ -207,7 +207,7 @@ def test_a_run_without_a_manifest_writes_what_it_used(dataset):
 
 
 def test_images_are_held_out_before_anything_is_drawn():
-    """The same ones in every fold and share, whatever the order; neither part has one."""
+    """They are the same in every fold and fraction, in any order, and in neither part."""
     parts = [split(IDS, share, fold, None, 0.2) for share in (0.1, 1.0) for fold in (1, 2)]
     assert {part.held_out_ids for part in parts} == {parts[0].held_out_ids}
     held = set(parts[0].held_out_ids)
@@ -224,7 +224,7 @@ def test_images_are_held_out_before_anything_is_drawn():
             split(ids, 1.0, 1, None, share)
 
 
-def test_what_is_held_out_is_in_manifest_and_hash(dataset):
+def test_held_out_images_are_in_manifest_and_hash(dataset):
     (without,) = draw(dataset, None, (0.5,), (1,))
     (held,) = draw(dataset, None, (0.5,), (1,), holdout=0.25)
     assert SplitManifest.from_json(held.to_json()) == held
@@ -234,12 +234,12 @@ def test_what_is_held_out_is_in_manifest_and_hash(dataset):
     tree = json.loads(held.to_json())
     with pytest.raises(ValueError, match="hash"):
         SplitManifest.from_json(json.dumps(tree | {"held_out_ids": tree["held_out_ids"][1:]}))
-    with pytest.raises(ValueError, match="held out for validation and learned from"):
+    with pytest.raises(ValueError, match="held out and trained on"):
         SplitManifest.from_json(json.dumps(tree | {"held_out_ids": tree["labeled_ids"][:1]}))
 
 
 def test_no_file_is_in_two_parts(dataset):
-    """A folder of unlabeled images may hold the labeled and the validation images too."""
+    """A folder of unlabeled images may also contain the labeled and the validation images."""
     paths = [r.path for r in dataset.records] + ["/elsewhere/a.png", "/elsewhere/b.png"]
     folder = [Record(image_id=100 + i, path=path, height=1, width=1) for i, path in enumerate(paths)]
     found = for_run(dataset, 0.5, 1, None, folder, 0.25, [folder[-1]]).split
@@ -250,9 +250,9 @@ def test_no_file_is_in_two_parts(dataset):
 
 @pytest.mark.parametrize(
     ("labeled", "unlabeled", "said"),
-    [([1], [1], "labeled and unlabeled"), ([1, 1], [2], "twice"), ([], [2], "needs a labeled image")],
+    [([1], [1], "labeled and unlabeled"), ([1, 1], [2], "twice"), ([], [2], "at least one labeled image")],
 )
-def test_no_manifest_of_a_leak(dataset, labeled, unlabeled, said):
+def test_a_manifest_with_an_image_in_two_parts_is_refused(dataset, labeled, unlabeled, said):
     with pytest.raises(ValueError, match=said):
         assemble(labeled, unlabeled, 0.5, 1)
     tree = json.loads(draw(dataset, None, (0.5,), (1,))[0].to_json())
@@ -343,7 +343,7 @@ def test_wrong_words_of_split_exit_with_2(tiny_coco, tmp_path, words):
 
 
 def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
-    """Through prepare.prepare: the parts are the manifest's, config and tags say so, and a change is refused."""
+    """With prepare.prepare: the parts are those of the manifest, config and tags record it, and a change is refused."""
     from pais_ray.config.overlays import ConfigError
     from pais_ray.config.tree import compose
     from pais_ray.runs import describe, prepare

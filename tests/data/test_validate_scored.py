@@ -187,7 +187,7 @@ def test_train_ends_with_the_same_rule_and_exit_code_2(folder):
     path, words = data(folder, entry(score=7))
     done = CliRunner().invoke(main, ["train", "synthetic", "mask_rcnn", "pais", *words, "data.labeled=1"])
     assert done.exit_code == 2
-    assert f"error: {path}: entry 1 (image 0): expected 'score' as a number from 0 to 1, got 7" in done.stderr
+    assert f"error: {path}: entry 1 (image 0): expected a number from 0 to 1 as 'score', got 7" in done.stderr
     assert "[score-range]" in done.stderr
     done = CliRunner().invoke(main, ["train", "synthetic", "mask_rcnn", "supervised", *words])
     assert done.exit_code == 2
@@ -211,7 +211,7 @@ def test_ids_of_a_folder_that_has_grown_since_are_refused(folder):
     out = folder / "out.json"
     assert call(*words, "--json", out).exit_code == 1
     assert errors(out) == ["scored-images"]
-    with pytest.raises(DataError, match=r"was '1.png' when the masks were predicted, and is '00.png' now"):
+    with pytest.raises(DataError, match=r"expected the file '1.png' of the prediction, got '00.png'"):
         scored_masks.read_scored(str(path), read_folder(str(folder / "more")), (), [], 0.0)
     (folder / "images.json").write_text("[1, 2")
     assert call(*words).exit_code == 0, "another tool's file of that name says nothing"

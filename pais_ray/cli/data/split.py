@@ -114,7 +114,7 @@ def draw_of_folder(
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
     from pais_ray.data.annotations.coco import read_unlabeled
-    from pais_ray.data.annotations.splits import draw, manifest, with_left
+    from pais_ray.data.annotations.splits import draw, manifest, with_remaining
     from pais_ray.data.sources.readers import read_labeled
 
     resolved = expand_words([f"data={folder}"] + ([] if holdout is None else [f"data.holdout={holdout}"]))
@@ -128,7 +128,7 @@ def draw_of_folder(
         return made
     others = read_unlabeled(data.unlabeled, data.unlabeled_images or data.images)
     val = read_labeled(*data.part("val")).records if not data.holds_out else ()
-    return [manifest(with_left(m.split, train, others, val), train, m.sampling) for m in made]
+    return [manifest(with_remaining(m.split, train, others, val), train, m.sampling) for m in made]
 
 
 @split.command("import", short_help="Convert published splits to manifests.")

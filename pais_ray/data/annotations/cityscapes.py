@@ -1,9 +1,9 @@
-"""Cityscapes as it is downloaded -> COCO annotations and records: 8 classes, groups as crowds. Torch-free.
+"""Converts the Cityscapes layout to COCO annotations and records: 8 classes, groups become crowds. Torch-free.
 
 The layout, for a part such as ``train`` and cities of any name:
 
-    ROOT/gtFine/PART/CITY/NAME_gtFine_instanceIds.png    16 bits: label * 1000 + n, or the label of a group
-    ROOT/gtFine/PART/CITY/NAME_gtFine_polygons.json      read where there is no instanceIds.png
+    ROOT/gtFine/PART/CITY/NAME_gtFine_instanceIds.png    16 bits: label * 1000 + n, or only the label for a group
+    ROOT/gtFine/PART/CITY/NAME_gtFine_polygons.json      used if there is no instanceIds.png
     ROOT/leftImg8bit/PART/CITY/NAME_leftImg8bit.png
 """
 
@@ -27,7 +27,7 @@ from pais_ray.data.images.images import decode_values, upright_size
 from pais_ray.data.validation.rules import LIMITS, DataError, Limits
 from pais_ray.data.validation.values import check_polygon, check_size
 
-# The label definitions of the Cityscapes data set. What is painted over an instance hides it, so all count.
+# The label definitions of the Cityscapes data set. All are needed, because any object can hide an instance.
 LABELS: dict[str, int] = {
     "unlabeled": 0,
     "ego vehicle": 1,
@@ -67,32 +67,32 @@ LABELS: dict[str, int] = {
 }
 CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 WITH_INSTANCES = (*CLASSES, "caravan", "trailer")
-# Labels that the evaluation does not look at ("void"): what is predicted there is neither right nor wrong.
+# Labels that the evaluation ignores ("void"): predictions there are neither correct nor wrong.
 VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
-PER_LABEL = 1000  # pixel value of an instance: label * 1000 + n
-IDS, POLYGONS, PICTURE = "_gtFine_instanceIds.png", "_gtFine_polygons.json", "_leftImg8bit.png"
-MAX_THREADS = 8  # reading; decoding PNG frees the interpreter, the rest does not
+PER_LABEL = 1000  # the pixel value of an instance is label * PER_LABEL + n
+IDS, POLYGONS, PHOTOGRAPH = "_gtFine_instanceIds.png", "_gtFine_polygons.json", "_leftImg8bit.png"
+MAX_THREADS = 8  # for reading; only decoding PNG releases the GIL
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scene:
-    """One annotated image: values painted and their run lengths down the columns."""
+    """One annotated image: its pixel values as run lengths along the columns."""
 
     name: str  # CITY/NAME
     height: int  # px
     width: int
-    digest: str  # SHA-256 of the file read
+    digest: str  # SHA-256 of the annotation file
     instances: tuple[tuple[int, Json], ...]  # (pixel value, compressed RLE), ascending
     void: Json  # compressed RLE
 
 
 def read_cityscapes(annotations: str, images: str, limits: Limits = LIMITS) -> CocoDataset:
-    """The data set of ROOT/gtFine/PART with the images of ROOT/leftImg8bit/PART.
+    """Reads the data set of ROOT/gtFine/PART with the images of ROOT/leftImg8bit/PART.
 
-    Images without instances are kept (N = 0). Image ids are positions in the order of CITY/NAME, category ids
-    the official labels. ``truth`` is the content of ``to_coco``. Raises DataError.
+    Images without instances are kept (N = 0). Image ids are positions in the order of CITY/NAME, category ids are the
+    official labels. ``truth`` is the content returned by ``to_coco``. Raises DataError.
     """
     tree, sha256 = to_coco(annotations)
     if not os.path.isdir(images):
@@ -100,20 +100,25 @@ def read_cityscapes(annotations: str, images: str, limits: Limits = LIMITS) -> C
     paths = [os.path.join(images, image["file_name"]) for image in tree["images"]]
     if missing := [path for path in paths if not os.path.isfile(path)]:
         more = f" (and {len(missing) - 1} more of {len(paths)})" if len(missing) > 1 else ""
-        raise DataError("cityscapes-layout", missing[0], f"annotated in {annotations}, and there is no such file{more}")
+        raise DataError(
+            "cityscapes-layout",
+            missing[0],
+            f"expected the image of an annotation in {annotations}, got no such file{more}",
+        )
     for path, image in zip(paths, tree["images"], strict=True):
         size = upright_size(path, max_pixels=limits.max_pixels)
         if size != (image["height"], image["width"]):
-            message = f"the image has {size[0]} x {size[1]} px, its annotation {image['height']} x {image['width']}"
-            raise DataError("image-size", path, message, "fetch image and annotation of the same release")
+            message = f"expected {image['height']} x {image['width']} px as annotated, got {size[0]} x {size[1]} px"
+            raise DataError("image-size", path, message, "download image and annotation of the same release")
     return build_dataset(tree, annotations, images, sha256, truth=tree, limits=limits)
 
 
 def to_coco(annotations: str) -> tuple[Json, str]:
-    """COCO annotations of ROOT/gtFine/PART, and a SHA-256 over the names and contents of the files read.
+    """Converts ROOT/gtFine/PART and returns (COCO annotations, SHA-256 of the names and contents of the files).
 
-    Masks are the pixels that were painted last, so nothing overlaps; what is hidden has no annotation. A group is
-    a crowd. Beyond COCO, each image has ``void``: an RLE of the pixels that Cityscapes' evaluation ignores.
+    Each pixel belongs to the object that was painted last, so masks do not overlap; hidden objects have no annotation.
+    A group becomes a crowd. In addition to COCO, each image has ``void``: an RLE of the pixels that the Cityscapes
+    evaluation ignores. Raises DataError.
     """
     files = _files(annotations)
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
@@ -123,7 +128,7 @@ def to_coco(annotations: str) -> tuple[Json, str]:
     entries: list[Json] = []
     for image_id, scene in enumerate(scenes):
         size = {"height": scene.height, "width": scene.width}
-        images.append({"id": image_id, "file_name": scene.name + PICTURE, **size, "void": scene.void})
+        images.append({"id": image_id, "file_name": scene.name + PHOTOGRAPH, **size, "void": scene.void})
         for value, rle in scene.instances:
             entries.append(
                 {
@@ -141,16 +146,16 @@ def to_coco(annotations: str) -> tuple[Json, str]:
 
 
 def images_beside(annotations: str) -> str | None:
-    """ROOT/leftImg8bit/PART of ROOT/gtFine/PART; None of any other path."""
+    """Returns ROOT/leftImg8bit/PART for ROOT/gtFine/PART, and None for any other path."""
     head, part = os.path.split(os.path.normpath(annotations))
     root, folder = os.path.split(head)
     return os.path.join(root, "leftImg8bit", part) if folder == "gtFine" else None
 
 
 def paint(tree: Any, where: str) -> np.ndarray:
-    """Pixel values (H, W) int32 of a polygons.json: its objects in order, later ones over earlier ones.
+    """Paints the objects of a polygons.json, later ones over earlier ones, and returns pixel values (H, W) int32.
 
-    The n of an instance is its place among those of its label in the file. Raises DataError.
+    The n of an instance counts the earlier instances of its label in the file. Raises DataError.
     """
     if not isinstance(tree, dict) or not isinstance(tree.get("objects"), list):
         raise DataError("key-missing", where, "expected an object with imgHeight, imgWidth and a list of objects")
@@ -168,7 +173,7 @@ def paint(tree: Any, where: str) -> np.ndarray:
         group = label not in LABELS and label.endswith("group")
         label = label.removesuffix("group") if group else label
         if label not in LABELS:
-            raise DataError("cityscapes-label", here, f"expected a label of Cityscapes, got {item['label']!r:.60}")
+            raise DataError("cityscapes-label", here, f"expected a Cityscapes label, got {item['label']!r:.60}")
         value = LABELS[label]
         if label in seen and not group:
             value = value * PER_LABEL + seen[label]
@@ -179,23 +184,27 @@ def paint(tree: Any, where: str) -> np.ndarray:
 
 
 def read_results(folder: str, truth: Json) -> list[Json]:
-    """COCO results of predictions in the format of the Cityscapes server, for the images of ``to_coco``'s tree.
+    """Converts predictions in the format of the Cityscapes server to COCO results; ``truth`` is ``to_coco``'s content.
 
-    One NAME*.txt an image, each line ``mask.png label score``; pixels of the mask that are not zero are the
-    instance. Labels other than the 8 classes and empty masks are left out, as there. Raises DataError.
+    There is one NAME*.txt per image with lines ``mask.png label score``; the nonzero pixels of the mask are the
+    instance. Labels other than the 8 classes and empty masks are left out, as the server does. Raises DataError.
     """
     lists: dict[str, str] = {}
     for base, _, names in os.walk(folder):
         for name in (n for n in names if n.endswith(".txt")):
             key = "_".join(name.removesuffix(".txt").split("_")[:3])
             if key in lists:
-                raise DataError("cityscapes-results", os.path.join(base, name), f"a second list for {key}")
+                raise DataError(
+                    "cityscapes-results",
+                    os.path.join(base, name),
+                    f"expected one list per image, got a second one for {key}",
+                )
             lists[key] = os.path.join(base, name)
     results: list[Json] = []
     for image in truth["images"]:
-        key = os.path.basename(image["file_name"]).removesuffix(PICTURE)
+        key = os.path.basename(image["file_name"]).removesuffix(PHOTOGRAPH)
         if key not in lists:
-            raise DataError("cityscapes-results", folder, f"there is no list {key}*.txt")
+            raise DataError("cityscapes-results", folder, f"expected a list {key}*.txt, got none")
         results += _read_result_list(lists[key], os.path.realpath(folder), image)
     return results
 
@@ -228,13 +237,13 @@ def _read_result_list(path: str, root: str, image: Json) -> Iterator[Json]:
 
 
 def _files(annotations: str) -> dict[str, str]:
-    """CITY/NAME -> the file that is read, in the order of the names."""
+    """Returns the annotation file of each CITY/NAME, in the order of the names."""
     if not os.path.isdir(annotations):
         raise DataError("cityscapes-layout", annotations, "expected a folder gtFine/PART, got no folder")
     found: dict[str, str] = {}
     for city in os.scandir(annotations):
         names = os.listdir(city.path) if city.is_dir() and not city.name.startswith(".") else []
-        for suffix in (POLYGONS, IDS):  # the painted image wins
+        for suffix in (POLYGONS, IDS):  # the second one wins
             for name in (n for n in names if n.endswith(suffix) and not n.startswith(".")):
                 found[f"{city.name}/{name.removesuffix(suffix)}"] = os.path.join(city.path, name)
     if not found:
@@ -246,9 +255,9 @@ def _read_scene(name: str, path: str) -> _Scene:
     data = _bytes(path, "cityscapes-layout")
     values = decode_values(data, path) if path.endswith(IDS) else paint(_parse(data, path), path)
     if values.dtype.itemsize == 1:
-        raise DataError("cityscapes-ids", path, "expected 16 bits a pixel, got 8, which cannot tell instances apart")
+        raise DataError("cityscapes-ids", path, "expected 16 bits per pixel, got 8 bits, which have no instance ids")
     height, width = values.shape
-    flat = values.T.ravel()  # down the columns, as COCO's run lengths go
+    flat = values.T.ravel()  # along the columns, the order of COCO run lengths
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     painted = flat[starts].astype(np.int64)  # the value of each run
     known = [LABELS[label] for label in WITH_INSTANCES]
@@ -256,7 +265,7 @@ def _read_scene(name: str, path: str) -> _Scene:
     of_group = present < PER_LABEL
     wrong = present[np.where(of_group, present > max(LABELS.values()), ~np.isin(present // PER_LABEL, known))]
     if len(wrong):
-        message = f"expected labels 0 to 33 and instances label * {PER_LABEL} + n, got a pixel of {wrong[0]}"
+        message = f"expected labels 0 to 33 and instances label * {PER_LABEL} + n, got a pixel value of {wrong[0]}"
         raise DataError("cityscapes-ids", path, message)
     wanted = [LABELS[label] for label in CLASSES]
     instances = present[np.isin(np.where(of_group, present, present // PER_LABEL), wanted)]
@@ -271,7 +280,7 @@ def _read_scene(name: str, path: str) -> _Scene:
 
 
 def _rle(chosen: np.ndarray, starts: np.ndarray, height: int, width: int) -> Json:
-    """Compressed COCO RLE of the ``chosen`` (R,) bool of the runs that begin at ``starts`` (R,)."""
+    """Returns the compressed COCO RLE of the ``chosen`` (R,) bool among the runs that begin at ``starts`` (R,)."""
     turns = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]])))
     bounds = np.concatenate([[0], np.append(starts, height * width)[turns], [height * width]])
     counts = np.diff(bounds).tolist()
@@ -290,7 +299,9 @@ def _parse(data: bytes, path: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError("file-json", path, f"expected JSON, got {error}", "fetch the file again") from error
+        raise DataError(
+            "file-json", path, f"expected JSON, got an error: {error}", "download the file again"
+        ) from error
 
 
 def _bytes(path: str, rule: str) -> bytes:
@@ -298,4 +309,4 @@ def _bytes(path: str, rule: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise DataError(rule, path, f"cannot read the file ({error.strerror})") from error
+        raise DataError(rule, path, f"expected a readable file, got {error.strerror}") from error

@@ -1,6 +1,6 @@
-"""Which images are labeled: drawn from fraction and fold, or read from a manifest that says so. Torch-free.
+"""Splits into labeled and unlabeled images: drawn from fraction and fold, or read from a manifest. Torch-free.
 
-Where there is no validation set, a share of the annotated images is held out for it before anything is drawn.
+If there is no validation set, a fraction of the annotated images is held out for validation before the draw.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ Sampling = Literal["random", "covering", "published"]
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Splits that a paper reports: each share of the images, in each fold."""
+    """The splits that papers report: each fraction of labeled images in each fold."""
 
     shares: tuple[float, ...]
     folds: tuple[int, ...]
 
 
 PROTOCOLS = {
-    # Paper 4.1 has 1, 5 and 10 %, other work 2 %; five folds since STAC. 100 % takes unlabeled2017 beside.
+    # Paper 4.1 has 1, 5 and 10 %, other work 2 %; five folds since STAC. 100 % uses unlabeled2017 in addition.
     "coco": Protocol(shares=(0.01, 0.02, 0.05, 0.1), folds=(1, 2, 3, 4, 5)),
     # Paper 4.1; the released code draws one fold.
     "cityscapes": Protocol(shares=(0.05, 0.1, 0.2, 0.3), folds=(1,)),
@@ -41,41 +41,44 @@ PROTOCOLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Two sets of images; ids ascending. Disjoint where both are of one source."""
+    """Two sets of images; ids ascending. Disjoint if both come from one source."""
 
     labeled_ids: tuple[int, ...]
     unlabeled_ids: tuple[int, ...]
-    labeled: float  # the fraction asked for
+    labeled: float  # the requested fraction
     fold: int
-    unlabeled_sha256: str | None = None  # of ids and names of a source of their own; None: the labeled ones' source
-    holdout: float | None = None  # the share held out, and its images; they are in neither part
-    held_out_ids: tuple[int, ...] = ()
+    unlabeled_sha256: str | None = None  # of ids and names of a separate source; None: the source of the labeled images
+    holdout: float | None = None  # the fraction held out
+    held_out_ids: tuple[int, ...] = ()  # in neither part
     sha256: str  # of the ids of both parts, of unlabeled_sha256 and of held_out_ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCount:
-    id: int  # as in the JSON
+    """The number of labeled instances of a class."""
+
+    id: int  # as in the annotation file
     name: str
     instances: int  # in the labeled part, without crowds
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitManifest:
-    """What a run writes as split.json: enough to repeat the split and to see which classes it covers."""
+    """The content of a run's split.json: the split, its origin, and the instances of each class."""
 
     split: Split
     classes: tuple[ClassCount, ...]
     source_sha256: str  # of the annotations
     sampling: Sampling = "random"
-    scored_sha256: str | None = None  # of the run's data.pseudo_labels; None: its teacher labels
+    scored_sha256: str | None = None  # of the run's data.pseudo_labels; None: the teacher makes the pseudo-labels
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Names of the classes without an instance in the labeled part."""
+        """The names of the classes without an instance in the labeled part."""
         return tuple(c.name for c in self.classes if c.instances == 0)
 
     def to_json(self) -> str:
+        """Returns the text of a manifest file, with one key per line."""
         split = self.split
         tree = {
             "labeled": split.labeled,
@@ -99,7 +102,7 @@ class SplitManifest:
 
     @classmethod
     def from_json(cls, text: str, where: str = "split.json") -> "SplitManifest":
-        """Raises ValueError when keys are missing or the ids are not those that were hashed."""
+        """Parses a manifest. Raises ValueError if keys are missing or the ids do not have the stored hash."""
         try:
             tree: dict[str, Any] = json.loads(text)
             found = assemble(
@@ -120,12 +123,12 @@ class SplitManifest:
                 f"{where}: expected a split manifest, got {got}; give a file of `pais-ray split` or a run's split.json"
             ) from error
         if sha256 != found.sha256:
-            raise ValueError(f"{where}: the ids do not have the hash {sha256}; restore the file")
+            raise ValueError(f"{where}: expected ids with the hash {sha256}, got {found.sha256}; restore the file")
         return cls(split=found, classes=classes, source_sha256=source, sampling=sampling, scored_sha256=scored)
 
 
 def read_manifest(path: str | Path) -> SplitManifest:
-    """The manifest in a file. Raises ValueError (DataError where there is none)."""
+    """Reads a manifest. Raises ValueError, DataError if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -142,17 +145,20 @@ def assemble(
     holdout: float | None = None,
     held_out_ids: Iterable[int] = (),
 ) -> Split:
-    """The split of these ids, whatever their order. Raises ValueError where they are none, or in two parts."""
+    """Returns the split with these ids, in any order.
+
+    Raises ValueError if no image is labeled, or if an image occurs twice or in two parts.
+    """
     chosen, rest, held = sorted(labeled_ids), sorted(unlabeled_ids), sorted(held_out_ids)
     if not chosen:
-        raise ValueError("a split needs a labeled image")
+        raise ValueError("expected at least one labeled image, got none")
     if any(len(set(part)) != len(part) for part in (chosen, rest, held)):
-        raise ValueError("image ids occur twice")
-    own = chosen if unlabeled_sha256 is not None else [*chosen, *rest]  # of the annotated images' source
+        raise ValueError("expected unique image ids, got one that occurs twice")
+    own = chosen if unlabeled_sha256 is not None else [*chosen, *rest]  # ids of the source of the annotated images
     if unlabeled_sha256 is None and (both := set(chosen) & set(rest)):
-        raise ValueError(f"image {min(both)} is labeled and unlabeled")
+        raise ValueError(f"expected disjoint parts, got image {min(both)} as labeled and unlabeled")
     if both := set(own) & set(held):
-        raise ValueError(f"image {min(both)} is held out for validation and learned from")
+        raise ValueError(f"expected disjoint parts, got image {min(both)} as held out and trained on")
     hashed: list[Any] = [chosen, rest, *([unlabeled_sha256] if unlabeled_sha256 is not None else [])]
     text = json.dumps(hashed + ([held] if held else []), separators=(",", ":"))
     return Split(
@@ -174,24 +180,29 @@ def split(
     cover: Mapping[int, Collection[int]] | None = None,
     holdout: float | None = None,
 ) -> Split:
-    """A random part of the images as labeled, plain, without replacement; ``labeled=1`` labels all of them.
+    """Draws int(labeled * N) images, at least one, as labeled, uniformly without replacement.
 
-    int(labeled * N) images, but at least one. The draw depends on (fold, ids) only: images are taken in the
-    order of sha256("fold:id"), so neither the order given nor a library's random stream matters, and of one
-    fold the smaller fraction is a subset of the larger. ``cover`` (image id -> its classes) asks that each class
-    be seen: first, from the rarest class on, the first image of that order with a class not seen yet. All are
-    covered where there are as many labeled images as classes, and the mixture of classes is no longer the plain one.
+    The draw depends only on fold and ids: images are taken in the order of sha256("fold:id"). It is therefore
+    independent of the order of ``image_ids`` and of any library's random numbers, and in one fold a smaller fraction is
+    a subset of a larger one.
 
-    ``holdout`` is the share of the images that is set aside first, see ``hold_out``; ``labeled`` is of the others.
+    With ``cover`` (image id -> its classes), images that show each class come first: for each class, starting with the
+    rarest, the first image in that order with a class that is not covered yet. Every class is covered if there are as
+    many labeled images as classes. The class distribution then differs from that of a uniform draw.
+
+    ``holdout`` is the fraction of the images that is held out first, see ``hold_out``; ``labeled`` is a fraction of the
+    remaining images. Raises ValueError.
     """
     if not (0 < labeled <= 1 and math.isfinite(labeled)):
         raise ValueError(f"data.labeled: expected a fraction in (0, 1], got {labeled}; 0.1 labels 10 % of the images")
     if fold < 0:
-        raise ValueError(f"data.fold: expected a whole number from 0 on, got {fold}")
+        raise ValueError(f"data.fold: expected an integer >= 0, got {fold}; published folds start at 1")
     if not image_ids:
-        raise ValueError("data.labeled: there are no images to split; give a data set with images")
+        raise ValueError("data.labeled: expected at least one image to split, got none; give a data set with images")
     if len(set(image_ids)) != len(image_ids):
-        raise ValueError("data.labeled: image ids occur twice; give each image its own id")
+        raise ValueError(
+            "data.labeled: expected unique image ids, got one that occurs twice; give each image its own id"
+        )
     held_out = () if holdout is None else hold_out(image_ids, holdout)
     aside = set(held_out)
     drawn = _shuffled((i for i in image_ids if i not in aside), str(fold))
@@ -202,17 +213,21 @@ def split(
 
 
 def hold_out(image_ids: Sequence[int], share: float) -> tuple[int, ...]:
-    """The images set aside for validation: int(share * N), but at least one, and the same in every fold, so that
-    folds and shares of labels compare."""
+    """Returns the images held out for validation: int(share * N), at least one.
+
+    They are the same for every fold and labeled fraction, so that results are comparable. Raises ValueError.
+    """
     if not (0 < share < 1):
-        raise ValueError(f"data.holdout: expected a share between 0 and 1, got {share}; 0.2 holds out 20 %")
+        raise ValueError(f"data.holdout: expected a fraction between 0 and 1, got {share}; 0.2 holds out 20 %")
     if len(image_ids) < 2:
-        raise ValueError("data.holdout: expected at least two images to hold one out; label more, or set data.val")
+        raise ValueError(
+            f"data.holdout: expected at least two images, got {len(image_ids)}; label more images, or set data.val"
+        )
     return tuple(_shuffled(image_ids, "holdout")[: max(1, int(share * len(image_ids)))])
 
 
 def _shuffled(image_ids: Iterable[int], salt: str) -> list[int]:
-    """An order that depends on salt and ids alone."""
+    """Returns the ids in an order that depends only on ``salt`` and the ids."""
     return sorted(image_ids, key=lambda image_id: hashlib.sha256(f"{salt}:{image_id}".encode()).digest())
 
 
@@ -226,9 +241,10 @@ def draw(
     cover: bool = False,
     holdout: float | None = None,
 ) -> list[SplitManifest]:
-    """The manifests of a protocol of ``PROTOCOLS`` or of the ``shares`` and ``folds`` given, which come first.
+    """Returns the manifests of a protocol of ``PROTOCOLS``; ``shares`` and ``folds`` replace its own if they are given.
 
-    With ``unlabeled``, images of another source, also the one that labels all of ``dataset``. Raises ValueError.
+    With ``unlabeled``, images of another source, it adds a manifest in which all of ``dataset`` is labeled. Raises
+    ValueError.
     """
     base = PROTOCOLS[protocol] if protocol else Protocol(shares=(), folds=(1,))
     ids = [record.image_id for record in dataset.records]
@@ -239,13 +255,13 @@ def draw(
         for share in tuple(shares) or base.shares
         for fold in tuple(folds) or base.folds
     ]
-    if unlabeled is not None:  # nothing is drawn: one fold
+    if unlabeled is not None:  # all images are labeled, so there is only one fold
         made.append(manifest(with_unlabeled(split(ids, 1.0, 0, None, holdout), unlabeled), dataset))
     return made
 
 
 def with_unlabeled(split: Split, records: Sequence[Record]) -> Split:
-    """The split with images of another source as its unlabeled part, instead of what it leaves of its own."""
+    """Returns the split with images of another source as its unlabeled part."""
     names = sorted(f"{r.image_id} {name_of(r.path)}" for r in records)
     source = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     return assemble(
@@ -259,9 +275,13 @@ def with_unlabeled(split: Split, records: Sequence[Record]) -> Split:
     )
 
 
-def with_left(split: Split, dataset: CocoDataset, unlabeled: Sequence[Record], evaluated: Sequence[Record]) -> Split:
-    """``with_unlabeled`` of the images whose file is neither labeled, nor held out, nor ``evaluated`` on (data.val): a
-    folder of unlabeled images may hold all of them."""
+def with_remaining(
+    split: Split, dataset: CocoDataset, unlabeled: Sequence[Record], evaluated: Sequence[Record]
+) -> Split:
+    """Returns the split with those of the ``unlabeled`` images whose file is not labeled, held out or ``evaluated`` on.
+
+    A folder of unlabeled images may contain labeled images and those of data.val.
+    """
     taken = {*split.labeled_ids, *split.held_out_ids}
     files = {file_key(r.path) for r in (*(r for r in dataset.records if r.image_id in taken), *evaluated)}
     return with_unlabeled(split, [record for record in unlabeled if file_key(record.path) not in files])
@@ -276,41 +296,48 @@ def for_run(
     holdout: float | None = None,
     evaluated: Sequence[Record] = (),
 ) -> SplitManifest:
-    """The manifest a run works with: the one at ``path``, which must be of this data, or a new draw.
+    """Returns the manifest of a run: the one at ``path``, which must match the data, or a new draw.
 
-    ``unlabeled`` are the images of data.unlabeled, where that is set, and ``evaluated`` those of data.val, see
-    ``with_left``. Raises ValueError.
+    ``unlabeled`` are the images of data.unlabeled if it is set, and ``evaluated`` those of data.val, see
+    ``with_remaining``. Raises ValueError.
     """
     if path is None:
         drawn = split([r.image_id for r in dataset.records], labeled, fold, None, holdout)
         if unlabeled is not None:
-            drawn = with_left(drawn, dataset, unlabeled, evaluated)
+            drawn = with_remaining(drawn, dataset, unlabeled, evaluated)
         return manifest(drawn, dataset)
     given = read_manifest(path)
     if given.source_sha256 != dataset.sha256:
         raise ValueError(
-            f"data.split: {path} was made of other annotations than {dataset.path}; "
-            "give those, or make a manifest of these with `pais-ray split`"
+            f"data.split: expected a manifest of {dataset.path}, got one of other annotations in {path}; "
+            "set data.train to those annotations, or create a new manifest with `pais-ray split`"
         )
     found = given.split
     ids = {r.image_id for r in dataset.records}
     own = found.labeled_ids if found.unlabeled_sha256 is not None else (*found.labeled_ids, *found.unlabeled_ids)
     if unknown := {*own, *found.held_out_ids} - ids:
-        raise ValueError(f"data.split: {path} names image {min(unknown)}, which {dataset.path} does not have")
+        raise ValueError(
+            f"data.split: expected ids of images in {dataset.path}, got {min(unknown)} in {path}; restore the file"
+        )
     if found.unlabeled_sha256 is None and unlabeled is not None:
         raise ValueError(
-            f"data.split: {path} takes its unlabeled images from {dataset.path}, and data.unlabeled is set; "
-            "unset it, or make a manifest with `pais-ray split --unlabeled`"
+            f"data.split: expected a manifest with the images of data.unlabeled, got those of {dataset.path} in "
+            f"{path}; unset data.unlabeled, or create a manifest with `pais-ray split --unlabeled`"
         )
     if found.unlabeled_sha256 is not None and unlabeled is None:
-        raise ValueError(f"data.split: {path} has unlabeled images of another source; set data.unlabeled to it")
-    if unlabeled is not None and with_left(found, dataset, unlabeled, evaluated).sha256 != found.sha256:
-        raise ValueError(f"data.split: {path} was made with other unlabeled images than those of data.unlabeled")
+        raise ValueError(
+            f"data.split: expected the source of the unlabeled images in {path}, got none; set data.unlabeled to it"
+        )
+    if unlabeled is not None and with_remaining(found, dataset, unlabeled, evaluated).sha256 != found.sha256:
+        raise ValueError(
+            f"data.split: expected a manifest with the images of data.unlabeled, got others in {path}; "
+            "restore the images, or create a new manifest with `pais-ray split --unlabeled`"
+        )
     return manifest(found, dataset, given.sampling)
 
 
 def manifest(split: Split, dataset: CocoDataset, sampling: Sampling = "random") -> SplitManifest:
-    """The manifest of a split of ``dataset``, with the instances of each class in the labeled part."""
+    """Returns the manifest of a split of ``dataset``, with the instances of each class in the labeled part."""
     chosen = set(split.labeled_ids)
     counts = np.zeros(len(dataset.categories), dtype=np.int64)
     for record in dataset.records:
@@ -321,12 +348,12 @@ def manifest(split: Split, dataset: CocoDataset, sampling: Sampling = "random") 
 
 
 def classes_of(dataset: CocoDataset) -> dict[int, frozenset[int]]:
-    """Image id -> indices of the classes that have an instance in it, without crowds."""
+    """Returns the class indices of the instances of each image, by image id, without crowds."""
     return {record.image_id: frozenset(record.labels.tolist()) for record in dataset.records}
 
 
 def difference(a: SplitManifest, b: SplitManifest) -> dict[str, Any]:
-    """What two manifests have in common and what not: hashes, ids of each part, instances of each class."""
+    """Compares two manifests: hashes, ids of each part, instances of each class."""
     tree: dict[str, Any] = {
         "same": a.split.sha256 == b.split.sha256 and a.source_sha256 == b.source_sha256,
         "same_source": a.source_sha256 == b.source_sha256,
@@ -341,18 +368,18 @@ def difference(a: SplitManifest, b: SplitManifest) -> dict[str, Any]:
 
 
 def file_key(path: str) -> tuple[str, str]:
-    """What tells files apart, whatever links lead to their folders."""
+    """Returns a key that is equal for paths of one file, also if links lead to its folder."""
     folder, name = os.path.split(os.path.abspath(path))
-    return _real(folder), name
+    return _real_path(folder), name
 
 
 @lru_cache(maxsize=4096)
-def _real(folder: str) -> str:
+def _real_path(folder: str) -> str:
     return os.path.realpath(folder)
 
 
 def _covering(drawn: list[int], cover: Mapping[int, Collection[int]]) -> list[int]:
-    """The same images with one of each class in front, from the class with the fewest images on."""
+    """Moves one image of each class to the front, starting with the class that has the fewest images."""
     showing: dict[int, list[int]] = defaultdict(list)
     for image_id in drawn:
         for label in cover.get(image_id, ()):

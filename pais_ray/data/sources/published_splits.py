@@ -1,9 +1,9 @@
-"""Splits that others published -> manifests: lists of indices, and pairs of annotation files. Torch-free.
+"""Imports published splits as manifests: lists of indices, and pairs of annotation files. Torch-free.
 
-Unbiased Teacher's COCO_supervision.txt is JSON {percent: {seed: [index, ...]}}. Its indices count the images with at
-least one annotation that is no crowd, by ascending id (as Detectron2 lists them); the images without one are in
-neither part. SoftTeacher (as STAC before) writes NAME.SEED@PERCENT.json and NAME.SEED@PERCENT-unlabeled.json, COCO
-files of which the image ids count.
+Unbiased Teacher's COCO_supervision.txt is JSON {percent: {seed: [index, ...]}}. An index is a position among the images
+with at least one annotation that is not a crowd, by ascending id, the order of Detectron2; the other images are in
+neither part. SoftTeacher, like STAC, writes the COCO files NAME.SEED@PERCENT.json and NAME.SEED@PERCENT-unlabeled.json,
+whose image ids define the split.
 """
 
 import json
@@ -24,7 +24,7 @@ REMEDY = "give COCO_supervision.txt, or the labeled file of a pair NAME.SEED@PER
 def import_splits(
     path: str, dataset: CocoDataset, shares: Sequence[float] = (), folds: Sequence[int] = ()
 ) -> list[SplitManifest]:
-    """The manifests of a published file over the images of ``dataset``: all, or of these ``shares`` and ``folds``.
+    """Returns the manifests of a published file for the images of ``dataset``: all, or only ``shares`` and ``folds``.
 
     Raises DataError.
     """
@@ -36,12 +36,14 @@ def import_splits(
         splits = [s for s in splits if s.fold in folds]
     if not splits:
         have = ", ".join(f"{percent} %" for percent in tree) or "none"
-        raise DataError("key-missing", path, f"has no split of the shares and folds asked for, only {have}", REMEDY)
+        raise DataError(
+            "key-missing", path, f"expected a split with the requested fractions and folds, got only {have}", REMEDY
+        )
     known = {record.image_id for record in dataset.records}
     for split in splits:
         if unknown := {*split.labeled_ids, *split.unlabeled_ids} - known:
-            message = f"names image {min(unknown)}, which {dataset.path} does not have"
-            raise DataError("id-unknown", path, message, "give the annotations that the list was made for")
+            message = f"expected ids of images in {dataset.path}, got {min(unknown)}"
+            raise DataError("id-unknown", path, message, "give the annotations that the list was created for")
     return [manifest(split, dataset, "published") for split in splits]
 
 
@@ -58,11 +60,12 @@ def _lists(path: str, tree: dict[str, Any], dataset: CocoDataset) -> list[Split]
                 raise DataError("key-type", where, f"expected a list of indices, got {indices!r:.40}", REMEDY)
             expected = int(float(percent) / 100 * len(usable))
             if len(indices) != expected or max(indices, default=0) >= len(usable):
-                message = f"{len(indices)} indices do not fit the {len(usable)} images of {dataset.path} with instances"
-                raise DataError("id-unknown", where, message, "give the annotations that the list was made for")
+                message = f"expected {expected} indices of the {len(usable)} images with instances in {dataset.path}, "
+                message += f"got {len(indices)} indices up to {max(indices, default=0)}"
+                raise DataError("id-unknown", where, message, "give the annotations that the list was created for")
             chosen = {usable[i] for i in indices}
             if len(chosen) != len(indices):
-                raise DataError("id-duplicate", where, "an index twice", REMEDY)
+                raise DataError("id-duplicate", where, "expected unique indices, got one that occurs twice", REMEDY)
             splits.append(_assembled(where, chosen, set(usable) - chosen, float(percent) / 100, _fold(seed, where)))
     return splits
 
@@ -86,13 +89,13 @@ def _assembled(where: str, labeled: set[int], unlabeled: set[int], share: float,
 def _image_ids(path: str, tree: dict[str, Any]) -> set[int]:
     images = tree.get("images")
     if not isinstance(images, list) or not all(isinstance(i, dict) and type(i.get("id")) is int for i in images):
-        raise DataError("key-type", path, "expected images with whole numbers as ids", REMEDY)
+        raise DataError("key-type", path, "expected images with integers as ids, got others", REMEDY)
     return {image["id"] for image in images}
 
 
 def _fold(seed: str, where: str) -> int:
     if not seed.isdecimal():
-        raise DataError("key-type", where, f"expected a whole number as seed, got {seed!r:.40}", REMEDY)
+        raise DataError("key-type", where, f"expected an integer as seed, got {seed!r:.40}", REMEDY)
     return int(seed)
 
 
@@ -100,9 +103,9 @@ def _read(path: str) -> dict[str, Any]:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError("file-missing", path, f"cannot read the file ({error.strerror})") from error
+        raise DataError("file-missing", path, f"expected a readable file, got {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError("file-json", path, f"expected JSON, got {error}", REMEDY) from error
+        raise DataError("file-json", path, f"expected JSON, got an error: {error}", REMEDY) from error
     if not isinstance(tree, dict):
         raise DataError("file-json", path, f"expected a JSON object, got a {type(tree).__name__}", REMEDY)
     return tree

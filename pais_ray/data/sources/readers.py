@@ -1,4 +1,4 @@
-"""Which reader is for which annotations: COCO JSON, Cityscapes' gtFine/PART, or shards. Torch-free."""
+"""Reads annotations of any supported kind: a COCO file, Cityscapes' gtFine/PART, or shards. Torch-free."""
 
 import os
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pais_ray.data.validation.rules import LIMITS, DataError, Limits
 
 
 def is_folder(annotations: str) -> bool:
-    """Whether annotations at this path are a folder's, be it there or not."""
+    """Returns whether a path names a folder of annotations (shards or Cityscapes), whether or not it exists."""
     return (
         dataset.is_shards(annotations)
         or os.path.isdir(annotations)
@@ -23,25 +23,32 @@ def is_folder(annotations: str) -> bool:
 def read_labeled(
     annotations: str, images: str | None, limits: Limits = LIMITS, part: Literal["train", "val"] = "train"
 ) -> CocoDataset:
-    """The data set of ``annotations`` with its images under ``images``; Cityscapes knows its own by default. Shards
-    hold images and both parts, of which ``part`` is read.
+    """Reads the data set of ``annotations`` with the images in the folder ``images``. Raises DataError.
 
-    Raises DataError.
+    The images of Cityscapes default to the folder that the layout implies. Shards contain images and both parts, of
+    which ``part`` is read.
     """
     if dataset.is_shards(annotations):
         return dataset.read_shards(annotations, part, limits)
     if not is_folder(annotations):
         if images is None:
-            raise DataError("file-missing", annotations, "its images need a folder", "give the folder of the images")
+            raise DataError(
+                "file-missing",
+                annotations,
+                "expected the folder of its images, got none",
+                "give the folder of the images",
+            )
         return read_coco(annotations, images, limits)
     images = images or cityscapes.images_beside(annotations)
     if images is None:
-        raise DataError("cityscapes-layout", annotations, "expected a COCO file or a folder gtFine/PART, got a folder")
+        raise DataError(
+            "cityscapes-layout", annotations, "expected a COCO file or a folder gtFine/PART, got another folder"
+        )
     return cityscapes.read_cityscapes(annotations, images, limits)
 
 
 def read_annotations(annotations: str) -> CocoDataset:
-    """The data set without its images, whose paths are names that nobody looked for. Raises DataError."""
+    """Reads the data set without checking that its images exist; their paths are names. Raises DataError."""
     if dataset.is_shards(annotations):
         return dataset.read_shards(annotations, "train")
     if not is_folder(annotations):
@@ -51,18 +58,18 @@ def read_annotations(annotations: str) -> CocoDataset:
 
 
 def read_tree(annotations: str, limits: Limits = LIMITS) -> tuple[dict[str, Any], str]:
-    """The content of ``annotations`` as COCO's, and its hash. Raises DataError."""
+    """Returns (content of ``annotations`` in the COCO format, its SHA-256). Raises DataError."""
     return cityscapes.to_coco(annotations) if is_folder(annotations) else entries.read_tree(annotations, limits)
 
 
 def images_of(annotations: str, images: str | None) -> str | None:
-    """The folder given, or the one that Cityscapes' layout implies."""
+    """Returns the given image folder, or the one that the Cityscapes layout implies, or None."""
     return images or cityscapes.images_beside(annotations)
 
 
 def read_truth(annotations: str) -> str | dict[str, Any]:
-    """What ``evaluate.score`` takes as ground truth: the COCO file itself, or the content made of Cityscapes or kept
-    in shards."""
+    """Returns the ground truth for scoring: the path of a COCO file, or the content converted from Cityscapes or stored
+    in shards. Raises DataError."""
     if dataset.is_shards(annotations):
         return dataset.read_truth(annotations)
     return cityscapes.to_coco(annotations)[0] if is_folder(annotations) else annotations

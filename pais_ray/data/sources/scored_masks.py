@@ -1,6 +1,6 @@
-"""Scored masks from elsewhere: COCO results of another model or of a labeling tool, as pseudo-labels. Torch-free.
+"""Scored masks as pseudo-labels: COCO results of another model or of a labeling tool. Torch-free.
 
-Legend: N masks of one image; boxes are (N, 4) XYXY px of the upright image.
+Legend: N masks per image; boxes are (N, 4) XYXY px of the upright image.
 """
 
 import math
@@ -22,15 +22,15 @@ from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short_repr
 if TYPE_CHECKING:
     from pais_ray.structures.batch import Predictions
 
-# What the predicted mask IoU may be called; the first that is there counts. Ours; `pais-ray predict`'s; Segment
-# Anything's. Without one it is 1, as with a segmentor that predicts none.
+# Keys of the predicted mask IoU; the first one present counts: ours, `pais-ray predict`'s, Segment Anything's.
+# The default is 1, as for a segmentor that predicts no IoU.
 IOU_KEYS = ("iou", "mask_iou", "predicted_iou")
-LISTING = "images.json"  # what `pais-ray predict` writes beside its results: which id is which file
-# Cells of a mask, stretched over its own box: twice the 28 that Mask R-CNN learns from. On COCO's masks the mean IoU
-# with the full-size mask is .996 (28: .987, 112: .999), in half precision 100 of them take 0.6 MB.
+LISTING = "images.json"  # written by `pais-ray predict` beside its results: the file name of each image id
+# Side of a mask in its own box, in cells: twice the 28 of Mask R-CNN's targets. On COCO the mean IoU with the full-size
+# mask is .996 (28 cells: .987, 112: .999). In half precision, 100 masks take 0.6 MB.
 SIDE = 56
 
-# Of the column of the feed that holds an image's masks; None there: the teacher labels.
+# The type of the feed's column with the masks of an image; null: the teacher makes the pseudo-labels.
 SCORED = pa.struct(
     [
         ("boxes", pa.list_(pa.float32())),
@@ -45,10 +45,10 @@ Json = Mapping[str, Any]
 
 
 class ImageInfo(NamedTuple):
-    """What the entries of an image are checked against."""
+    """The properties of an image that scored masks are checked against."""
 
-    size: tuple[int, int] | None  # upright height, width; None: unsound, which others have told
-    name: str | None  # of the file
+    size: tuple[int, int] | None  # upright (height, width) px; None: invalid, which is reported elsewhere
+    name: str | None  # of the image file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,23 +64,23 @@ class ScoredMasks:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredFile:
-    """The masks of a file, for the unlabeled images of a run."""
+    """The masks of a results file for the unlabeled images of a run."""
 
     path: str
-    sha256: str  # of the file
-    images: tuple[ScoredMasks, ...]  # one an unlabeled image, in their order
-    below: int  # entries left out: under the method's threshold,
-    empty: int  # without a pixel,
-    elsewhere: int  # of images of the same source that are not unlabeled
+    sha256: str  # of the image file
+    images: tuple[ScoredMasks, ...]  # one per unlabeled image, in their order
+    below: int  # number of entries left out because the score is below the method's threshold
+    empty: int  # number of entries left out because the mask is empty
+    elsewhere: int  # number of entries left out because their image is not unlabeled
 
     def summary(self) -> str:
-        """Two lines for the start of a run."""
+        """Returns two lines for the start of a run."""
         scores = np.concatenate([np.zeros(0), *(image.scores for image in self.images)])
         without = sum(len(image.scores) == 0 for image in self.images)
         low, middle, high = np.quantile(scores, (0.1, 0.5, 0.9)) if len(scores) else (math.nan,) * 3
         return (
-            f"pseudo-labels are those of {self.path}: {len(scores)} scored masks in {len(self.images) - without} of "
-            f"{len(self.images)} unlabeled images, {without} have none\n"
+            f"pseudo-labels from {self.path}: {len(scores)} scored masks in {len(self.images) - without} of "
+            f"{len(self.images)} unlabeled images, none in {without}\n"
             f"  score {low:.2f} / {middle:.2f} / {high:.2f} (10th / 50th / 90th percentile); left out: {self.below} "
             f"below the method's threshold, {self.empty} empty, {self.elsewhere} of images that are not unlabeled"
         )
@@ -94,10 +94,10 @@ def read_scored(
     above: float,
     limits: Limits = LIMITS,
 ) -> ScoredFile:
-    """The masks of the results file ``path`` with a score of at least ``above``.
+    """Reads the masks of the results file ``path`` with a score of at least ``above``.
 
-    ``others`` are ids of the same source that are not unlabeled: one file may serve several splits, and their
-    entries are left out. Images without entries have no masks. Raises DataError on the first broken rule.
+    ``others`` are ids of images of the same source that are not unlabeled. Their entries are left out, so that one file
+    can be used for several splits. Images without entries have no masks. Raises DataError for the first broken rule.
     """
     with entries.no_collection():
         listed, sha256 = _read(path, limits)
@@ -127,7 +127,7 @@ def inspect_scored(
     limits: Limits,
     report: Report,
 ) -> None:
-    """Adds the findings of the results file to ``report``: of each entry the first rule it breaks."""
+    """Adds the findings of a results file to ``report``: the first broken rule of each entry."""
     read = report.check(_read, path, limits)
     if read is None:
         return
@@ -144,17 +144,17 @@ def inspect_scored(
         assert size is not None  # else it is not in `own`
         _, areas, mask_boxes = _measured(here, size)
         for (entry, where), area, mask_box in zip(here, areas, mask_boxes, strict=True):
-            alive = report.check(_has_pixels, entry, mask_box, area, size, where)
-            if alive:
+            has_pixels = report.check(_has_pixels, entry, mask_box, area, size, where)
+            if has_pixels:
                 report.check(values.check_box_mask, entry.get("bbox", mask_box), mask_box, where)
-            elif alive is False:
-                report.add(DataError("scored-empty", where, "the mask covers no pixel of the image"))
+            elif has_pixels is False:
+                report.add(DataError("scored-empty", where, "expected a mask within the image, got no pixel"))
 
 
 def check_entry(
     entry: Any, known: Mapping[int, ImageInfo], others: Collection[int], categories: Collection[int], where: str
 ) -> int:
-    """The image of an entry of which each value is sound; of ``others`` only the reference is looked at."""
+    """Checks each value of an entry and returns its image id; for ids in ``others`` only the id is checked."""
     if not isinstance(entry, dict):
         raise DataError("key-type", where, f"expected an object, got {short_repr(entry)}")
     value = entry.get("image_id")
@@ -166,7 +166,7 @@ def check_entry(
     for key in ("score", *IOU_KEYS):
         number = entries.check_value(entry, key, where) if key == "score" else entry.get(key, 1.0)
         if type(number) not in (int, float) or not 0 <= number <= 1:
-            raise DataError("score-range", where, f"expected {key!r} as a number from 0 to 1, got {short_repr(number)}")
+            raise DataError("score-range", where, f"expected a number from 0 to 1 as {key!r}, got {short_repr(number)}")
     segmentation = entries.check_value(entry, "segmentation", where)
     size = known[image_id].size
     if size is not None:
@@ -177,29 +177,34 @@ def check_entry(
 
 
 def check_listing(path: str, known: Mapping[int, ImageInfo]) -> None:
-    """Where `pais-ray predict` told which id was which file, they must be these files: ids are mere positions."""
+    """Compares image ids and file names with the list that `pais-ray predict` writes, if it exists.
+
+    The ids are positions in a folder, so other files would get the masks if the folder has changed. Raises DataError.
+    """
     beside = os.path.join(os.path.dirname(path), LISTING)
     try:
         listed = entries.check_list(entries.read_tree(beside)[0], "images", beside)
-    except DataError:  # none, or another tool's
+    except DataError:  # no list, or a file of another tool
         return
     for entry in listed:
         if isinstance(entry, dict) and type(entry.get("id")) is int and entry["id"] in known:
             there, here = os.path.basename(str(entry.get("file_name"))), known[entry["id"]].name
             if here is not None and there != here:
-                message = f"was {short_repr(there)} when the masks were predicted, and is {short_repr(here)} now"
+                message = f"expected the file {short_repr(there)} of the prediction, got {short_repr(here)}"
                 raise DataError("scored-images", f"{beside}: image {entry['id']}", message)
 
 
 def to_table(images: Sequence[ScoredMasks]) -> pa.Table:
-    """One row an image, the column ``scored`` a struct of type ``SCORED``."""
+    """Returns a table with one row per image and the column ``scored`` of type ``SCORED``."""
     rows = [{name: getattr(image, name) for name in SCORED.names} | {"boxes": image.boxes.ravel()} for image in images]
     return pa.table({"scored": pa.array(rows, SCORED)})
 
 
 def to_predictions(row: Json, height: int, width: int) -> "Predictions":
-    """What a model sees in the image of (height, width) px, from a value of type ``SCORED``; masks at low
-    resolution, decoded one by one. Imports torch: for the worker's collate threads."""
+    """Converts a value of type ``SCORED`` to predictions in the image of (height, width) px.
+
+    Masks are decoded one by one to ``SIDE`` cells. Imports torch: called in the collate threads of a worker.
+    """
     import torch
     from torch.nn.functional import adaptive_avg_pool2d
 
@@ -224,7 +229,7 @@ def to_predictions(row: Json, height: int, width: int) -> "Predictions":
 
 
 def _ends(line: np.ndarray) -> tuple[int, int]:
-    """First true cell of a line, and the one after the last."""
+    """Returns the index of the first true cell and one more than that of the last."""
     where = line.nonzero()[0]
     return int(where[0]), int(where[-1]) + 1
 
@@ -244,21 +249,21 @@ def _placed(listed: Iterable[Any], path: str) -> Iterable[tuple[Any, str]]:
 def _measured(
     own: Sequence[tuple[Json, str]], size: tuple[int, int]
 ) -> tuple[list[dict[str, Any]], list[float], list[Any]]:
-    """RLEs, areas and boxes (XYWH px) of the checked entries of an image."""
+    """Returns RLEs, areas and boxes (XYWH px) of the checked entries of an image."""
     rles = to_rles([entry["segmentation"] for entry, _ in own], *size)
     areas, boxes = measure(rles)
     return rles, areas.tolist(), boxes.tolist()
 
 
 def _has_pixels(entry: Json, mask_box: Sequence[float], area: float, size: tuple[int, int], where: str) -> bool:
-    """Whether there is something to learn; an empty mask is no error, models predict such."""
+    """Returns whether an entry has something to learn from. An empty mask is valid: models predict some."""
     return area > 0 and values.check_instance(entry.get("bbox", mask_box), mask_box, area, *size, where)
 
 
 def _masks_of(
     record: Record, own: list[tuple[Json, str]], index: Mapping[int, int], path: str, limits: Limits
 ) -> ScoredMasks:
-    """The image's masks that have pixels, best first."""
+    """Returns the masks of an image that have pixels, best first."""
     values.check_count(len(own), f"{path}: image {record.image_id}", limits)
     own.sort(key=lambda item: -item[0]["score"])
     size = (record.height, record.width)
