@@ -1,4 +1,4 @@
-"""Laws of exported models: ONNX and its runner say what PyTorch says, at any size, and what is damaged is refused."""
+"""Exported models: ONNX and its runner agree with PyTorch at any image size, and damaged files are refused."""
 
 import dataclasses
 import json
@@ -32,15 +32,15 @@ from pais_ray.structures.masks import Masks
 from pais_ray.train.state import build_state
 from pais_ray.train.step import StepSettings, train_step
 
-pytestmark = pytest.mark.timeout(900)  # the exporter takes a quarter of a minute of a core, more of a busy one
+pytestmark = pytest.mark.timeout(900)  # the exporter takes 25 s of a core, more on a busy machine
 
 STEPS = 12
 SIZES = [(96, 96), (40, 400), (300, 64), (1, 1), (7, 5), (121, 187)]  # (h, w) px of images
 
 
 def make_run(folder: Path, data: Path, segmentor: str, steps: int) -> Path:
-    """A run directory as `pais-ray train` leaves it, of a segmentor that has made ``steps`` steps. Where it has made
-    any, the score threshold leaves one of the pictures without instances."""
+    """A run directory as `pais-ray train` leaves it, of a segmentor after ``steps`` steps. After at least one step, the
+    score threshold leaves one of the images without instances."""
     paths = [f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"]
     words = ["synthetic", segmentor, "supervised_plain", *paths, "data.labeled=1", "data.image_size=80"]
     config, prepared = prepare(compose([*words, "method.ema=0.5"]))
@@ -55,16 +55,16 @@ def make_run(folder: Path, data: Path, segmentor: str, steps: int) -> Path:
             make_views([Sample.of(p, image_id=0)], config.scaled_views, 0, "test", "cpu")
             for p in pictures(prepared.val)
         ]
-        least, next_least = sorted(max(state.teacher.predict(v)[0].scores.tolist(), default=0.0) for v in views)[:2]
-        bar = config.segmentor.model_copy(update={"score_threshold": (least + next_least) / 2})
-        config = config.model_copy(update={"segmentor": bar})
+        lowest, second = sorted(max(state.teacher.predict(v)[0].scores.tolist(), default=0.0) for v in views)[:2]
+        segmentor_config = config.segmentor.model_copy(update={"score_threshold": (lowest + second) / 2})
+        config = config.model_copy(update={"segmentor": segmentor_config})
     write_run_directory(folder, config, prepared, schedule)
     state.save(checkpoint_folder(folder, steps))
     return folder
 
 
 def pictures(records) -> list[np.ndarray]:
-    """One of each of SIZES, stretched from pictures of ``records``."""
+    """One image of each of SIZES, resized from images of ``records``."""
     found = []
     for i, (height, width) in enumerate(SIZES):
         path = records[i % len(records)].path
@@ -104,7 +104,7 @@ def test_raw_outputs_agree_at_every_size(exported):
         assert max(differences.values()) <= export.RAW_TOLERANCE, (picture.shape, differences)
 
 
-def test_the_runner_sees_what_the_predictor_sees(exported):
+def test_the_runner_predicts_the_same_as_the_predictor(exported):
     counts = []
     for picture in exported.pictures:
         ours = of_pytorch(exported.predictor, picture)
@@ -127,7 +127,7 @@ def of_pytorch(predictor: Predictor, picture: np.ndarray):
     return predict_sample(predictor.segmentor, Sample.of(picture, image_id=7), predictor.config, ids, predictor.device)
 
 
-def test_the_manifest_says_what_was_exported_and_how_near_it_is(exported):
+def test_the_manifest_describes_the_export_and_its_parity(exported):
     manifest, parity = exported.manifest, exported.manifest["parity"]
     assert parity["holds"]
     assert parity["images"] == parity["raw_images"] == 4
@@ -150,17 +150,17 @@ def test_safetensors_and_config_give_the_same_segmentor(exported):
     assert of_pytorch(again, picture) == of_pytorch(exported.predictor, picture)
 
 
-def test_another_models_graph_is_found_out(exported):
+def test_the_graph_of_another_model_has_no_parity(exported):
     other = export.open_exported(exported.out)
     with torch.no_grad():
         for parameter in other.segmentor.backbone.fpn.parameters():
             parameter.mul_(1.5)
-    parity = export.compare(other, exported.detector, images=2)
+    parity = export.measure_parity(other, exported.detector, images=2)
     assert not parity.holds
     assert (parity.images, parity.raw_images) == (2, 2)
 
 
-def test_the_runner_stands_by_itself(exported, tmp_path):
+def test_the_runner_works_without_the_package(exported, tmp_path):
     Image.fromarray(exported.pictures[5]).save(tmp_path / "picture.png")
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
     code += "assert not {'torch', 'pais_ray', 'cv2', 'scipy', 'pycocotools'} & set(sys.modules)"
@@ -174,7 +174,7 @@ def test_the_runner_stands_by_itself(exported, tmp_path):
     assert Image.open(tmp_path / "drawn" / "picture.png").size == (187, 121)
 
 
-def test_what_the_runner_cannot_take_is_named(exported):
+def test_invalid_images_are_refused_by_the_runner(exported):
     for picture, message in [
         (np.zeros((4, 4, 3), np.float32), r"uint8 RGB, got float32 \(4, 4, 3\)"),
         (np.zeros((4, 4), np.uint8), r"got uint8 \(4, 4\)"),
@@ -193,56 +193,56 @@ def test_a_damaged_folder_is_refused(exported, tmp_path):
             (tmp_path / path.name).write_bytes(changes.get(path.name.split(".")[0], lambda d: d)(data))
         return tmp_path
 
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
+    with pytest.raises(ValueError, match=r"got no manifest\.json"):
         onnx_runner.Detector(tmp_path)
     with pytest.raises(ValueError, match="differs from its manifest"):
         onnx_runner.Detector(copy(model=lambda d: d[:-1] + bytes([d[-1] ^ 1])))
-    with pytest.raises(ValueError, match="format 9"):
+    with pytest.raises(ValueError, match="got 9"):
         onnx_runner.Detector(
             copy(manifest=lambda d: d.replace(b'"onnx": {\n  "format": 1', b'"onnx": {\n  "format": 9'))
         )
-    with pytest.raises(ValueError, match="not the manifest"):
+    with pytest.raises(ValueError, match="expected the manifest"):
         onnx_runner.Detector(copy(manifest=lambda d: b"{}"))
     with pytest.raises(CheckpointError, match="differs from its manifest"):
         export.open_exported(copy(teacher=lambda d: d[:-1]))
 
 
 @pytest.mark.parametrize("size", [*SIZES, (1000, 90), (9, 1000)])
-def test_the_runners_view_is_the_test_view(size):
+def test_the_view_of_the_runner_is_the_test_view(size):
     config = AugmentConfig().at_size(96)
     view = config["test"]
     detector = object.__new__(onnx_runner.Detector)
-    detector.manifest = {"onnx": {"input": export.input_of(SimpleNamespace(scaled_views=config))}}
+    detector.manifest = {"onnx": {"input": export.view_parameters(SimpleNamespace(scaled_views=config))}}
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     images_, valid = detector.view(picture)
     expected = make_views([Sample.of(picture, image_id=0)], config, 0, "test", "cpu")
     assert valid.tolist() == expected.sizes.tolist()
     assert max(valid[0]) <= view.long_side
-    torch.testing.assert_close(torch.from_numpy(images_), expected.images, rtol=0, atol=5e-5)  # of 4e-3, one level
+    torch.testing.assert_close(torch.from_numpy(images_), expected.images, rtol=0, atol=5e-5)  # one gray level is 4e-3
 
 
-def test_a_test_view_that_is_drawn_at_random_is_refused():
+def test_a_random_test_view_is_refused():
     with pytest.raises(ValueError, match=r"views\.test: expected one short_side"):
-        export.input_of(SimpleNamespace(scaled_views=AugmentConfig(test={"short_side": (80, 96)}).at_size(None)))
+        export.view_parameters(SimpleNamespace(scaled_views=AugmentConfig(test={"short_side": (80, 96)}).at_size(None)))
 
 
-def test_masks_are_pasted_as_pytorch_pastes_them():
+def test_the_runner_pastes_masks_as_pytorch_does():
     draw = torch.Generator().manual_seed(0)
     grids = torch.rand(60, 7, 9, generator=draw)
-    corners = torch.rand(60, 2, 2, generator=draw) * 90 - 20  # some outside the image of 40 x 50 px, some across
+    corners = torch.rand(60, 2, 2, generator=draw) * 90 - 20  # some outside the image of 40 x 50 px
     windows = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
     windows[:3] = torch.tensor([[10.2, 10.3, 10.25, 30.0], [-9, -9, -3, -3], [0, 0, 50, 40]])
     expected = Masks.in_boxes(grids, windows).paste((40, 50)).numpy()
     found = onnx_runner.paste(grids.numpy(), windows.numpy().astype(float), (40, 50))
     assert expected.any(axis=(1, 2)).sum() > 30
-    assert (found != expected).sum() <= 2  # where a soft value is one half but for its last bit
+    assert (found != expected).sum() <= 2  # soft values that differ from one half in the last bit
     assert onnx_runner.paste(grids.numpy()[:0], windows.numpy()[:0], (40, 50)).shape == (0, 40, 50)
 
 
 @pytest.mark.parametrize(
     "mask", [np.zeros((3, 4), bool), np.ones((3, 4), bool), np.eye(5, dtype=bool), np.tri(4, 6) > 0]
 )
-def test_run_lengths_are_cocos(mask):
+def test_run_lengths_are_those_of_coco(mask):
     coded = onnx_runner.run_lengths(mask)
     rle = to_rles([coded], *mask.shape)[0]
     assert (mask_utils.decode(rle) == mask).all()
@@ -252,7 +252,7 @@ def test_run_lengths_are_cocos(mask):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16", "turned", "transparent"])
-def test_the_runner_reads_pictures_as_the_project_does(tmp_path, mode):
+def test_the_runner_reads_images_as_the_package_does(tmp_path, mode):
     values = np.random.default_rng(1).integers(0, 256, (5, 8, 4), dtype=np.uint8)
     plain = Image.fromarray(values[:, :, :3])
     path, extra = tmp_path / "picture.png", {}
@@ -274,13 +274,13 @@ def test_the_runner_reads_pictures_as_the_project_does(tmp_path, mode):
     assert (onnx_runner.read_image(path) == images.decode(path.read_bytes(), str(path))).all()
 
 
-def test_parity_knows_nan_and_missing_figures():
-    near = export.Parity(raw_images=1, raw={"a": 1e-4}, images=1, pytorch={"segm_AP": 0.2}, onnx={"segm_AP": 0.2009})
-    assert near.holds
+def test_parity_handles_nan_and_missing_values():
+    close = export.Parity(raw_images=1, raw={"a": 1e-4}, images=1, pytorch={"segm_AP": 0.2}, onnx={"segm_AP": 0.2009})
+    assert close.holds
     none = {"segm_AP": None}
-    assert dataclasses.replace(near, pytorch=none, onnx=none).holds
+    assert dataclasses.replace(close, pytorch=none, onnx=none).holds
     for change in ({"raw": {"a": 2e-3}}, {"raw": {"a": float("nan")}}, {"onnx": {"segm_AP": 0.2011}}, {"onnx": none}):
-        assert not dataclasses.replace(near, **change).holds
+        assert not dataclasses.replace(close, **change).holds
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def fresh_run(tmp_path_factory, tiny_coco):
     return make_run(tmp_path_factory.mktemp("fresh") / "run", tiny_coco, "mask_rcnn", steps=0)
 
 
-def test_safetensors_need_no_onnx_and_onnx_says_what_it_needs(fresh_run, tmp_path, monkeypatch):
+def test_safetensors_do_not_need_onnx_and_onnx_names_its_requirements(fresh_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     out = tmp_path / "out"
     refused = CliRunner().invoke(main, ["export", str(fresh_run), "--out", str(out)])
@@ -300,18 +300,18 @@ def test_safetensors_need_no_onnx_and_onnx_says_what_it_needs(fresh_run, tmp_pat
     assert done.exit_code == 0, done.output
     assert {p.name for p in out.iterdir()} == {"config.yaml", "manifest.json", "student.safetensors"}
     assert len(export.open_exported(out).categories) == 6
-    with pytest.raises(ValueError, match="not the manifest of an ONNX export"):
+    with pytest.raises(ValueError, match="expected the manifest of an ONNX export"):
         onnx_runner.Detector(out)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     done = CliRunner().invoke(main, ["export", str(tmp_path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 2
     assert "error: " in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_is_not_written_over(fresh_run):
+def test_a_checkpoint_is_not_overwritten(fresh_run):
     folder = checkpoint_folder(fresh_run, 0)
     done = CliRunner().invoke(main, ["export", str(fresh_run), "--out", str(folder), "--format", "safetensors"])
     assert done.exit_code == 2
@@ -320,7 +320,7 @@ def test_a_checkpoint_is_not_written_over(fresh_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("segmentor", ["mask_rcnn", "knet"])
-def test_random_weights_agree_too(tmp_path, tiny_coco, segmentor):
-    """With scores all alike and masks that follow nothing, every threshold is near."""
+def test_untrained_weights_agree_too(tmp_path, tiny_coco, segmentor):
+    """All scores are similar and masks are random, so that many values are close to a threshold."""
     run = make_run(tmp_path / "run", tiny_coco, segmentor, steps=0)
     assert export.export(run, tmp_path / "out")["parity"]["holds"]

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a version that MLflow loads and serves without a pickle, and only a better one is promoted."""
+"""A checkpoint becomes a version that MLflow loads and serves without pickle, and only a better one is promoted."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ def first(tiny_coco, storage) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(first, storage, uri):
-    """The model as MLflow gives it back, pickles forbidden."""
+    """The model as MLflow loads it with pickle disabled."""
     done = CliRunner().invoke(main, ["register", str(first), "--name", "loaded"])
     assert done.exit_code == 0, done.output
     mlflow.set_tracking_uri(uri)
@@ -68,7 +68,7 @@ def champion(uri: str, name: str) -> str | None:
     return None if version is None else str(version)
 
 
-def test_a_loaded_model_sees_what_the_run_sees(first, loaded, photo):
+def test_a_loaded_model_predicts_the_same_as_the_run(first, loaded, photo):
     [answer] = loaded.predict(pandas.DataFrame({"image": [photo]}), params={"score": 0.0})
     picture, results = Predictor.open(first).predict_bytes(photo, "photo")
     assert (answer["height"], answer["width"]) == picture.shape[:2]
@@ -79,7 +79,7 @@ def test_a_loaded_model_sees_what_the_run_sees(first, loaded, photo):
     assert loaded.predict(pandas.DataFrame({"image": [photo]}), params={"score": 1.1})[0]["instances"] == []
 
 
-def test_the_signature_is_what_comes_out(loaded, photo):
+def test_the_output_has_the_signature(loaded, photo):
     answers = loaded.predict(pandas.DataFrame({"image": [photo, photo]}), params={"score": 0.0})
     frame = pandas.DataFrame(answers)
     outputs = loaded.metadata.signature.outputs
@@ -88,7 +88,7 @@ def test_the_signature_is_what_comes_out(loaded, photo):
     assert set(answers[0]["instances"][0]) == {p.name for p in outputs.input_types()[2].dtype.properties}
 
 
-def test_nothing_in_a_version_is_a_pickle_or_an_address(loaded, storage):
+def test_a_version_has_no_pickle_and_no_tracking_uri(loaded, storage):
     files = [p for p in (storage / "mlflow_artifacts" / "models").rglob("*") if p.is_file()]
     assert {"MLmodel", "served.py", "teacher.safetensors", "config.yaml"} <= {p.name for p in files}
     assert not [p for p in files if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
@@ -97,7 +97,7 @@ def test_nothing_in_a_version_is_a_pickle_or_an_address(loaded, storage):
 
 
 @pytest.mark.parametrize(("data", "rule"), [(b"no picture", "image-format"), (None, "image-pixels")])
-def test_a_picture_beyond_the_caps_is_refused_by_its_rule(loaded, data, rule):
+def test_an_invalid_image_is_refused_with_its_rule(loaded, data, rule):
     if data is None:  # 400 megapixels in a few kB
         file = io.BytesIO()
         Image.new("1", (20_000, 20_000)).save(file, format="PNG")
@@ -108,7 +108,7 @@ def test_a_picture_beyond_the_caps_is_refused_by_its_rule(loaded, data, rule):
 
 
 @pytest.mark.server
-def test_mlflow_serves_an_answer_over_http(first, loaded, storage, uri, photo, tmp_path):
+def test_mlflow_serves_predictions_over_http(first, loaded, storage, uri, photo, tmp_path):
     with model_server(tmp_path, "models:/loaded@candidate", uri, NO_PICKLE) as server:
 
         def ask(content: object) -> dict:
@@ -145,7 +145,7 @@ def test_the_better_one_becomes_champion_and_the_worse_one_does_not(tiny_coco, s
     assert "segm AP 0.2000" in refused.output
     assert "-0.0500" in refused.output
     assert champion(uri, name) == "1"
-    assert promote(uri, name).exit_code == 0, "the candidate is the last one registered"
+    assert promote(uri, name).exit_code == 0, "the candidate is the latest registered version"
     assert champion(uri, name) == "3"
     assert promote(uri, name, "3").exit_code == 0, "as good as itself"
     assert promote(uri, name, "9").exit_code == 2
@@ -154,36 +154,36 @@ def test_the_better_one_becomes_champion_and_the_worse_one_does_not(tiny_coco, s
     assert not (storage / "elsewhere.db").exists()
 
 
-def test_figures_on_other_data_promote_nothing(tiny_coco, storage, uri, first, tmp_path):
+def test_versions_of_other_data_are_not_promoted(tiny_coco, storage, uri, first, tmp_path):
     name = "others"
     registry.register(first, name)
     assert promote(uri, name).exit_code == 0
     registry.register(tiny_run(tiny_coco, storage, "fewer_labels", 0.9, "data.labeled=0.5"), name)
     refused = promote(uri, name)
     assert refused.exit_code == 2
-    assert "other labeled images" in refused.output
+    assert "different labeled images" in refused.output
     val = json.loads((tiny_coco / "val.json").read_text())
     val["annotations"].pop()
     (tmp_path / "val.json").write_text(json.dumps(val))
     registry.register(tiny_run(tiny_coco, storage, "easier", 0.9, f"data.val={tmp_path}/val.json"), name)
     refused = promote(uri, name)
-    assert "other validation annotations" in refused.output
-    assert "name of its own" in refused.output
+    assert "different validation annotations" in refused.output
+    assert "under another name" in refused.output
     assert champion(uri, name) == "1"
 
 
-def test_the_same_checkpoint_is_one_version(first, uri):
+def test_registering_a_checkpoint_twice_gives_one_version(first, uri):
     made = [registry.register(first, "once") for _ in range(2)]
     assert [v.version for v in made] == ["1", "1"]
     assert (made[0].role, made[0].step, made[0].ap) == ("teacher", 2, 0.2)
 
 
-def test_a_checkpoint_without_a_score_is_not_registered(first):
-    with pytest.raises(ValueError, match="no AP of its student is known"):
+def test_a_checkpoint_that_was_not_evaluated_is_not_registered(first):
+    with pytest.raises(ValueError, match="got no AP of its student"):
         registry.register(first, "unscored", role="student")
 
 
-def test_side_by_side_shows_truth_and_each_run(tiny_coco, storage, first, tmp_path):
+def test_the_gallery_shows_ground_truth_and_each_run(tiny_coco, storage, first, tmp_path):
     other = tiny_run(tiny_coco, storage, "other", 0.1, "train.seed=1")
     done = CliRunner().invoke(
         main, ["compare", str(first), str(other), "--out", str(tmp_path), "--images", "2", "--score", "0"]
@@ -199,10 +199,10 @@ def test_side_by_side_shows_truth_and_each_run(tiny_coco, storage, first, tmp_pa
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("verb", ["sync", "register", "promote"])
-def test_a_server_that_is_away_is_one_line_soon(tmp_path, monkeypatch, verb):
-    """MLflow's own client tries for minutes."""
+def test_an_unreachable_server_gives_one_line_quickly(tmp_path, monkeypatch, verb):
+    """By default, MLflow's client retries for minutes."""
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # put back at the end, whatever the verb sets
+        monkeypatch.setenv(name, "")  # restored at the end, whatever the command sets
         monkeypatch.delenv(name)
     away = "http://127.0.0.1:1"
     words = ["promote", "shapes", "--tracking", away]

@@ -87,7 +87,7 @@ def test_runs_are_stored_in_postgres_and_s3(tmp_path, bucket, tiny_coco, monkeyp
         versions = [registry.register(root, "shapes") for root in roots]
         registry.promote(server.url, "shapes")
         assert str(store.get_registered_model("shapes").aliases["champion"]) == "2"
-        with pytest.raises(registry.Refused, match="worse"):
+        with pytest.raises(registry.PromotionRefusedError, match="worse"):
             registry.promote(server.url, "shapes", versions[0].version)
         keys = [entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]]
         for name in ("figures/curves.png", "config.yaml", "teacher.safetensors", "MLmodel"):

@@ -1,7 +1,8 @@
-"""MLflow's model registry: a checkpoint as a version that can be served, and which version is the champion.
+"""MLflow's model registry: checkpoints as versions that can be served, and the promotion of a version to champion.
 
-A version is a run directory in small: config.yaml, split.json and one role's weights. It is put into the logged
-model that the tracker made of the checkpoint, whose scores and tags say whether two versions can be compared.
+A version is a reduced run directory: config.yaml, split.json and the weights of one role. It is stored in the logged
+model that the tracker created for the checkpoint; the scores and tags of that model decide whether two versions are
+comparable.
 """
 
 import io
@@ -23,30 +24,31 @@ from pais_ray.config.tree import dump, load
 from pais_ray.inference.predictor import choose_checkpoint
 from pais_ray.inference.serving import served
 from pais_ray.runs.checkpoints import verify
-from pais_ray.tracking import record, tracker
+from pais_ray.tracking import tracker
 from pais_ray.tracking.mirror import connect
 from pais_ray.tracking.mlflow_compat import EXTERNAL_MODEL_TAG, is_not_found
-from pais_ray.tracking.record import read_run_id
+from pais_ray.tracking.record import read_run_id, redact_secrets
 from pais_ray.tracking.settings import TrackingConfig, tracking_uri
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-SAME = {"split_sha256": "labeled images", "val_sha256": "validation annotations"}  # else figures say nothing
-NEEDED = ("pais-ray", "mlflow", "torch", "torchvision", "ray")  # to serve; recorded with the versions that are here
+# Versions are comparable only if these tags agree: tag -> what it identifies.
+COMPARABLE = {"split_sha256": "labeled images", "val_sha256": "validation annotations"}
+REQUIREMENTS = ("pais-ray", "mlflow", "torch", "torchvision", "ray")  # for serving; pinned to the installed versions
 
 
-class Refused(ValueError):
-    """A promotion that the rule forbids, with figures and remedy."""
+class PromotionRefusedError(ValueError):
+    """The version must not become the champion."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """A version of a registered model, with what it is judged by."""
+    """A version of a registered model, with the score and tags that promotion depends on."""
 
     name: str
     version: str
     role: str
     step: int
-    ap: float  # segm AP of the role on the validation set
+    ap: float  # segm AP of the role on the validation images
     tags: dict[str, str]  # of the logged model
 
     def __str__(self) -> str:
@@ -54,9 +56,10 @@ class Version:
 
 
 def register(root: Path, name: str, *, role: str = "teacher", checkpoint: str = "best") -> Version:
-    """Makes a checkpoint of the run at ``root`` a version of the model ``name``, with the alias ``candidate``.
+    """Register a checkpoint of the run at ``root`` as a version of the model ``name`` with the alias ``candidate``.
 
-    The same checkpoint twice is one version. Raises ValueError, and what MLflow raises.
+    Registering the same checkpoint again gives the same version. Raises ValueError if the checkpoint is damaged or was
+    not evaluated, and the errors of the MLflow client.
     """
     config = load(root / "config.yaml")
     folder = choose_checkpoint(root, role, checkpoint)
@@ -64,123 +67,127 @@ def register(root: Path, name: str, *, role: str = "teacher", checkpoint: str = 
     uri = tracking_uri(config.tracking, root.parent)
     tracker.sync(config.tracking, root)
     client = connect(uri)
-    mlflow.set_tracking_uri(uri)  # a database's registry looks for models:/ at the process's URI, not the client's
+    mlflow.set_tracking_uri(uri)  # with a database, models:/ URIs are resolved at this URI, not at the client's
     run = client.get_run(read_run_id(root))
-    model = _scored(client, run, folder, role)
+    model = _find_logged_model(client, run, folder, role)
     source = f"models:/{model.model_id}"
-    known = [v for v in _versions(client, name) if v.source == source]
-    if not known:
+    versions = [v for v in _versions(client, name) if v.source == source]
+    if not versions:
         with tempfile.TemporaryDirectory() as scratch:
-            bundle = _bundle(root, folder, role, Path(scratch) / "run")
+            bundle = _write_bundle(root, folder, role, Path(scratch) / "run")
             packed = Path(scratch) / "model"
-            _pack(bundle, role, packed, Model(run_id=run.info.run_id, model_id=model.model_id))
+            _save_model(bundle, role, packed, Model(run_id=run.info.run_id, model_id=model.model_id))
             client.log_model_artifacts(model.model_id, str(packed))
         if EXTERNAL_MODEL_TAG in model.tags:
             client.delete_logged_model_tag(model.model_id, EXTERNAL_MODEL_TAG)
         if not _exists(client, name):
             client.create_registered_model(name)
-        tags = {key: model.tags[key] for key in ("role", "step", *SAME) if key in model.tags}
-        known = [client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)]
-    client.set_registered_model_alias(name, CANDIDATE, known[-1].version)
-    return _judged(client, known[-1])
+        tags = {key: model.tags[key] for key in ("role", "step", *COMPARABLE) if key in model.tags}
+        versions = [client.create_model_version(name, source, run.info.run_id, tags=tags, model_id=model.model_id)]
+    client.set_registered_model_alias(name, CANDIDATE, versions[-1].version)
+    return _read_version(client, versions[-1])
 
 
 def promote(uri: str, name: str, number: str | None = None) -> tuple[Version, Version | None]:
-    """Makes a version of ``name`` (default: the candidate) its champion; returns it and the one before, if any.
+    """Make a version of ``name``, by default the candidate, its champion; return it and the previous champion.
 
-    Raises Refused where the champion is better or the two cannot be compared, ValueError where there is no such
-    version, and what MLflow raises.
+    Raises PromotionRefusedError if the champion is better or the two are not comparable, ValueError if there is no such
+    version, and the errors of the MLflow client.
     """
     file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not file.exists():  # MLflow would make an empty one
-        raise ValueError(f"{file}: expected the database of a registry, got no file; say where it is with --tracking")
+    if uri.startswith("sqlite:///") and not file.exists():  # MLflow would create an empty database
+        raise ValueError(f"{file}: expected the database of a registry, got no such file; give its URI with --tracking")
     client = connect(uri)
     if not _exists(client, name):
-        raise ValueError(f"{name}: no such model in {record.redact_secrets(uri)}; make it with `pais-ray register`")
+        place = redact_secrets(uri)
+        raise ValueError(
+            f"{name}: expected a registered model, got none in {place}; create it with `pais-ray register`"
+        )
     found = _by_alias(client, name, CANDIDATE) if number is None else _by_number(client, name, number)
     if found is None:
         numbers = ", ".join(str(v.version) for v in _versions(client, name)) or "none"
-        raise ValueError(f"{name}: no version {number or CANDIDATE}; there are {numbers}")
-    candidate, champion = _judged(client, found), _by_alias(client, name, CHAMPION)
-    before = None if champion is None else _judged(client, champion)
-    if before is not None:
-        check(candidate, before)
+        raise ValueError(f"{name}: expected an existing version, got {number or CANDIDATE}; versions: {numbers}")
+    candidate, champion = _read_version(client, found), _by_alias(client, name, CHAMPION)
+    previous = None if champion is None else _read_version(client, champion)
+    if previous is not None:
+        check_promotion(candidate, previous)
     client.set_registered_model_alias(name, CHAMPION, candidate.version)
-    return candidate, before
+    return candidate, previous
 
 
-def check(candidate: Version, champion: Version) -> None:
-    """Raises Refused unless the candidate is at least as good on the same data, learned from the same labels."""
-    for tag, what in SAME.items():
+def check_promotion(candidate: Version, champion: Version) -> None:
+    """Raise PromotionRefusedError unless the candidate is at least as good with the same labels and validation data."""
+    for tag, what in COMPARABLE.items():
         ours, theirs = candidate.tags.get(tag, "unknown"), champion.tags.get(tag, "unknown")
         if ours != theirs or ours == "unknown":
-            raise Refused(
-                f"{candidate} and the champion, {champion}, have other {what} ({ours[:8]} and {theirs[:8]}): their "
-                "figures do not say which is better. Register it under a name of its own, or train it on the same data"
+            raise PromotionRefusedError(
+                f"{candidate} and the champion, {champion}, have different {what} ({ours[:8]} and {theirs[:8]}), so "
+                "their scores are not comparable; register it under another name, or train it on the same data"
             )
     if not candidate.ap >= champion.ap:
-        raise Refused(
+        raise PromotionRefusedError(
             f"{candidate} is worse than the champion, {champion}: {candidate.ap - champion.ap:+.4f} on the same "
-            "validation images. The champion stays; promote a version that is at least as good"
+            "validation images; promote a version that is at least as good"
         )
 
 
-def _scored(client: Any, run: Any, folder: Path, role: str) -> Any:
-    """The logged model that the tracker made of this checkpoint."""
+def _find_logged_model(client: Any, run: Any, folder: Path, role: str) -> Any:
+    """The logged model that the tracker created for this checkpoint. Raises ValueError if there is none."""
     name = f"{role}-{folder.name.removeprefix('step_')}"
     query = f"name = '{name}' AND source_run_id = '{run.info.run_id}'"
     found = client.search_logged_models([run.info.experiment_id], query)
     if not found:
         raise ValueError(
-            f"{folder}: no AP of its {role} is known; evaluate while training (train.eval_every) and "
-            "register a checkpoint that was evaluated, as --checkpoint best is"
+            f"{folder}: expected an evaluated checkpoint, got no AP of its {role}; evaluate during training "
+            "(train.eval_every), or register an evaluated checkpoint, such as --checkpoint best"
         )
     return found[0]
 
 
-def _bundle(root: Path, folder: Path, role: str, out: Path) -> Path:
-    """A run directory with nothing but what predicting needs, and no address of a tracking server."""
+def _write_bundle(root: Path, folder: Path, role: str, out: Path) -> Path:
+    """Write a run directory with only what prediction requires, without the address of a tracking server."""
     config = load(root / "config.yaml")
-    inside = out / "checkpoints" / folder.name
-    inside.mkdir(parents=True)
+    target = out / "checkpoints" / folder.name
+    target.mkdir(parents=True)
     (out / "config.yaml").write_text(dump(config.model_copy(update={"tracking": TrackingConfig()})))
     shutil.copy(root / "split.json", out / "split.json")
     weights = f"{role}.safetensors"
-    shutil.copy(folder / weights, inside / weights)
+    shutil.copy(folder / weights, target / weights)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {weights: manifest["files"][weights]}
-    (inside / "manifest.json").write_text(json.dumps(manifest))
+    (target / "manifest.json").write_text(json.dumps(manifest))
     return out
 
 
-def _pack(bundle: Path, role: str, out: Path, about: Model) -> None:
-    """The bundle as an MLflow model: code from served.py, weights as they are."""
+def _save_model(bundle: Path, role: str, out: Path, description: Model) -> None:
+    """Write the bundle as an MLflow model: code from served.py, weights unchanged."""
     mlflow.pyfunc.save_model(
         out,
-        mlflow_model=about,
+        mlflow_model=description,
         python_model=served.__file__,
         artifacts={"run": str(bundle)},
         model_config={"role": role},
         signature=served.SIGNATURE,
-        input_example=({"image": [_example()]}, {"score": 0.05}),
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in NEEDED],
+        input_example=({"image": [_example_image()]}, {"score": 0.05}),
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
     )
 
 
-def _example() -> bytes:
-    """A picture to show what the column holds."""
+def _example_image() -> bytes:
+    """An example of the content of the input column."""
     file = io.BytesIO()
     Image.new("RGB", (32, 32), (128, 128, 128)).save(file, format="PNG")
     return file.getvalue()
 
 
-def _judged(client: Any, found: Any) -> Version:
-    """The version with its scores, as the logged model behind it has them."""
+def _read_version(client: Any, found: Any) -> Version:
+    """The version with the score of its logged model. Raises ValueError if it has none."""
     model = client.get_logged_model(found.source.removeprefix("models:/"))
     role = model.tags["role"]
     scores = [m for m in model.metrics if m.key == f"{role}/segm_AP"]
     if not scores:
-        raise ValueError(f"{found.name} version {found.version}: no segm AP is known; make it with `pais-ray register`")
+        place = f"{found.name} version {found.version}"
+        raise ValueError(f"{place}: expected a segm AP, got none; create versions with `pais-ray register`")
     ap = max(scores, key=lambda m: m.timestamp).value
     return Version(
         name=found.name, version=str(found.version), role=role, step=int(model.tags["step"]), ap=ap, tags=model.tags
