@@ -1,4 +1,4 @@
-"""Laws of Algorithm 1, without Ray: a list of batches drives the step."""
+"""Algorithm 1, without Ray: a list of batches drives the step."""
 
 import copy
 import dataclasses
@@ -12,10 +12,9 @@ import torch.multiprocessing as mp
 from pais_ray.data.stream.plan import rank_rows
 from pais_ray.modeling.methods.pais import PAIS
 from pais_ray.modeling.methods.supervised import Supervised
-from pais_ray.modeling.optim import Schedule
-from pais_ray.structures.batch import Batch, Predictions, Targets, Views
+from pais_ray.structures.batch import Batch, Predictions
 from pais_ray.structures.masks import Masks
-from pais_ray.train.state import Teacher, TrainState
+from pais_ray.train.state import Teacher
 from pais_ray.train.step import (
     BackwardOutOfMemoryError,
     StepSettings,
@@ -38,8 +37,8 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-class KeenTeacher(Teacher):
-    """A teacher that is sure of one instance in every image: an untrained one proposes nothing."""
+class ConfidentTeacher(Teacher):
+    """A teacher with one confident prediction per image; an untrained one proposes nothing."""
 
     def predict(self, images, score_threshold=None):
         return [one_prediction(images) for _ in range(len(images))]
@@ -53,7 +52,7 @@ def one_prediction(images):
     )
 
 
-def test_a_step_changes_the_student_and_the_teacher_follows_by_the_methods_decay():
+def test_a_step_updates_the_student_and_averages_it_into_the_teacher_with_the_decay_of_the_method():
     state = state_of()
     before = parameters(state.student)
     method = PAIS(burn_in=0)
@@ -78,32 +77,39 @@ def test_the_same_batches_give_the_same_weights():
     assert equal(*ends)
 
 
-def test_without_unlabeled_weight_only_the_labeled_terms_are_there():
+@pytest.mark.parametrize(("method", "step"), [(PAIS(burn_in=5), 4), (Supervised(), 4)])
+def test_without_a_weight_of_the_unlabeled_term_there_are_only_labeled_losses(method, step):
     state, batch = state_of(), tiny_batch()
-    losses, _ = batch_losses(state.student, state.teacher, batch, PAIS(burn_in=5), step=4)
-    assert all(name.startswith("labeled/") for name in losses)
-    losses, _ = batch_losses(state.student, state.teacher, batch, Supervised(), step=4)
-    assert all(name.startswith("labeled/") for name in losses)
+    state.teacher.__class__ = ConfidentTeacher
+    losses, metrics = batch_losses(state.student, state.teacher, batch, method, step)
+    expected = {"objectness", "proposal_box", "class", "box", "mask", "mask_iou"}
+    assert losses.keys() == {f"labeled/{name}" for name in expected}
+    assert metrics == {}
+    trained = PAIS(burn_in=5)
+    losses, metrics = batch_losses(state.student, state.teacher, batch, trained, step=5)
+    assert losses.keys() == {f"{part}/{name}" for part in ("labeled", "unlabeled") for name in expected}
+    assert metrics["pseudo/images"] == len(batch.weak)
 
 
-def test_the_unlabeled_terms_are_the_students_own_losses_times_lambda():
+def test_unlabeled_losses_are_the_losses_of_the_student_times_lambda():
     state, batch = state_of(), tiny_batch()
-    state.teacher.__class__ = KeenTeacher
+    state.teacher.__class__ = ConfidentTeacher
     ends = []
     for value in (1.0, 2.0):
         torch.manual_seed(0)
-        losses, logs = batch_losses(state.student, state.teacher, batch, PAIS(lambda_unlabeled=value), step=0)
+        losses, metrics = batch_losses(state.student, state.teacher, batch, PAIS(lambda_unlabeled=value), step=0)
         ends.append(losses)
-        assert logs["pseudo/kept"] == len(batch.weak)
+        assert metrics["pseudo/kept"] == len(batch.weak)
+    assert ends[0].keys() == ends[1].keys()
     for name in ends[0]:
         factor = 2.0 if name.startswith("unlabeled/") else 1.0
         torch.testing.assert_close(ends[1][name], factor * ends[0][name])
-    assert ends[0]["unlabeled/mask_iou"] == 0  # trained on labeled data only
+    assert ends[0]["unlabeled/mask_iou"] == 0  # learned from labeled images only
     assert ends[0]["unlabeled/mask"] > 0
 
 
-def test_pseudo_labels_reach_the_strong_frame():
-    """The student is given the weak frame's pseudo-box where weak_to_strong carries it."""
+def test_pseudo_labels_are_warped_to_the_strong_view():
+    """The targets of the student are the pseudo-boxes of the weak view, transformed by weak_to_strong."""
     batch = tiny_batch()
     seen = []
 
@@ -113,9 +119,10 @@ def test_pseudo_labels_reach_the_strong_frame():
             return {"class": torch.zeros(())}
 
     teacher = Teacher(torch.nn.Linear(1, 1))
-    teacher.__class__ = KeenTeacher
+    teacher.__class__ = ConfidentTeacher
     batch_losses(Spy(), teacher, batch, PAIS(), step=0)
     strong = seen[1]
+    assert len(strong) == len(batch.strong) == 2
     for i, target in enumerate(strong):
         matrix = batch.strong.matrix[i] @ torch.linalg.inv(batch.weak.matrix[i])
         corners = torch.tensor([[10.0, 12, 1], [50, 12, 1], [50, 44, 1], [10, 44, 1]]) @ matrix.T
@@ -136,7 +143,7 @@ def test_accumulation_averages_the_micro_batches():
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
     state = state_of()
     train_step(state, state.student, [tiny_batch(0)], PAIS(), SETTINGS)
     before = parameters(state.student), parameters(state.teacher.segmentor)
@@ -153,7 +160,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert (state.skipped, state.skipped_in_row, state.step) == (2, 0, 4)
 
 
-def test_clipping_bounds_the_gradient_and_logs_its_norm_before():
+def test_clipping_bounds_the_gradient_and_the_logged_norm_is_from_before():
     state = state_of()
     settings = StepSettings(schedule=tiny_schedule(), seed=1, clip_norm=1e-3)
     result = train_step(state, state.student, [tiny_batch()], Supervised(), settings)
@@ -163,7 +170,7 @@ def test_clipping_bounds_the_gradient_and_logs_its_norm_before():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_precisions_train(precision):
+def test_a_step_in_each_precision_is_finite_and_keeps_weights_in_fp32(precision):
     state = state_of()
     result = train_step(
         state,
@@ -176,7 +183,7 @@ def test_precisions_train(precision):
     assert all(v.dtype == torch.float32 for v in parameters(state.teacher.segmentor).values() if v.is_floating_point())
 
 
-def test_a_skipped_step_under_a_loss_scaler_does_not_spoil_the_next():
+def test_after_a_skipped_step_with_a_loss_scaler_the_next_step_trains():
     state = state_of()
     state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
     bad = tiny_batch(1)
@@ -187,8 +194,8 @@ def test_a_skipped_step_under_a_loss_scaler_does_not_spoil_the_next():
     assert not equal(before, parameters(state.student))
 
 
-def test_a_loss_scale_that_is_too_high_changes_nothing_but_the_scale():
-    """torch steps a fused optimizer even then, and its first step would leave momenta that nobody wrote."""
+def test_a_loss_scale_that_is_too_high_changes_only_the_scale():
+    """torch calls a fused optimizer even then, and its first step would leave uninitialized momenta."""
     state = state_of()
     state.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**127)
     before = [parameters(m) for m in (state.student, state.teacher)]
@@ -199,7 +206,7 @@ def test_a_loss_scale_that_is_too_high_changes_nothing_but_the_scale():
     assert state.scaler.get_scale() == 2.0**126
 
 
-def test_memory_that_runs_out_in_a_backward_pass_tells_how_many_pseudo_labels_there_were():
+def test_a_backward_pass_out_of_memory_reports_the_number_of_pseudo_labels():
     class Crowded(Teacher):
         def predict(self, images, score_threshold=None):
             return [one_prediction(images)[torch.zeros(5 - i, dtype=torch.long)] for i in range(len(images))]
@@ -225,7 +232,7 @@ def test_the_teacher_never_enters_train_mode():
     assert not any(p.requires_grad for p in state.teacher.parameters())
 
 
-def test_follow_copies_integer_buffers_and_averages_float_ones():
+def test_the_moving_average_copies_integer_buffers():
     student = torch.nn.BatchNorm1d(2)
     teacher = copy.deepcopy(student)
     student.running_mean += 4.0
@@ -256,9 +263,8 @@ def _steps_with_unequal_pseudo_labels(rank: int):
     """Pseudo-labels on one rank only, on none, and an image without instances; then a step that one rank skips."""
     state = state_of()
     network = torch.nn.parallel.DistributedDataParallel(state.student, broadcast_buffers=False)
-    keen = state.teacher
-    for g, teacher in enumerate(("keen" if rank == 0 else "shy", "shy", "keen")):
-        keen.__class__ = KeenTeacher if teacher == "keen" else Teacher
+    for g, teacher in enumerate(("confident" if rank == 0 else "plain", "plain", "confident")):
+        state.teacher.__class__ = ConfidentTeacher if teacher == "confident" else Teacher
         batch = tiny_batch(10 * rank + g)
         if g == 1 and rank == 1:
             batch = Batch(
@@ -275,14 +281,14 @@ def _steps_with_unequal_pseudo_labels(rank: int):
     return parameters(state.student), skipped.skipped, skipped.stop
 
 
-def test_ranks_stay_in_step_whatever_their_pseudo_labels(rank_results):
+def test_ranks_stay_synchronized_with_different_numbers_of_pseudo_labels(rank_results):
     (first, *flags), (second, *other) = (rank_results[f"unequal_{rank}"] for rank in range(2))
     assert equal(first, second)
-    assert flags == other == [True, True]  # one rank's NaN and one rank's wish to stop are everybody's
+    assert flags == other == [True, True]  # a NaN and a stop request of one rank hold for all
 
 
 class Greedy(PAIS):
-    """Asks for more memory than there is where it is told to."""
+    """Runs out of memory in the forward passes."""
 
     def pseudo_labels(self, predictions):
         raise torch.OutOfMemoryError("out of memory")
@@ -308,10 +314,10 @@ def _steps_with_shared_rows(rank: int):
     return before, parameters(state.student)
 
 
-def test_a_step_is_its_rows_whatever_number_of_ranks_shares_them(rank_results):
-    """Three rows on one rank, and on two of which one has fewer; a rank without memory skips the step for all."""
+def test_a_step_does_not_depend_on_the_number_of_ranks(rank_results):
+    """Three rows on one rank, and on two of which one has fewer. If one rank runs out of memory, all skip the step."""
     ends = [rank_results[f"shared_{rank}"] for rank in range(2)]
-    assert equal(ends[0][1], ends[1][1]), "the ranks go on together after the skipped step"
+    assert equal(ends[0][1], ends[1][1]), "after the skipped step the ranks are still synchronized"
     assert not equal(ends[0][0], ends[0][1])
     alone = state_of()
     for step in range(2):
@@ -321,7 +327,7 @@ def test_a_step_is_its_rows_whatever_number_of_ranks_shares_them(rank_results):
         torch.testing.assert_close(ends[0][0][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_cap_keeps_the_highest_scores_in_their_order():
+def test_the_limit_keeps_the_highest_scores_in_their_order():
     boxes = torch.tensor([[0.0, 0, 4, 4]]).repeat(4, 1)
     many = Predictions(
         boxes=boxes,
@@ -335,8 +341,8 @@ def test_the_cap_keeps_the_highest_scores_in_their_order():
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_a_teacher_that_is_not_finite_is_everybodys_skipped_step(dropped):
-    """Also where nothing of it has passed the threshold."""
+def test_a_teacher_that_is_not_finite_causes_a_skipped_step(dropped):
+    """Also if the threshold has dropped all its predictions."""
 
     class Broken(Teacher):
         def predict(self, images, score_threshold=None):
@@ -350,11 +356,3 @@ def test_a_teacher_that_is_not_finite_is_everybodys_skipped_step(dropped):
     before = parameters(state.student)
     assert train_step(state, state.student, [tiny_batch()], PAIS(), SETTINGS).skipped
     assert equal(before, parameters(state.student))
-
-
-def test_types_are_what_the_step_expects():
-    batch = tiny_batch()
-    assert isinstance(batch.labeled, Views)
-    assert isinstance(batch.targets[0], Targets)
-    assert isinstance(tiny_schedule(), Schedule)
-    assert isinstance(state_of(), TrainState)
