@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -244,6 +245,15 @@ def test_public_names_resolve_and_are_lazy():
         _ = package.Knet
     code = "import sys, pais_ray, pais_ray.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_modules_that_moved_name_their_new_place():
+    package = importlib.import_module("pais_ray")
+    for old, new in vars(package)["_MOVED"].items():
+        assert importlib.util.find_spec(f"pais_ray.{new}") is not None, new
+        assert importlib.util.find_spec(f"pais_ray.{old}") is None, old
+        with pytest.raises(AttributeError, match=rf"'pais_ray\.{old}' is now 'pais_ray\.{new}'"):
+            getattr(package, old)
 
 
 def test_no_pickle_and_no_unsafe_yaml():
