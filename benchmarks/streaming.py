@@ -81,7 +81,7 @@ def sharded(out: str, records: list[Record]) -> tuple[Record, ...]:
 
 def stream(records: tuple[Record, ...], images: int) -> Iterator[int]:
     """Images decoded so far, row after row."""
-    records, groups = dataset.by_group(records)
+    records, groups = dataset.sort_by_group(records)
     plan = StepPlan(
         seed=0,
         num_labeled=0,

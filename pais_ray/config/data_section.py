@@ -114,14 +114,14 @@ class DataConfig(Section):
     @property
     def holds_out(self) -> bool:
         """Whether the validation images are reserved from the training images, by a share or by a manifest."""
-        return self.train is not None and self.val is None and not dataset.is_shards(self.train)
+        return self.train is not None and self.val is None and not dataset.is_shard_folder(self.train)
 
     def part(self, name: Literal["train", "val"]) -> tuple[str, str | None]:
         """(annotations, image folder) of a part; the folder is None if the annotations imply it.
 
         Raises ConfigError if one of them is missing."""
         annotations, images = getattr(self, name), getattr(self, f"{name}_images") or self.images
-        if name == "val" and annotations is None and dataset.is_shards(self.train):
+        if name == "val" and annotations is None and dataset.is_shard_folder(self.train):
             annotations = self.train
         if annotations is None:
             raise ConfigError(f"data.{name}: expected a COCO JSON, got null; set it")

@@ -87,7 +87,7 @@ class Config(Section):
         if not self.method.uses_unlabeled and unlabeled > 0:
             raise ValueError(f"batch.unlabeled: {name} uses none, got {unlabeled}; set batch.unlabeled=0")
         has_none = self.data.labeled == 1 and self.data.unlabeled is None and self.data.split is None
-        has_none &= not dataset.is_shards(self.data.train)  # shards may contain a split, which is known after reading
+        has_none &= not dataset.is_shard_folder(self.data.train)  # shards may have a split, known after reading
         if self.method.uses_unlabeled and has_none:
             raise ValueError(
                 f"data.labeled: {name} needs unlabeled images, and 1 leaves none; set data.labeled=0.1, or "

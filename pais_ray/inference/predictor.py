@@ -22,7 +22,7 @@ from pais_ray.data.annotations.records import CocoDataset, Record
 from pais_ray.data.annotations.rle import decode_rle
 from pais_ray.data.annotations.splits import SplitManifest
 from pais_ray.data.images.images import decode, upright_size
-from pais_ray.data.images.reader import Reader, name_of
+from pais_ray.data.images.reader import Reader, image_name
 from pais_ray.data.sources.readers import is_folder, read_labeled
 from pais_ray.data.stream.samples import read_image, read_samples
 from pais_ray.data.validation.rules import DataError
@@ -155,7 +155,7 @@ class Predictor:
         reader = Reader()
         for record in records[:draw]:
             overlay = draw_results(record, to_draw.get(record.image_id, []), names, reader)
-            stem = f"{record.image_id:06d}_{Path(name_of(record.path)).stem}"
+            stem = f"{record.image_id:06d}_{Path(image_name(record.path)).stem}"
             Image.fromarray(overlay).save(out / "overlays" / f"{stem}.jpg", quality=90)
         return {
             "images": len(records),

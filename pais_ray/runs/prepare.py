@@ -75,13 +75,13 @@ def read_data(data: DataConfig, threshold: float = 0.0) -> Data:
     if val is None:
         val = held_out(train, manifest)
     by_id = {r.image_id: r for r in train.records}
-    labeled, labeled_groups = dataset.by_group([by_id[i] for i in manifest.split.labeled_ids])
+    labeled, labeled_groups = dataset.sort_by_group([by_id[i] for i in manifest.split.labeled_ids])
     if others is None:
         left = [unlabel(by_id[i]) for i in manifest.split.unlabeled_ids]
     else:
         ids = set(manifest.split.unlabeled_ids)
         left = [r for r in others if r.image_id in ids]
-    unlabeled, unlabeled_groups = dataset.by_group(left)
+    unlabeled, unlabeled_groups = dataset.sort_by_group(left)
     masks = None
     if data.pseudo_labels is not None:
         ids = {r.image_id for r in others or train.records} - {r.image_id for r in unlabeled}

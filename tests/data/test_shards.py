@@ -16,7 +16,7 @@ from pais_ray.cli import main
 from pais_ray.cli.data.shard import source_of
 from pais_ray.config.data_section import DataConfig
 from pais_ray.config.overlays import ConfigError
-from pais_ray.data.images.reader import Place, Reader, name_of, place_of
+from pais_ray.data.images.reader import Reader, ShardLocation, image_name, parse_shard_location
 from pais_ray.data.shards import dataset, writer
 from pais_ray.data.shards.writer import write_shards
 from pais_ray.data.stream.plan import StepPlan
@@ -80,7 +80,7 @@ def assert_same_images(records, sources) -> None:
     for record, row in zip(records, read_all(records, labels=False), strict=True):
         source = by_id[record.image_id]
         assert (record.height, record.width) == (source.height, source.width)
-        assert name_of(record.path) == Path(source.path).name
+        assert image_name(record.path) == Path(source.path).name
         assert row == {"bytes": Path(source.path).read_bytes()}
 
 
@@ -147,9 +147,9 @@ def test_a_split_is_in_the_shards_and_the_unlabeled_part_has_no_columns_for_labe
     assert_same_images(made.labeled, source.labeled)
     assert_same_images(made.unlabeled, source.unlabeled)
     assert made.manifest == source.manifest, "the hash of the split is that of the source"
-    (file,) = {place_of(r.path).file for r in made.labeled}
+    (file,) = {parse_shard_location(r.path).file for r in made.labeled}
     assert {"boxes", "labels", "rles"} < set(pq.read_schema(file).names)
-    files = {place_of(r.path).file for r in made.unlabeled}
+    files = {parse_shard_location(r.path).file for r in made.unlabeled}
     for file in files:
         assert set(pq.read_schema(file).names) == {"image_id", "file_name", "height", "width", "bytes"}
     assert read_data(config.model_copy(update={"labeled": 0.25, "fold": 3})).manifest == source.manifest
@@ -188,7 +188,7 @@ def test_groups_are_numbered_as_the_plan_walks_them(tiny, tmp_path):
     assert made.labeled_groups == (3, 3, 3, 3)
     plan = StepPlan(seed=0, num_labeled=12, num_unlabeled=0, labeled=3, unlabeled=0, labeled_groups=made.labeled_groups)
     for g in range(4):
-        places = [place_of(made.labeled[i].path) for i in plan.row(g)[0]]
+        places = [parse_shard_location(made.labeled[i].path) for i in plan.row(g)[0]]
         assert len({place[:2] for place in places}) == 1
         assert sorted(place.row for place in places) == [0, 1, 2]
 
@@ -231,7 +231,7 @@ def test_the_same_command_after_a_kill_writes_only_what_is_missing(tiny, tmp_pat
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(DataError, match="shard-manifest"):
         dataset.read_manifest(str(out))
-    assert dataset.is_shards(str(out)), "and not taken for something else"
+    assert dataset.is_shard_folder(str(out)), "and not taken for something else"
     done = sorted(out.glob("*.note"))
     stamps = {path.with_suffix("").name: path.with_suffix("").stat().st_mtime_ns for path in done}
     assert len(stamps) == 2
@@ -319,7 +319,7 @@ def test_truncated_and_missing_files_are_refused_by_name_before_training(tiny, t
 
 def test_a_flipped_bit_of_a_page_names_file_and_row_group(tiny, tmp_path):
     records = read_data(written(tiny, tmp_path / "out")).labeled
-    place = place_of(records[-1].path)
+    place = parse_shard_location(records[-1].path)
     group = pq.ParquetFile(place.file).metadata.row_group(place.group)
     (column,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "bytes")
     damage(Path(place.file), column.data_page_offset + column.total_compressed_size // 2)
@@ -347,7 +347,7 @@ def test_shards_written_anew_under_a_run_are_noticed(tiny, coco, tmp_path):
         path.unlink()
     written([*tiny, "data.labeled=0.75"], tmp_path / "out")
     (tmp_path / "out" / "labeled-00000.parquet").rename(tmp_path / "out" / "train-00000.parquet")
-    with pytest.raises(DataError, match="does not hold image"):
+    with pytest.raises(DataError, match=r"expected image .* at row"):
         read_all(records[:4], labels=False)
 
 
@@ -363,7 +363,7 @@ def test_another_version_of_the_format_is_refused_as_such(tiny, tmp_path):
     written(tiny, tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(DataError, match=r"version 2 .* reads version 1;.*shard-manifest"):
+    with pytest.raises(DataError, match=r"expected version 1 of the format, got version 2;.*shard-manifest"):
         dataset.read_shards(str(tmp_path / "out"), "val")
     path.unlink()
     with pytest.raises(DataError, match=r"manifest.json: there is no such file.*shard-manifest"):
@@ -411,12 +411,12 @@ def test_paths_of_images_are_taken_apart_as_they_were_put_together():
         "s3://b/x%20y/t.parquet",
         "s3://b/t.parquet?endpoint_override=h:1&scheme=http",
     ):
-        place = Place(file, 3, 17, "a#b 0/1.jpg")
-        assert place_of(str(place)) == place
-        assert name_of(str(place)) == "a#b 0/1.jpg"
+        place = ShardLocation(file, 3, 17, "a#b 0/1.jpg")
+        assert parse_shard_location(str(place)) == place
+        assert image_name(str(place)) == "a#b 0/1.jpg"
     for plain, name in (("/a/b.jpg", "b.jpg"), ("s3://b/c/d%20e.jpg?region=x", "d e.jpg"), ("x#1/2/c.jpg", "c.jpg")):
-        assert place_of(plain) is None
-        assert name_of(plain) == name
+        assert parse_shard_location(plain) is None
+        assert image_name(plain) == name
 
 
 def test_only_shards_may_leave_out_validation(tiny, tmp_path):
@@ -453,5 +453,5 @@ def test_held_out_images_are_the_shards_validation(coco, folder, tmp_path):
     assert made.manifest == source.manifest
     assert_same_images(made.val, source.val)
     assert made.truth == source.truth
-    with pytest.raises(ConfigError, match=r"data.holdout: .* holds images for validation already"):
+    with pytest.raises(ConfigError, match=r"data.holdout: .* already has validation images"):
         read_data(config.model_copy(update={"holdout": 0.5}))

@@ -9,7 +9,7 @@ import pytest
 from pais_ray.cli.data.shard import source_of
 from pais_ray.config.data_section import DataConfig
 from pais_ray.data.annotations.coco import read_unlabeled
-from pais_ray.data.images.reader import Reader, name_of
+from pais_ray.data.images.reader import Reader, image_name
 from pais_ray.data.shards import dataset, writer
 from pais_ray.data.shards.writer import write_shards
 from pais_ray.data.validation.rules import DataError
@@ -139,7 +139,7 @@ def test_a_prefix_of_plain_images_is_an_unlabeled_part(bucket, tiny_coco):
     for name, file in zip([*names, "notes.txt"], [*files, files[0]], strict=True):
         client.put_object(Bucket=bucket, Key=f"photos/{name}", Body=file.read_bytes())
     records = read_unlabeled(f"s3://{bucket}/photos/", None)
-    assert [(r.image_id, name_of(r.path)) for r in records] == [(0, "a.png"), (1, "10 ä#?.PNG"), (2, "2.png")]
+    assert [(r.image_id, image_name(r.path)) for r in records] == [(0, "a.png"), (1, "10 ä#?.PNG"), (2, "2.png")]
     assert {(r.height, r.width) for r in records} == {(0, 0)}, "no header was read"
     assert bytes_read(records) == {i: files[n].read_bytes() for i, n in enumerate((2, 1, 0))}
     with pytest.raises(DataError, match="image-missing"):

@@ -53,7 +53,7 @@ def many(bucket, tmp_path_factory) -> str:
 
 
 def feed_of(url: str, lanes: int) -> pipeline.Feed:
-    records, groups = dataset.by_group(dataset.read_part(url, "unlabeled"))
+    records, groups = dataset.sort_by_group(dataset.read_part(url, "unlabeled"))
     plan = StepPlan(
         seed=3,
         num_labeled=0,

@@ -55,7 +55,7 @@ def source_of(words: tuple[str, ...]) -> "Source":
     """The data set that ``words`` describe. Raises ValueError for the generated data set and for shards."""
     from pais_ray.config.overlays import expand_words
     from pais_ray.config.tree import compose_data
-    from pais_ray.data.shards.dataset import is_shards
+    from pais_ray.data.shards.dataset import is_shard_folder
     from pais_ray.data.shards.writer import Source
     from pais_ray.data.validation import entries
     from pais_ray.runs.prepare import read_data
@@ -66,7 +66,7 @@ def source_of(words: tuple[str, ...]) -> "Source":
     config = compose_data(resolved.words).model_copy(update={"pseudo_labels": None})
     if config.train is None:
         raise ValueError("data.train: expected annotations of your own, got null, which is the generated data set")
-    if is_shards(config.train) or is_shards(config.val):
+    if is_shard_folder(config.train) or is_shard_folder(config.val):
         raise ValueError(
             f"data.train: expected annotations, got shards: {config.train}; to move shards, copy their folder"
         )

@@ -20,7 +20,7 @@ class Record:
     """One image. It has no field for labels, so code that gets a Record cannot use labels by mistake."""
 
     image_id: int
-    path: str  # a file, a URL, or a row of a shard (shards.place_of)
+    path: str  # a file, a URL, or a row of a shard (images.reader.ShardLocation)
     height: int  # px of the upright image; 0: not read yet
     width: int
 

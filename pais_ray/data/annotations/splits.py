@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pais_ray.data.annotations.records import CocoDataset, Record
-from pais_ray.data.images.reader import name_of
+from pais_ray.data.images.reader import image_name
 from pais_ray.data.validation.rules import DataError
 
 Sampling = Literal["random", "covering", "published"]
@@ -262,7 +262,7 @@ def draw(
 
 def with_unlabeled(split: Split, records: Sequence[Record]) -> Split:
     """Returns the split with images of another source as its unlabeled part."""
-    names = sorted(f"{r.image_id} {name_of(r.path)}" for r in records)
+    names = sorted(f"{r.image_id} {image_name(r.path)}" for r in records)
     source = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     return assemble(
         split.labeled_ids,

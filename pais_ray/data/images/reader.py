@@ -1,4 +1,4 @@
-"""Encoded images, wherever records say that they lie: a file, a URL, or a row of a shard. Torch-free."""
+"""Read encoded images from a file, a URL, or a row of a shard. Torch-free."""
 
 import os
 import re
@@ -14,44 +14,44 @@ from pais_ray.data import reading
 from pais_ray.data.validation.rules import DataError
 from pais_ray.files import storage
 
-# The columns of a shard that a reader asks for.
+# Columns of a shard.
 PIXELS = {"image_id": pa.int64(), "bytes": pa.large_binary()}
 LABELS = {"boxes": pa.list_(pa.float32()), "labels": pa.list_(pa.int64()), "rles": pa.list_(pa.binary())}
 
 
-class Place(NamedTuple):
-    """A row of a shard, where the bytes of an image lie. As a path: FILE#GROUP/ROW/NAME."""
+class ShardLocation(NamedTuple):
+    """The row of a shard that has the bytes of an image. Written as a path: FILE#GROUP/ROW/NAME."""
 
     file: str  # path or URL
     group: int  # row group of the file
-    row: int  # within the group
-    name: str  # of the image, for people
+    row: int  # row within the group
+    name: str  # name of the image, for messages
 
     def __str__(self) -> str:
         return f"{self.file}#{self.group}/{self.row}/{self.name}"
 
 
-_PLACE = re.compile(r"(.*\.parquet(?:\?[^#]*)?)#(\d+)/(\d+)/(.*)", re.DOTALL)
+_LOCATION = re.compile(r"(.*\.parquet(?:\?[^#]*)?)#(\d+)/(\d+)/(.*)", re.DOTALL)
 
 
-def place_of(path: str) -> Place | None:
-    """The place in a shard that a record's path names, if it names one."""
-    found = _PLACE.fullmatch(path)
-    return Place(found[1], int(found[2]), int(found[3]), found[4]) if found else None
+def parse_shard_location(path: str) -> ShardLocation | None:
+    """The location in a shard that the path of a record denotes, or None if it denotes a file."""
+    found = _LOCATION.fullmatch(path)
+    return ShardLocation(found[1], int(found[2]), int(found[3]), found[4]) if found else None
 
 
-def name_of(path: str) -> str:
-    """The name of an image, without the folder, the query or the shard that it lies in."""
-    if place := place_of(path):
-        return place.name
+def image_name(path: str) -> str:
+    """The name of an image, without its folder, URL query or shard."""
+    if location := parse_shard_location(path):
+        return location.name
     return os.path.basename(unquote(urlsplit(path).path) if storage.is_url(path) else path)
 
 
 class Reader:
-    """Encoded images of records, wherever they lie, read one after the other. Of shards it keeps the last ``keep``
-    row groups, so that walking along them fetches each once. Serves several threads.
+    """Reads the encoded images of records. Safe to use from several threads.
 
-    With ``labels`` each row of a shard comes with its instances; without, their columns are not read.
+    The last ``keep`` row groups of shards stay in memory, so that reading in order fetches each group once. With
+    ``labels``, rows of shards include their instances; otherwise those columns are not read.
     """
 
     def __init__(self, *, labels: bool = False, keep: int = 2) -> None:
@@ -62,47 +62,50 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, path: str, image_id: int) -> dict[str, Any]:
-        """``bytes`` of the image, and its ``boxes``, ``labels`` and ``rles`` if asked for and there.
+        """``bytes`` of the image, and its ``boxes``, ``labels`` and ``rles`` if they are requested and in a shard.
 
-        Raises DataError where the image is missing or damaged, StorageError where it cannot be reached."""
-        place = place_of(path)
-        if place is None:
+        Raises DataError if the image is missing or damaged, OSError (StorageError for a URL) if it cannot be read.
+        """
+        location = parse_shard_location(path)
+        if location is None:
             return {"bytes": reading.read_bytes(path)}
         with self._lock:
-            table = self._group(place)
-        rows: list[dict[str, Any]] = table.slice(place.row, 1).to_pylist()
+            table = self._get_group(location)
+        rows: list[dict[str, Any]] = table.slice(location.row, 1).to_pylist()
         if not rows or rows[0].pop("image_id") != image_id:
-            raise _damaged(place, f"does not hold image {image_id} at row {place.row}; were the shards written anew?")
+            message = f"expected image {image_id} at row {location.row}; have the shards been rewritten?"
+            raise _damaged(location, message)
         return rows[0]
 
-    def _group(self, place: Place) -> pa.Table:
-        key = (place.file, place.group)
+    def _get_group(self, location: ShardLocation) -> pa.Table:
+        key = (location.file, location.group)
         if key not in self._groups:
-            self._groups[key] = self._fetch(place)
+            self._groups[key] = self._fetch(location)
             if len(self._groups) > self._keep:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
-    def _fetch(self, place: Place) -> pa.Table:
-        with reading.open_file(place.file) as file:
+    def _fetch(self, location: ShardLocation) -> pa.Table:
+        with reading.open_file(location.file) as file:
             try:
                 parquet = pq.ParquetFile(
                     pa.PythonFile(file, mode="r"),
-                    metadata=self._footers.get(place.file),
+                    metadata=self._footers.get(location.file),
                     pre_buffer=True,
                     page_checksum_verification=True,
                 )
-                self._footers[place.file] = parquet.metadata
-                table = parquet.read_row_group(place.group, columns=self._columns, use_threads=False)
+                self._footers[location.file] = parquet.metadata
+                table = parquet.read_row_group(location.group, columns=self._columns, use_threads=False)
             except (storage.StorageError, DataError):
                 raise
-            except Exception as error:  # on broken files the reader raises whatever it meets
-                raise _damaged(place, f"cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+            except Exception as error:  # for broken files, pyarrow raises various exceptions
+                message = f"cannot be read ({type(error).__name__}: {str(error)[:200]})"
+                raise _damaged(location, message) from error
         if missing := set(self._columns) - set(table.column_names):
-            raise _damaged(place, f"has no column {min(missing)}")
+            raise _damaged(location, f"has no column {min(missing)}")
         return table
 
 
-def _damaged(place: Place, message: str) -> DataError:
-    return DataError("shard-damaged", f"{place.file}: row group {place.group}", message)
+def _damaged(location: ShardLocation, message: str) -> DataError:
+    return DataError("shard-damaged", f"{location.file}: row group {location.group}", message)

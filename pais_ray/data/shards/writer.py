@@ -1,5 +1,5 @@
-"""Records -> shards (`shards.py`): files one after the other, each with a note of what it holds beside it, the manifest
-last. What was killed goes on where it stopped, by the same call. Torch-free.
+"""Write shards (see ``dataset``): one file after the other, each with a note of its content, and the manifest last.
+After a kill, the same call continues with the missing files. Torch-free.
 """
 
 import json
@@ -17,21 +17,21 @@ from pais_ray.data import reading
 from pais_ray.data.annotations.records import CocoDataset, LabeledRecord, Record
 from pais_ray.data.annotations.splits import SplitManifest
 from pais_ray.data.images.images import upright_size
-from pais_ray.data.images.reader import LABELS, name_of
+from pais_ray.data.images.reader import LABELS, image_name
 from pais_ray.data.shards.dataset import DRAFT, MANIFEST, SPLIT, TRUTH, File, Manifest, index_name, read_manifest
 from pais_ray.data.validation.rules import LIMITS, DataError, Limits
 from pais_ray.files import atomic, storage
 
-SEED = 0  # of the order of rows
-PARTS = ("train", "labeled", "unlabeled", "val")  # the last one keeps its order
-# Of encoded images a row group. S3 gives 50 to 100 MB/s a connection after 20 to 50 ms: this much and the wait is the
-# smaller part; and a reader that holds a group or two of each part holds little.
+SEED = 0  # seed of the order of rows
+PARTS = ("train", "labeled", "unlabeled", "val")  # val keeps the order of the source
+# Encoded images per row group. S3 delivers 50 to 100 MB/s per connection after 20 to 50 ms: with groups of this size,
+# latency is the smaller part, and a reader that keeps one or two groups of each part needs little memory.
 GROUP_BYTES = 5 * 2**20
-MAX_ROWS_PER_GROUP = 32  # COCO's images (0.15 MB) make groups of that size
-ROWS_PER_FILE = 1024  # COCO's images make files of 0.15 GB, a hundred a part: copied in seconds, listed in one request
-SAMPLE = 32  # images whose sizes say how many make a row group
-THREADS, AHEAD = 8, 64  # reading images: what takes the time is waiting for the disk or the network
-NOTE = ".note"  # behind the name of a file that is whole: its rows without the bytes, its size and hash
+MAX_ROWS_PER_GROUP = 32  # reached by the images of COCO (0.15 MB)
+ROWS_PER_FILE = 1024  # for COCO, 100 files of 0.15 GB per part: copied in seconds, listed in one request
+SAMPLE = 32  # images whose mean size determines the rows per group
+THREADS, AHEAD = 8, 64  # for reading images, which mostly waits for the disk or the network
+NOTE = ".note"  # suffix of the note of a complete file: its rows without the bytes, its size and hash
 
 FIELDS = {"image_id": pa.int64(), "file_name": pa.string(), "height": pa.int32(), "width": pa.int32()}
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -39,12 +39,12 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What becomes shards."""
+    """The data to write as shards."""
 
     train: CocoDataset
-    parts: Mapping[str, Sequence[Record]]  # by the names of PARTS
-    truth: dict[str, Any]  # of val
-    split: SplitManifest | None  # where one was chosen
+    parts: Mapping[str, Sequence[Record]]  # keys: PARTS
+    truth: dict[str, Any]  # COCO ground truth of val
+    split: SplitManifest | None  # None: no split was drawn
     limits: Limits = LIMITS
 
 
@@ -56,10 +56,10 @@ def write_shards(
     rows_per_file: int = ROWS_PER_FILE,
     progress: Progress = lambda images, count: images,
 ) -> Manifest:
-    """Writes to the folder or URL ``out`` what is not there yet, and returns the manifest.
+    """Write the missing files to the folder or URL ``out`` and return the manifest.
 
-    ``progress(images, count)`` wraps the loop over the images to write. Raises DataError, also where ``out`` holds
-    anything else.
+    ``progress(images, count)`` wraps the loop over the images to write. Raises DataError, also if ``out`` contains
+    something else.
     """
     out = storage.absolute(storage.check_url(out))
     parts = {name: _ordered(name, records) for name, records in source.parts.items()}
@@ -98,7 +98,7 @@ def _write_parts(
     draft: Manifest,
     progress: Progress,
 ) -> list[File]:
-    """The files of all parts and their indices; those of which there is a note are not written again."""
+    """Write the files of all parts and their indices. Files that have a note are not written again."""
     cut = {
         (part, f"{part}-{start // draft.rows_per_file:05d}.parquet"): records[start : start + draft.rows_per_file]
         for part, records in parts.items()
@@ -116,7 +116,7 @@ def _write_parts(
         tables[part].append(note.append_column("file", pa.array([name] * note.num_rows)))
         marks = {key.decode(): value.decode() for key, value in note.schema.metadata.items()}
         files.append(File(name=name, part=part, rows=note.num_rows, bytes=int(marks["bytes"]), sha256=marks["sha256"]))
-    next(images, None)  # the bar's end
+    next(images, None)  # ends the progress bar
     for part, of_files in tables.items():
         index = pa.concat_tables([table.replace_schema_metadata() for table in of_files]).combine_chunks()
         files.append(_write(out, index_name(part), _parquet(index), part, index.num_rows))
@@ -124,14 +124,14 @@ def _write_parts(
 
 
 def _write_file(out: str, name: str, part: str, images: Iterator[dict[str, Any]], rows_per_group: int) -> pa.Table:
-    """One file of row groups, then its note, which is returned: the file is whole if there is one."""
+    """Write a file of row groups, then its note, and return the note. A file with a note is complete."""
     labels = LABELS if part in ("train", "labeled") else {}
-    # what one reader wants lies together: with labels everything, without them all behind them
-    schema = pa.schema({**labels, **FIELDS, "bytes": pa.large_binary()})  # 32-bit offsets end at 2 GB
+    # labels first: a reader reads either all columns or the contiguous ones behind the labels
+    schema = pa.schema({**labels, **FIELDS, "bytes": pa.large_binary()})  # 32-bit offsets overflow at 2 GB
     kept = [*FIELDS, *(["labels"] if labels else [])]
     notes: list[pa.Table] = []
     with storage.create(storage.join(out, name)) as file:
-        # JPEG and PNG do not compress again; statistics of images would fill the footer with images
+        # JPEG and PNG do not compress further; statistics would put whole images into the footer
         options = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
         with pq.ParquetWriter(file, schema, write_page_checksum=True, **options) as writer:
             while rows := list(islice(images, rows_per_group)):
@@ -142,34 +142,34 @@ def _write_file(out: str, name: str, part: str, images: Iterator[dict[str, Any]]
     marks = {"bytes": str(file.size), "sha256": file.sha256.hexdigest()}
     note = _parquet(pa.concat_tables(notes).replace_schema_metadata(marks))
     _write(out, name + NOTE, note)
-    return pq.read_table(pa.BufferReader(note))  # not as it was put together: as a later call would find it
+    return pq.read_table(pa.BufferReader(note))  # read back, so that it equals what a later call reads
 
 
 def _read_note(out: str, name: str, there: Mapping[str, int]) -> pa.Table | None:
-    """The note of a file that is there and whole."""
+    """The note of a file, or None if the file or its note is missing or incomplete."""
     if name + NOTE not in there or name not in there:
         return None
     try:
         note = pq.read_table(pa.BufferReader(reading.read_bytes(storage.join(out, name + NOTE))))
-    except pa.ArrowException:  # a remote note that was being written
+    except pa.ArrowException:  # incomplete remote note
         return None
     return note if int(note.schema.metadata[b"bytes"]) == there[name] else None
 
 
 def _encoded(record: Record, limits: Limits) -> dict[str, Any]:
-    """The row of an image: its file as it is."""
+    """The row of an image, with the unchanged bytes of its file."""
     data = reading.read_bytes(record.path)
     height, width = record.height, record.width
     if height == 0:
         height, width = upright_size(data, record.path, limits.max_pixels)
-    row = {"image_id": record.image_id, "file_name": name_of(record.path), "height": height, "width": width}
+    row = {"image_id": record.image_id, "file_name": image_name(record.path), "height": height, "width": width}
     if isinstance(record, LabeledRecord):
         row |= {"boxes": record.boxes.ravel(), "labels": record.labels, "rles": list(record.rles)}
     return {**row, "bytes": data}
 
 
 def _ordered(part: str, records: Sequence[Record]) -> list[Record]:
-    """The records as they are to be written: at random, so that each row group is a random sample."""
+    """The records in the order of writing: random, so that each row group is a random sample; val keeps its order."""
     if part == "val":
         return list(records)
     raw = np.random.PCG64(np.random.SeedSequence([SEED, PARTS.index(part)])).random_raw(len(records))
@@ -183,16 +183,16 @@ def _rows_per_group(records: Sequence[Record]) -> int:
 
 
 def _made_of(source: Source, parts: Mapping[str, Sequence[Record]], truth: str, *layout: int) -> str:
-    """A hash over all that these shards are made of but the pixels."""
-    images = {part: [(r.image_id, name_of(r.path)) for r in records] for part, records in parts.items()}
+    """A hash of all inputs of the shards except the pixels."""
+    images = {part: [(r.image_id, image_name(r.path)) for r in records] for part, records in parts.items()}
     split = None if source.split is None else source.split.split.sha256
     tree = [SEED, layout, source.train.sha256, [asdict(c) for c in source.train.categories], truth, split, images]
     return sha256(json.dumps(tree).encode()).hexdigest()
 
 
 def _claim(out: str, there: Mapping[str, int], draft: Manifest) -> bool:
-    """Whether there is anything to write into the folder, which becomes ours. Raises DataError where it is not."""
-    remedy = "give another folder, or the same data and options as before"
+    """Mark the folder as being written; returns False if it is complete. Raises DataError if it has other content."""
+    remedy = "use another folder, or the same data and options as before"
     if MANIFEST in there:
         if read_manifest(out).made_of != draft.made_of:
             raise DataError("shard-manifest", out, "expected an empty folder, got shards of other data", remedy)
@@ -202,7 +202,7 @@ def _claim(out: str, there: Mapping[str, int], draft: Manifest) -> bool:
             message = "expected an empty folder, got unfinished shards of other data"
             raise DataError("shard-manifest", out, message, remedy)
     elif others := sorted(name for name in there if not name.endswith(atomic.PARTIAL)):
-        raise DataError("shard-manifest", out, f"expected an empty folder, got {others[0]}", "give an empty folder")
+        raise DataError("shard-manifest", out, f"expected an empty folder, got {others[0]}", "use an empty folder")
     else:
         _write(out, DRAFT, draft.to_json().encode())
     return True

@@ -61,7 +61,7 @@ def detect(source: str, given: Mapping[str, Any]) -> Found:
 
     ``given`` are the `data:` settings of the user. Raises DataError if no layout or more than one is recognized.
     """
-    if dataset.is_shards(storage.check_url(source)):
+    if dataset.is_shard_folder(storage.check_url(source)):
         return _found(f"shards in {source}", {"train": source}, {}, [])
     if os.path.isfile(source):
         return _coco(os.path.dirname(source) or ".", given, source)

@@ -14,7 +14,7 @@ from pais_ray.data.validation.rules import LIMITS, DataError, Limits
 def is_folder(annotations: str) -> bool:
     """Returns whether a path names a folder of annotations (shards or Cityscapes), whether or not it exists."""
     return (
-        dataset.is_shards(annotations)
+        dataset.is_shard_folder(annotations)
         or os.path.isdir(annotations)
         or cityscapes.images_beside(annotations) is not None
     )
@@ -28,7 +28,7 @@ def read_labeled(
     The images of Cityscapes default to the folder that the layout implies. Shards contain images and both parts, of
     which ``part`` is read.
     """
-    if dataset.is_shards(annotations):
+    if dataset.is_shard_folder(annotations):
         return dataset.read_shards(annotations, part, limits)
     if not is_folder(annotations):
         if images is None:
@@ -49,7 +49,7 @@ def read_labeled(
 
 def read_annotations(annotations: str) -> CocoDataset:
     """Reads the data set without checking that its images exist; their paths are names. Raises DataError."""
-    if dataset.is_shards(annotations):
+    if dataset.is_shard_folder(annotations):
         return dataset.read_shards(annotations, "train")
     if not is_folder(annotations):
         return read_coco(annotations, None)
@@ -70,6 +70,6 @@ def images_of(annotations: str, images: str | None) -> str | None:
 def read_truth(annotations: str) -> str | dict[str, Any]:
     """Returns the ground truth for scoring: the path of a COCO file, or the content converted from Cityscapes or stored
     in shards. Raises DataError."""
-    if dataset.is_shards(annotations):
+    if dataset.is_shard_folder(annotations):
         return dataset.read_truth(annotations)
     return cityscapes.to_coco(annotations)[0] if is_folder(annotations) else annotations

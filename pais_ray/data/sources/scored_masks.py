@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pais_ray.data.annotations.records import Category, Record
 from pais_ray.data.annotations.rle import decode_rle, measure, to_rles
-from pais_ray.data.images.reader import name_of
+from pais_ray.data.images.reader import image_name
 from pais_ray.data.validation import entries, values
 from pais_ray.data.validation.findings import Report
 from pais_ray.data.validation.rules import LIMITS, DataError, Limits, short_repr
@@ -101,7 +101,7 @@ def read_scored(
     """
     with entries.no_collection():
         listed, sha256 = _read(path, limits)
-        known = {r.image_id: ImageInfo((r.height, r.width), name_of(r.path)) for r in unlabeled}
+        known = {r.image_id: ImageInfo((r.height, r.width), image_name(r.path)) for r in unlabeled}
         index = {category.id: category.index for category in categories}
         check_listing(path, known)
         own: dict[int, list[tuple[Json, str]]] = {image_id: [] for image_id in known}

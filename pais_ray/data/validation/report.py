@@ -9,7 +9,7 @@ from pais_ray.data.annotations import splits
 from pais_ray.data.annotations.folders import list_folder, list_prefix, read_sizes
 from pais_ray.data.annotations.records import Record
 from pais_ray.data.images.images import upright_size
-from pais_ray.data.images.reader import name_of
+from pais_ray.data.images.reader import image_name
 from pais_ray.data.shards import dataset
 from pais_ray.data.sources.scored_masks import ImageInfo, inspect_scored
 from pais_ray.data.validation.entries import check_same_categories
@@ -130,7 +130,7 @@ class _Examination:
         for record, size in zip(records, read_sizes(records, self.limits), strict=True):
             if isinstance(size, DataError):
                 self.report.add(size)
-            infos[record.image_id] = ImageInfo(None if isinstance(size, DataError) else size, name_of(record.path))
+            infos[record.image_id] = ImageInfo(None if isinstance(size, DataError) else size, image_name(record.path))
         return infos
 
     def across_parts(self) -> None:
@@ -175,7 +175,7 @@ def examine(
     """
     examination = _Examination(limits, progress, scored)
     for part in parts:
-        if dataset.is_shards(part.annotations):
+        if dataset.is_shard_folder(part.annotations):
             examination.shards(part)
         elif part.annotations is not None:
             examination.coco(part)
