@@ -366,7 +366,7 @@ def test_another_version_of_the_format_is_refused_as_such(tiny, tmp_path):
     with pytest.raises(DataError, match=r"expected version 1 of the format, got version 2;.*shard-manifest"):
         dataset.read_shards(str(tmp_path / "out"), "val")
     path.unlink()
-    with pytest.raises(DataError, match=r"manifest.json: there is no such file.*shard-manifest"):
+    with pytest.raises(DataError, match=r"manifest.json: expected a file, got no such file.*shard-manifest"):
         dataset.read_shards(str(tmp_path / "out"), "val")
 
 

@@ -369,5 +369,5 @@ def test_a_run_is_tagged_with_its_manifest(tiny_coco, tmp_path):
     with pytest.raises(ConfigError, match=r"holds no images out .* `pais-ray split --holdout 0\.2`"):
         prepare.prepare(compose([*no_val, f"data.split={path}"]))
     assert call("split", *base, "--labeled", "1").exit_code == 0
-    with pytest.raises(ConfigError, match="pais needs unlabeled images"):
+    with pytest.raises(ConfigError, match="pais requires unlabeled images"):
         prepare.prepare(compose([*words, f"data.split={tmp_path}/labeled_100pct_fold1.json"]))
