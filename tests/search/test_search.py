@@ -25,7 +25,7 @@ from pais_ray.search import report, samplers, tuner
 from pais_ray.search.asha import REDUCTION, default_rungs, is_promoted, parse_rungs
 from pais_ray.search.capacity import concurrent_trials
 from pais_ray.search.plan import SearchOptions, import_trials, make_plan
-from pais_ray.search.scheduler import TrialScheduler
+from pais_ray.search.scheduler import METRIC, TrialScheduler
 from pais_ray.search.space import Choice, Range, check_space, compose_with, read_space, short_names
 from pais_ray.search.trials import TrialStore
 
@@ -710,3 +710,53 @@ def test_random_points_are_a_prefix_of_more():
     few, many = (list(samplers.random_points(space, 7, count)) for count in (3, 9))
     assert many[:3] == few
     assert few != list(samplers.random_points(space, 8, 3))
+
+
+def test_reports_of_trials_reach_the_scheduler_by_their_kind(tmp_path):
+    scheduler, closed = scheduler_of(plan_of(tmp_path))
+    adapter = tuner.ReportScheduler(scheduler)
+    a, b, c = (scheduler.next_trial() for _ in range(3))
+
+    def send(trial, **result):
+        return adapter.on_trial_result(None, SimpleNamespace(config={"trial": trial.id}), result)
+
+    assert send(a, report="score", step=10, **{METRIC: 0.4}) == adapter.CONTINUE
+    send(a, report="end", finished=True)
+    send(b, report="failure", reason="no finite loss")
+    send(b)  # Tune repeats the end of a function without a report
+    send(c, report="input_error", reason="a.jpg: truncated")
+    assert [(t.state, t.why, t.scores) for t in (a, b)] == [
+        ("finished", "", {10: 0.4}),
+        ("failed", "no finite loss", {}),
+    ]
+    assert closed == [(b.id, "FAILED")]
+    assert scheduler.input_error == f"trial {c.id}: a.jpg: truncated"
+
+
+@pytest.mark.parametrize("decision", ["running", "stopped"])
+def test_a_trial_stops_itself_if_the_store_says_so(tmp_path, monkeypatch, decision):
+    """It reports the scores of an earlier start first."""
+    plan = plan_of(tmp_path)
+    scheduler, _ = scheduler_of(plan)
+    trial = scheduler.next_trial()
+    root = plan.trial_root(trial.id)
+    (root / "metrics.jsonl").write_text(json.dumps({"step": 10, "time": 1.0, METRIC: 0.1}) + "\n")
+    reports = []
+
+    def report_to_tune(result):
+        reports.append(result)
+        trial.state = decision
+        scheduler.save()
+
+    def train(config, *, stop, **_):
+        assert decision == "running"
+        assert config.run.name == trial.id
+        return SimpleNamespace(step=90, steps=90)
+
+    monkeypatch.setattr(tuner.tune, "report", report_to_tune)
+    monkeypatch.setattr(tuner.launch, "train", train)
+    tuner.run_trial(root, plan.root / "trials.json", plan.root.name, None)
+    assert reports == [
+        {"report": "score", "step": 10, METRIC: 0.1},
+        {"report": "end", "finished": decision == "running"},
+    ]
