@@ -203,7 +203,7 @@ def test_a_damaged_folder_is_refused(exported, tmp_path):
         )
     with pytest.raises(ValueError, match="expected the manifest"):
         onnx_runner.Detector(copy(manifest=lambda d: b"{}"))
-    with pytest.raises(CheckpointError, match="differs from its manifest"):
+    with pytest.raises(CheckpointError, match="does not match its manifest"):
         export.open_exported(copy(teacher=lambda d: d[:-1]))
 
 

@@ -230,6 +230,29 @@ def test_an_unavailable_artifact_store_does_not_block_metrics(uri, root, monkeyp
     assert "pais-ray sync" in caplog.text
 
 
+def test_a_store_that_fails_for_a_while_gets_everything_from_the_same_tracker(uri, root, monkeypatch, caplog):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracker_module, "POLL_INTERVAL", 0.05)
+    log_batch, failures = MlflowClient.log_batch, []
+
+    def fail(self, *arguments, **keywords):
+        failures.append(1)
+        raise ConnectionError("server stopped")
+
+    tracker = MLflowTracker(DEFAULT, root)
+    write_row(root, 1, loss=1.0)
+    wait_for(lambda: history(uri, read_run_id(root), "loss") == [(1, 1.0)])
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    write_row(root, 2, loss=2.0)
+    wait_for(lambda: len(failures) >= 2)
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    write_row(root, 3, loss=3.0)
+    wait_for(lambda: history(uri, read_run_id(root), "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)])
+    tracker.close()
+    assert [r.message.count("server stopped") for r in caplog.records if r.name == "pais_ray.tracking.tracker"] == [1]
+
+
 def test_an_unreachable_server_causes_warnings_only(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         root = open_test_run(tmp_path, "run", UNREACHABLE)

@@ -139,9 +139,7 @@ def open_exported(folder: Path, device: str = "cpu") -> Predictor:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: expected {MANIFEST}, got no such file; use a folder that `pais-ray export` wrote"
-        ) from error
+        raise ValueError(f"{folder}: expected a folder that `pais-ray export` wrote, got no {MANIFEST}") from error
     config, categories = load(folder / "config.yaml"), manifest["categories"]
     segmentor = registry.segmentor(config.segmentor.name)(len(categories), config.segmentor, pretrained=False)
     load_segmentor(segmentor, folder, manifest["role"])

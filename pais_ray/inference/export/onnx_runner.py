@@ -112,13 +112,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version, sha256 = manifest["onnx"]["format"], manifest["files"][MODEL]["sha256"]
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: expected {MANIFEST}, got no such file; use a folder that `pais-ray export` wrote"
-        ) from error
+        raise ValueError(f"{folder}: expected a folder that `pais-ray export` wrote, got no {MANIFEST}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected the manifest of an ONNX export, got an error ({error!r}); export again"
-        ) from error
+        raise ValueError(f"{path}: expected the manifest of an ONNX export, got {error!r}; export again") from error
     if version != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}, got {version}; use the run.py beside the model")
     with (folder / MODEL).open("rb") as file:
