@@ -1,4 +1,4 @@
-"""The pseudo-label audit as a program for a cluster: a run's teacher on images whose truth training did not see.
+"""The pseudo-label audit as a job on a cluster: a run's teacher on images whose annotations were not used.
 
     pais-ray submit audit /shared/runs/first --number 1000 --num-gpus 1 --address http://HEAD:8265
 

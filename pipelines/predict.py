@@ -3,7 +3,7 @@
     pais-ray submit predict /shared/runs/first s3://bucket/images --out /shared/labels --use-gpu \\
         --address http://HEAD:8265
 
-The words are those of `pais-ray batch-predict`; the same command goes on after any kill.
+The words are those of `pais-ray batch-predict`; the same command resumes after an interruption.
 """
 
 import sys

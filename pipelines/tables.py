@@ -1,4 +1,4 @@
-"""The table of many runs as a program for a cluster, where the run directories lie.
+"""A table of many runs as a job on the cluster that can read the run directories.
 
     pais-ray submit tables /shared/runs --markdown /shared/table.md --csv /shared/table.csv --address http://HEAD:8265
 

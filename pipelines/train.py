@@ -1,4 +1,4 @@
-"""Training as a program for `ray job submit`: train (or resume), evaluate, say where the result is.
+"""Training as a job on a cluster: trains or resumes a run, evaluates it and prints where the result is.
 
     pais-ray submit train coco mask_rcnn pais data.labeled=0.01 run.name=first run.storage_path=/shared/runs \\
         --address http://HEAD:8265

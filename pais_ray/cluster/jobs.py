@@ -21,7 +21,7 @@ from pais_ray.cluster import ray_compat, token
 PACKAGE = Path(__file__).parents[1]
 LARGEST_FILES = 5  # files named in the message about the size limit
 RECONNECT_S = 2.0  # between two attempts to read the log
-MAX_ATTEMPTS = 30  # attempts in a row without an answer before the log is given up, after a minute
+MAX_ATTEMPTS = 30  # consecutive attempts without an answer before an error, which takes a minute
 
 
 def pipelines() -> dict[str, Path]:
@@ -100,8 +100,10 @@ def pack(files: Mapping[str, Path]) -> bytes:
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError if ``address`` is malformed, or is open to the network and there is no token: anybody who
-    reaches a cluster without one can run code on it."""
+    """Raises ValueError if ``address`` is malformed, or is a network address and there is no token.
+
+    Without a token, anybody who reaches the address can run code on the cluster.
+    """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--address {address}: expected the dashboard's address, http://HOST:8265")
@@ -194,7 +196,7 @@ class LogPrinter:
         self.printed = 0  # characters
 
     async def tail(self, client: JobSubmissionClient, job: str) -> None:
-        """Prints the log from where it was left, until the connection ends."""
+        """Prints the part of the log that was not printed yet, until the connection ends."""
         position = 0
         async for text in client.tail_job_logs(job):
             print(text[max(0, self.printed - position) :], end="", flush=True)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 CLUSTER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the user's relative paths
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed sooner
-    # Ray's head keeps the records of 100,000 past tasks: 20 to 100 MiB per hour of a run, and nobody reads them.
+    # Ray's head keeps the records of 100,000 past tasks: 20 to 100 MiB per hour of a run, which are never read.
     "RAY_task_events_max_num_task_in_gcs": "1000",
 }
 LOCAL_CLUSTER_ENVIRONMENT = {
-    # Nobody collects the metrics of a local cluster, and each data set of the stream adds a hundred gauges.
+    # The metrics of a local cluster are not collected, and each data set of the stream adds a hundred gauges.
     "RAY_enable_metrics_collection": "0",
 }
 TUNE_ENVIRONMENT = {

@@ -1,4 +1,4 @@
-"""A running search: which trial starts next, what a score means, how far the search is. Ray Tune asks this class."""
+"""Decides which trial of a running search starts next and which one stops; reports the progress."""
 
 import threading
 import time

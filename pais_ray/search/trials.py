@@ -87,7 +87,7 @@ class TrialStore:
         return [t for t in self.trials if t.folder is None]
 
     def first_trials(self) -> list[Trial]:
-        """The first trial of each configuration, which alone decides at the rungs."""
+        """The first trial of each configuration; only these are compared at rungs."""
         found: dict[int, Trial] = {}
         for trial in self.trials:
             found.setdefault(trial.point, trial)

@@ -1,6 +1,6 @@
 """A search with Ray Tune: each trial is a function that launches an ordinary run. The only module that uses Tune.
 
-Tune starts and stops trials, but the state of a search is in the trial store alone: a search that was killed resumes
+Tune starts and stops trials, but the state of a search is only in the trial store: a search that was killed resumes
 as a new Tune experiment over the trials that are left. A trial resumes from its own checkpoints, as any run does.
 """
 
@@ -204,7 +204,7 @@ def run_until_done(tuner: tune.Tuner, scheduler: TrialScheduler) -> None:
 
 
 class NotPickled:
-    """Tune pickles these objects for its own way to resume, which is not used: their locks and threads stay here."""
+    """An object that Tune pickles as an empty one: Tune's own resume is not used, and locks cannot be pickled."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return object, ()
@@ -308,9 +308,9 @@ def run_trial(root: Path, store_path: Path, search_name: str, parent: str | None
     try:
         config = load(root / "config.yaml")
         result = launch.train(config, tags={"search": search_name}, parent=parent, on_event=on_event, stop=stop)
-    except (run_loop.RunFailedError, CheckpointError) as error:  # affects this trial alone; a retry would fail again
+    except (run_loop.RunFailedError, CheckpointError) as error:  # affects only this trial; a retry would fail again
         tune.report({REPORT: "failure", "reason": str(error)})
-    except RunLockedError:  # locked by the process of this trial on a node that is being given up: Tune retries
+    except RunLockedError:  # locked by an earlier process of this trial, on a node that is draining: Tune retries
         raise
     except ValueError as error:
         tune.report({REPORT: "input_error", "reason": str(error)})

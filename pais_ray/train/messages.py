@@ -47,7 +47,7 @@ Message = Event | FatalError
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """One heartbeat: where a rank is, and how its process is identified."""
+    """One heartbeat: the step and stage of a rank, and the identity of its process."""
 
     rank: int
     node: str  # Ray's node ID

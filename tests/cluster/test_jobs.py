@@ -17,69 +17,69 @@ from pais_ray.cluster import jobs, ray_compat
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_working_dir_is_self_contained(here):
+def test_the_working_dir_is_self_contained(folder):
     archive = jobs.pack(jobs.working_dir_files())
     assert archive == jobs.pack(jobs.working_dir_files()), "equal bytes: Ray uploads them once"
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         names = packed.namelist()
-        packed.extractall(here / "job")
+        packed.extractall(folder / "job")
     assert {name.split("/")[0] for name in names} == {"pais_ray", "pipelines", "configs"}
     assert not [name for name in names if not name.endswith((".py", ".yaml"))]
     command = [sys.executable, "pipelines/train.py", "quickstart", "run.storage_path=s3://bucket"]
     done = subprocess.run(
-        command, cwd=here / "job", env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False
+        command, cwd=folder / "job", env={"PYTHONPATH": "."}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert "run.storage_path" in done.stderr
 
 
-def test_included_folders_are_sent_without_hidden_files(here):
+def test_included_folders_are_sent_without_hidden_files(folder):
     for name in ("mine/method.py", "mine/.git/config", "mine/__pycache__/x.pyc", "note.yaml", ".secret"):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_text("x")
-    added = jobs.working_dir_files([Path("mine"), here / "note.yaml"]).keys() - jobs.working_dir_files().keys()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    added = jobs.working_dir_files([Path("mine"), folder / "note.yaml"]).keys() - jobs.working_dir_files().keys()
     assert added == {"mine/method.py", "note.yaml"}
 
 
-def test_files_outside_the_current_folder_are_placed_at_the_top(here, monkeypatch):
+def test_files_outside_the_current_folder_are_placed_at_the_top(folder, monkeypatch):
     for name in ("work/notes.yaml", "pkg/method.py"):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_text("x")
-    monkeypatch.chdir(here / "work")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    monkeypatch.chdir(folder / "work")
     added = {n: p for n, p in jobs.working_dir_files([Path("../pkg")]).items() if n not in jobs.working_dir_files()}
-    assert added == {"pkg/method.py": here / "pkg" / "method.py"}
+    assert added == {"pkg/method.py": folder / "pkg" / "method.py"}
     assert "notes.yaml" in jobs.working_dir_files([Path("../work/notes.yaml")])
 
 
 @pytest.mark.parametrize("name", [".mine.yaml", ".mine/a.py", "empty/", "pkg/__pycache__/a.pyc"])
-def test_an_include_without_a_visible_file_is_refused(here, name):
-    (here / name).parent.mkdir(parents=True, exist_ok=True)
-    (here / name).mkdir() if name.endswith("/") else (here / name).write_text("x")
-    for given in (Path(name), here / name):
+def test_an_include_without_a_visible_file_is_refused(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("x")
+    for path in (Path(name), folder / name):
         with pytest.raises(ValueError, match=f"{name.rstrip('/')}: contains no file to send"):
-            jobs.working_dir_files([given])
+            jobs.working_dir_files([path])
 
 
-def test_a_config_file_outside_the_current_folder_is_refused(here, monkeypatch):
-    (here / "work").mkdir()
-    monkeypatch.chdir(here / "work")
+def test_a_config_file_outside_the_current_folder_is_refused(folder, monkeypatch):
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
     for path in ("../mine.yaml", "own.yaml"):
         Path(path).write_text("train: {steps: 3}")
-    assert jobs.local_files(["quickstart", "own.yaml", "none.yaml", f"{here}/mine.yaml"]) == [Path("own.yaml")]
-    storage = f"run.storage_path={here}"
+    assert jobs.local_files(["quickstart", "own.yaml", "none.yaml", f"{folder}/mine.yaml"]) == [Path("own.yaml")]
+    storage = f"run.storage_path={folder}"
     done = CliRunner().invoke(main, ["submit", "train", "quickstart", "../mine.yaml", storage])
     assert done.exit_code == 2
-    assert f"../mine.yaml: is outside the current folder, which is all that a job receives; submit from {here}" in (
+    assert f"../mine.yaml: is outside the current folder, which is all that a job receives; submit from {folder}" in (
         done.stderr
     )
 
 
-def test_too_large_a_working_dir_is_refused_with_the_largest_files(here, monkeypatch):
+def test_too_large_a_working_dir_is_refused_with_the_largest_files(folder, monkeypatch):
     monkeypatch.setattr(ray_compat, "UPLOAD_LIMIT", 2**20)
     Path("weights.bin").write_bytes(__import__("random").Random(0).randbytes(2**20))
     done = CliRunner().invoke(main, ["submit", "tables", "/runs", "--include", "weights.bin"])
@@ -111,7 +111,7 @@ def test_invalid_words_are_refused_before_the_submission(words, line):
     assert line in done.stderr
 
 
-def test_the_search_program_writes_its_json_file(here, monkeypatch):
+def test_the_search_program_writes_its_json_file(folder, monkeypatch):
     """And registers the run that the file names."""
     calls = []
 

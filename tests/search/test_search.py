@@ -33,21 +33,21 @@ WORDS = ("quickstart", "method.burn_in=5", "train.steps=90", "train.eval_every=1
 
 
 def plan_of(tmp_path, *over, words=WORDS, **options):
-    told = SearchOptions(over=over or ("method.tau_cls=0.35,0.5,0.65",), name=options.pop("name", "s"), **options)
-    plan = make_plan((*words, f"run.storage_path={tmp_path}"), told)
+    options = SearchOptions(over=over or ("method.tau_cls=0.35,0.5,0.65",), name=options.pop("name", "s"), **options)
+    plan = make_plan((*words, f"run.storage_path={tmp_path}"), options)
     plan.check_unchanged()
     plan.write()
     return plan
 
 
-def scheduler_of(plan, said=None):
+def scheduler_of(plan, lines=None):
     closed = []
     scheduler = TrialScheduler(
         plan,
         TrialStore(plan.root / "trials.json"),
         {"run.storage_path": str(plan.root / "trials")},
         lambda trial, status: closed.append((trial.id, status)),
-        (said if said is not None else []).append,
+        (lines if lines is not None else []).append,
     )
     return scheduler, closed
 
@@ -59,8 +59,8 @@ def report_scores(scheduler, trial, **aps):
 
 def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
     """Results stay in memory until storage works again; trials that cannot start wait for it."""
-    said = []
-    scheduler, _ = scheduler_of(plan_of(tmp_path), said)
+    lines = []
+    scheduler, _ = scheduler_of(plan_of(tmp_path), lines)
     first = scheduler.next_trial()
 
     def full(*_, **__):
@@ -71,7 +71,7 @@ def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
         report_scores(scheduler, first.id, s30=0.1)
         assert scheduler.next_trial() is None
         assert scheduler.has_waiting_trials()
-    assert len([s for s in said if "cannot be written" in s]) == 1
+    assert len([line for line in lines if "cannot be written" in line]) == 1
     assert scheduler.next_trial().id == "001s0"
     known = TrialStore(scheduler.plan.root / "trials.json")
     assert known.trial(first.id).scores == {30: 0.1}

@@ -1,4 +1,4 @@
-"""The actor between driver and workers. It has a process of its own, so this module imports nothing heavy."""
+"""The actor between driver and workers. It runs in a separate process, so this module imports nothing heavy."""
 
 import queue
 import time

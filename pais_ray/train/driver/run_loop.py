@@ -21,7 +21,7 @@ from pais_ray.train.messages import Event, FatalError, Message, Notice
 POLL_S = 0.5  # between two queries to the monitor
 NO_WORKERS_S = 30.0  # without a heartbeat before a stop request ends the driver: no worker can serve it
 FATAL_GRACE_S = 30.0  # for the workers to end after a fatal error
-RAY_FOLDER = ".ray"  # Ray's own files, inside the run directory; each start of the driver has its own name there
+RAY_FOLDER = ".ray"  # Ray's own files in the run directory; each start of the driver uses another name in it
 STOPPING = "stopping after this step or the next one, with a checkpoint"
 
 
@@ -79,7 +79,7 @@ def run_until_done(
 
 
 class TrainerThread:
-    """A trainer that runs in a thread of its own; ``error`` is what it raised."""
+    """Runs a trainer in a thread; ``error`` is the error that it raised."""
 
     def __init__(self, trainer: Callable[..., TorchTrainer], root: Path, supervisor: Supervisor) -> None:
         self.error: BaseException | None = None

@@ -34,8 +34,8 @@ class Heartbeat:
     def __init__(self, monitor: ActorHandle, root: Path, rank: int, node: str) -> None:
         self.monitor = monitor
         self.attempt = 0.0
-        self.requests = Requests()  # the last answer; written by the heartbeat thread alone
-        self.saves_done = 0  # written by the training thread alone
+        self.requests = Requests()  # the last answer; written only by the heartbeat thread
+        self.saves_done = 0  # written only by the training thread
         self.stacks = stacks_file(root, rank).open("w")  # named by pid, so that a restart keeps earlier files
         pid = os.getpid()
         self.status = partial(
