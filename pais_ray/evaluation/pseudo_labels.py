@@ -1,8 +1,8 @@
-"""How good pseudo-labels are, where the truth is known: tables for figures 1 and 6 of the paper.
+"""The quality of pseudo-labels compared with ground truth: tables for figures 1 and 6 of the paper.
 
-Overlaps are those of full-size masks: what the mask-IoU branch is trained on, 28x28 cells in a box, is
-another quantity, and calibration measured on it would flatter.
-Legend: N predictions, M true instances, R rows of a table, H x W pixels of the image.
+IoU is computed for full-size masks. The mask-IoU branch is trained on another quantity, 28x28 cells in a box;
+calibration measured on that would look too good.
+Legend: N predictions, M ground truth instances, R rows of a table, H x W pixels of the image.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Row = dict[str, float | int | bool]
 
 
 def mask_iou(found: Masks, true: Masks, size: tuple[int, int]) -> Tensor:
-    """IoU (N, M) of masks pasted at ``size`` = (H, W) px; 0 where both are empty."""
+    """IoU (N, M) of masks pasted at ``size`` = (H, W) px; 0 if both are empty."""
     first, second = (masks.paste(size).flatten(1).float() for masks in (found, true))
     shared = first @ second.T
     union = first.sum(dim=1)[:, None] + second.sum(dim=1)[None] - shared
@@ -25,10 +25,11 @@ def mask_iou(found: Masks, true: Masks, size: tuple[int, int]) -> Tensor:
 
 
 def match(iou: Tensor, threshold: float = 0.5, allowed: Tensor | None = None) -> Tensor:
-    """Index (N,) of the true instance of each prediction, best prediction first; -1 where it found none.
+    """Index (N,) of the ground truth instance that each prediction matches; -1 if it matches none.
 
-    Greedy: each takes the free instance it overlaps most, if by ``threshold`` of ``iou`` (N, M) or more.
-    ``allowed`` (N, M) bool says which pairs may match, for instance those of the same class.
+    Predictions come best first. Matching is greedy: each prediction takes the unmatched instance with the largest
+    ``iou`` (N, M), if it is at least ``threshold``. ``allowed`` (N, M) bool restricts the pairs, for example to those
+    of the same class.
     """
     iou = iou.detach().cpu() if allowed is None else (iou * allowed).detach().cpu()
     chosen = torch.full((len(iou),), -1, dtype=torch.int64)
@@ -43,11 +44,11 @@ def match(iou: Tensor, threshold: float = 0.5, allowed: Tensor | None = None) ->
 
 
 def pseudo_label_table(predictions: Predictions, truth: Targets, size: tuple[int, int], image_id: int = 0) -> list[Row]:
-    """One row a prediction of an image of ``size`` = (H, W) px, best first.
+    """One row per prediction of an image of ``size`` = (H, W) px, best first.
 
-    ``class`` and ``score`` (c), ``iou_predicted`` (s), ``iou_true``: the overlap with the true instance it
-    covers best, ``class_correct``: whether that one has its class, ``matched``: whether it is the one
-    prediction that found an instance of its class (IoU 0.5 or more, greedy); duplicates did not.
+    Columns: ``class``; ``score`` (c); ``iou_predicted`` (s); ``iou_true``, the largest IoU with a true instance;
+    ``class_correct``, whether that instance has the predicted class; ``matched``, whether the prediction matches an
+    instance of its class (greedy, IoU of at least 0.5), so that duplicates are not matched.
     """
     predictions, truth = _by_score(predictions).to("cpu"), truth.to("cpu")
     iou = mask_iou(predictions.masks, truth.masks, size)
@@ -78,10 +79,10 @@ def precision_recall(
     iou: float = 0.5,
     same_class: bool = True,
 ) -> dict[str, float | int | None]:
-    """Precision and recall of pseudo-labels over images: an item, and a size (H, W) px, an image.
+    """Precision and recall of pseudo-labels over images, with one item and one size (H, W) px per image.
 
-    Holds also the counts ``kept``, ``truth`` and ``correct``; precision without any kept, and recall without
-    any truth, are None. Targets count in their order, predictions by score.
+    The result includes the counts ``kept``, ``truth`` and ``correct``. Precision without pseudo-labels and recall
+    without ground truth are None. Targets are matched in their order, predictions by score.
     """
     correct = 0
     for found, true, size in zip(kept, truth, sizes, strict=True):
@@ -103,15 +104,17 @@ def precision_recall(
 
 
 def calibration(predicted: Tensor, true: Tensor, bins: int = 10) -> dict[str, float | list[Row] | None]:
-    """How well a quality (R,) in [0, 1] foretells the true one (R,): predicted mask IoU, or class score.
+    """How well a predicted quality (R,) in [0, 1], mask IoU or class score, agrees with the true quality (R,).
 
-    ``pearson`` (None where one of them does not vary), ``ece``: the expected calibration error, the mean
-    distance of a bin's two means weighted by its count, ``bias``: predicted less true, and ``bins`` with
-    their ``low``, ``count``, ``predicted`` and ``true`` means; empty bins are left out.
+    Returns ``pearson`` (None if one of them is constant); ``ece``, the expected calibration error: the distance between
+    the two means of a bin, averaged over bins by count; ``bias``, predicted minus true; and ``bins`` with ``low``,
+    ``count`` and the means ``predicted`` and ``true``, without empty bins. Raises ValueError if the lengths differ.
     """
     predicted, true = predicted.double().cpu(), true.double().cpu()
     if len(predicted) != len(true):
-        raise ValueError(f"calibration: expected as many predicted as true values, got {len(predicted)}, {len(true)}")
+        raise ValueError(
+            f"calibration: expected as many predicted as true values, got {len(predicted)} and {len(true)}"
+        )
     if len(predicted) == 0:
         return {"pearson": None, "ece": None, "bias": None, "bins": []}
     index = (predicted * bins).long().clamp(0, bins - 1)
@@ -141,10 +144,10 @@ def calibration(predicted: Tensor, true: Tensor, bins: int = 10) -> dict[str, fl
 def threshold_grid(
     table: Sequence[Row], taus_cls: Sequence[float], taus_iou: Sequence[float], good_iou: float = 0.7
 ) -> list[Row]:
-    """What each pair of thresholds keeps (score > tau_cls and iou_predicted > tau_iou) of a table's rows.
+    """How many rows of a table each pair of thresholds keeps (score > tau_cls and iou_predicted > tau_iou).
 
-    A row a pair: ``kept``, ``kept_good`` (true mask IoU above ``good_iou``), ``lost_good`` (good ones not
-    kept, figure 1c) and ``kept_matched`` (right class, IoU 0.5 or more, first).
+    One row per pair: ``kept``; ``kept_good``, those with a true mask IoU above ``good_iou``; ``lost_good``, good ones
+    that are not kept (figure 1c); and ``kept_matched``, those that match an instance of their class.
     """
     score, predicted, true, matched = (column(table, n) for n in ("score", "iou_predicted", "iou_true", "matched"))
     good = true > good_iou
@@ -161,7 +164,7 @@ def threshold_grid(
 
 
 def class_counts(instances: Sequence[Predictions | Targets], num_classes: int) -> Tensor:
-    """How many instances (C,) of each class the images hold (figure 6: truth against pseudo-labels)."""
+    """The number of instances (C,) of each class over images (figure 6: ground truth against pseudo-labels)."""
     labels = [item.labels.cpu() for item in instances]
     return torch.bincount(torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64), minlength=num_classes)
 

@@ -1,8 +1,8 @@
-"""A generated COCO data set of textured shapes that hide each other: embedded default and test fixture.
+"""Generate a COCO data set of textured shapes that occlude each other: the embedded default and a test fixture.
 
-Every image is a pure function of (seed, part, position). Only sums, products and square roots touch pixels
-(numpy's sin and cos differ in the last bit from processor to processor), so the same library versions draw
-the same bytes everywhere. Torch-free.
+Every image is a pure function of (seed, part, position). Pixels are computed with sums, products and square roots only,
+because numpy's sin and cos differ in the last bit between processors. The same library versions therefore produce the
+same bytes on every machine. Torch-free.
 """
 
 import io
@@ -17,30 +17,41 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pais_ray.data.synthetic.shapes import CLASSES, TEXTURES, draw_shape, fill, hsv, look, mix, place, texture, turn
+from pais_ray.data.synthetic.shapes import (
+    CLASSES,
+    TEXTURES,
+    draw_colors,
+    draw_shape,
+    fill,
+    hsv,
+    mix,
+    rotate_to,
+    texture,
+    unit_vector,
+)
 
-VERSION = 1  # raise it with every change of what is drawn or written
+VERSION = 1  # increase it with every change of the generated files
 MARKER = "synthetic.json"
 
 Corner = tuple[int, int]
 
-# Ids start at 0 and have gaps, as those of real data sets do.
+# Ids start at 0 and have gaps, as in real data sets.
 CATEGORIES = dict(zip(CLASSES, (0, 2, 3, 5, 9, 10), strict=True))
 
-# COCO's buckets are by area, 32^2 and 96^2 px; radii in px of a 192 px image, and how often each is drawn.
+# Radii in px of a 192 px image, for COCO's size classes (areas below 32^2, below 96^2 and larger), and their shares.
 RADII = ((10.0, 17.0), (20.0, 45.0), (60.0, 80.0))
 BUCKET_SHARE = (0.27, 0.45, 0.28)
-LEAST_VISIBLE = 0.4  # of an instance's own area, else the one that hides it is put elsewhere
-LEAST_AREA = 40  # px of an instance
-RLE_SHARE = 0.15  # of the masks that polygons could say
+MIN_VISIBLE = 0.4  # fraction of an instance's area; otherwise the occluding shape is placed elsewhere
+MIN_AREA = 40  # px of an instance
+RLE_SHARE = 0.15  # of the masks that polygons could represent
 
 
 def generate(folder: str, *, train: int = 240, val: int = 60, size: int = 192, seed: int = 0) -> None:
-    """Writes ``train.json``, ``val.json`` and ``images/`` into ``folder``: ``train`` and ``val`` images of
+    """Write ``train.json``, ``val.json`` and ``images/`` to ``folder``: ``train`` and ``val`` images of
     ``size`` x ``size`` px.
 
-    The folder appears at once and whole. One that already holds this very set is left alone, one that holds
-    another generated set is replaced; anything else there is an error.
+    The folder appears atomically. If it already contains the same data set it is unchanged; another generated data set
+    is replaced. Raises ValueError for invalid arguments, and if the folder contains other files.
     """
     if train < 1 or val < 1 or size < 64 or seed < 0:
         got = f"got {train}, {val}, {size}, {seed}"
@@ -52,17 +63,17 @@ def generate(folder: str, *, train: int = 240, val: int = 60, size: int = 192, s
     if os.path.isdir(folder) and os.listdir(folder) and _marker(folder) is None:
         raise ValueError(f"{folder}: expected an empty or generated folder, got other files; choose another folder")
     os.makedirs(os.path.dirname(folder), exist_ok=True)
-    aside = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=os.path.dirname(folder))
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=os.path.dirname(folder))
     try:
-        os.chmod(aside, 0o755)
-        os.mkdir(os.path.join(aside, "images"))
+        os.chmod(partial, 0o755)
+        os.mkdir(os.path.join(partial, "images"))
         for part, (name, count, start) in enumerate((("train", train, 0), ("val", val, train))):
-            _write_part(aside, name, [(part, start + i, i) for i in range(count)], size, seed)
-        with open(os.path.join(aside, MARKER), "w") as file:
+            _write_part(partial, name, [(part, start + i, i) for i in range(count)], size, seed)
+        with open(os.path.join(partial, MARKER), "w") as file:
             json.dump(identity, file)
-        _put(aside, folder, identity)
+        _move_into_place(partial, folder, identity)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _marker(folder: str) -> dict[str, int] | None:
@@ -73,14 +84,14 @@ def _marker(folder: str) -> dict[str, int] | None:
         return None
 
 
-def _put(aside: str, folder: str, identity: dict[str, int]) -> None:
-    """Renames the finished folder into place; another process that was faster with the same set wins."""
+def _move_into_place(partial: str, folder: str, identity: dict[str, int]) -> None:
+    """Rename the finished folder to its destination, unless another process has already written the same data set."""
     if _marker(folder) not in (None, identity):
         old = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=os.path.dirname(folder))
         os.rename(folder, os.path.join(old, "replaced"))
         shutil.rmtree(old)
     try:
-        os.rename(aside, folder)
+        os.rename(partial, folder)
     except OSError:
         if _marker(folder) != identity:
             raise
@@ -92,7 +103,7 @@ def _write_part(folder: str, name: str, places: list[tuple[int, int, int]], size
     for part, image_id, position in places:
         random = np.random.default_rng([seed, part, position])
         scene = _scene(random, position, size)
-        # some files are lossless, most are not: as in the wild
+        # as in real data sets, some files are lossless and most are not
         suffix = "png" if position % 10 == 0 else "jpg"
         file_name = f"{name}_{position:06d}.{suffix}"
         buffer = io.BytesIO()
@@ -118,14 +129,14 @@ def _write_part(folder: str, name: str, places: list[tuple[int, int, int]], size
 
 @dataclass(kw_only=True)
 class Scene:
-    """An image being painted. ``owner`` (H, W) holds 0 for background, else 1 + the index of the instance on
-    top, so a visible pixel belongs to one instance only."""
+    """An image that is being painted. ``owner`` (H, W) is 0 for background, otherwise 1 + the index of the topmost
+    instance, so that a visible pixel belongs to one instance only."""
 
     pixels: np.ndarray  # (H, W, 3) uint8
     owner: np.ndarray  # (H, W) int64
     labels: list[str]
     crowds: list[bool]
-    areas: list[int]  # px before anything was painted over
+    areas: list[int]  # px, before occlusion
 
     def paint(
         self,
@@ -135,9 +146,11 @@ class Scene:
         label: str | None,
         crowd: bool = False,
     ) -> bool:
-        """Paints ``colors`` (h, w, 3) through ``cover`` (h, w) uint8 with its corner at (x, y); a thing with
-        label None is not annotated. False, and nothing is painted, where too little of another instance or of
-        this one would be seen."""
+        """Paint ``colors`` (h, w, 3) through ``cover`` (h, w) uint8 with its top left corner at (x, y).
+
+        An object with label None is not annotated. Returns False, and paints nothing, if too little of this instance
+        or of another one would be visible.
+        """
         (x, y), (height, width) = corner, self.owner.shape
         top, left = max(y, 0), max(x, 0)
         bottom, right = min(y + len(cover), height), min(x + cover.shape[1], width)
@@ -151,8 +164,8 @@ class Scene:
         num = len(self.areas) + 1
         hidden = np.bincount(window[solid], minlength=num)[1:]
         visible = np.bincount(self.owner.ravel(), minlength=num)[1:] - hidden
-        too_little = (hidden > 0) & (visible < LEAST_VISIBLE * np.array(self.areas))
-        if too_little.any() or (label is not None and area < LEAST_AREA):
+        too_little = (hidden > 0) & (visible < MIN_VISIBLE * np.array(self.areas))
+        if too_little.any() or (label is not None and area < MIN_AREA):
             return False
         alpha = cover[:, :, None] / 255.0
         under = self.pixels[top:bottom, left:right]
@@ -165,8 +178,8 @@ class Scene:
         return True
 
     def annotations(self, random: np.random.Generator) -> list[dict[str, Any]]:
-        """COCO annotations of what is visible, without ids. Crowds, masks with a hole and a share of the rest
-        are uncompressed RLE; the others are polygons along the pixels' edges, which give the mask exactly."""
+        """COCO annotations of the visible instances, without ids. Crowds, masks with a hole and a share of the other
+        masks are uncompressed RLE; the rest are polygons along pixel edges, which represent the mask exactly."""
         out = []
         for index, (label, crowd) in enumerate(zip(self.labels, self.crowds, strict=True)):
             mask = self.owner == index + 1
@@ -184,12 +197,12 @@ class Scene:
 
 
 def outline(mask: np.ndarray) -> list[list[int]] | None:
-    """Polygons [x1, y1, ...] along the pixel edges of a mask (H, W) bool, one for each 4-connected part; None
-    if a part has a hole, which polygons cannot say."""
+    """Polygons [x1, y1, ...] along the pixel edges of a mask (H, W) bool, one per 4-connected part; None if a part has
+    a hole, which polygons cannot represent."""
     padded = np.pad(mask, 1).astype(np.int8)
     down, across = np.diff(padded, axis=0), np.diff(padded, axis=1)
-    # Unit edges with the mask on the right hand: east along tops, west along bottoms, south along right
-    # sides, north along left sides; corner -> directions in which an edge leaves it.
+    # Unit edges with the mask on their right: east along tops, west along bottoms, south along right sides, north along
+    # left sides. Maps a corner to the directions of the edges that start there.
     leaving: dict[Corner, list[Corner]] = {}
     for steps, value, offset, direction in (
         (down, 1, (-1, 0), (1, 0)),
@@ -201,13 +214,13 @@ def outline(mask: np.ndarray) -> list[list[int]] | None:
             leaving.setdefault((x + offset[0], y + offset[1]), []).append(direction)
     polygons = []
     while leaving:
-        start = min(leaving)  # the top one of the leftmost: a turn, and one edge leaves it
+        start = min(leaving)  # the topmost of the leftmost corners: the outline turns there, and one edge starts there
         corner, direction, twice_area = start, (0, 0), 0
         polygon: list[int] = []
         while True:
             choices = leaving[corner]
             right = (-direction[1], direction[0])
-            # where two pixels touch at a corner only, a right turn stays with the same one
+            # if two pixels touch at this corner only, a right turn stays with the same pixel
             heading = right if right in choices else choices[0]
             choices.remove(heading)
             if not choices:
@@ -227,7 +240,7 @@ def outline(mask: np.ndarray) -> list[list[int]] | None:
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """Uncompressed COCO RLE of a mask (H, W) bool: runs down the columns, background first."""
+    """Uncompressed COCO RLE of a mask (H, W) bool: runs along the columns, background first."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
@@ -235,10 +248,10 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _scene(random: np.random.Generator, position: int, size: int) -> Scene:
-    """One image; what it shows besides shapes depends on its position, so that a small set has every kind."""
+    """One image. Special contents depend on its position, so that even a small data set has every kind."""
     pixels, owner = _background(random, size), np.zeros((size, size), dtype=np.int64)
     scene = Scene(pixels=pixels, owner=owner, labels=[], crowds=[], areas=[])
-    if position % 12 != 7:  # else an image without instances
+    if position % 12 != 7:  # every twelfth image has no instances
         num_shapes = int(random.integers(2, 8))
         crowd_at = int(random.integers(num_shapes)) if position % 8 == 2 else -1
         for number in range(num_shapes):
@@ -259,15 +272,15 @@ def _add_shape(scene: Scene, random: np.random.Generator, size: int) -> None:
         radius = random.uniform(low, high) * size / 192
         x, y = random.uniform(0.5 * radius, size - 0.5 * radius, 2).tolist()
         corner, cover = draw_shape(label, (x, y), radius, random)
-        if scene.paint(cover, look(label, random, cover.shape, radius), corner, label):
+        if scene.paint(cover, draw_colors(label, random, cover.shape, radius), corner, label):
             return
 
 
 def _add_crowd(scene: Scene, random: np.random.Generator, size: int) -> None:
-    """A patch of many tiny shapes of one class that hide each other, annotated as one crowd region."""
+    """Add many tiny shapes of one class that occlude each other, annotated as one crowd region."""
     label = CLASSES[int(random.integers(len(CLASSES)))]
     reach = random.uniform(0.1, 0.18) * size
-    side = 2 * math.ceil(reach + 0.05 * size + 4)  # no shape reaches over the border of this canvas
+    side = 2 * math.ceil(reach + 0.05 * size + 4)  # no shape crosses the border of this canvas
     cover, colors = np.zeros((side, side, 1)), np.zeros((side, side, 3))
     for _ in range(int(random.integers(18, 34))):
         radius = random.uniform(0.022, 0.034) * size
@@ -276,7 +289,7 @@ def _add_crowd(scene: Scene, random: np.random.Generator, size: int) -> None:
         window = (slice(top, top + len(tiny)), slice(left, left + tiny.shape[1]))
         alpha = tiny[:, :, None] / 255.0
         under = cover[window] * (1 - alpha)
-        color = look(label, random, tiny.shape, radius)
+        color = draw_colors(label, random, tiny.shape, radius)
         cover[window] = alpha + under
         share = np.divide(alpha, cover[window], out=np.zeros_like(alpha), where=alpha > 0)
         colors[window] += share * (color - colors[window])
@@ -288,14 +301,14 @@ def _add_crowd(scene: Scene, random: np.random.Generator, size: int) -> None:
 
 
 def _add_pole(scene: Scene, random: np.random.Generator, size: int) -> None:
-    """A thin bar across the image, not annotated, which splits what it crosses."""
+    """Add a thin bar across the image. It is not annotated and splits the instances that it crosses."""
     large = [i for i, area in enumerate(scene.areas) if area > 0.01 * size * size and not scene.crowds[i]]
     for _ in range(6 if large else 0):
         ys, xs = np.nonzero(scene.owner == large[int(random.integers(len(large)))] + 1)
         half = random.uniform(1.5, 3.5) * size / 192
-        along = turn(random.uniform(0, 180))
+        direction = unit_vector(random.uniform(0, 180))
         ends = [(x * 2 * size, y * half) for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-        bar = [place(end, along, (float(xs.mean()), float(ys.mean()))) for end in ends]
+        bar = [rotate_to(end, direction, (float(xs.mean()), float(ys.mean()))) for end in ends]
         cover = fill([bar], (0, 0), (size, size))
         hue = random.random()
         colors = mix(hsv(hue, 0.2, 0.1), hsv(hue, 0.2, 0.3), texture("clouds", random, (size, size), 12.0))
@@ -304,7 +317,7 @@ def _add_pole(scene: Scene, random: np.random.Generator, size: int) -> None:
 
 
 def _background(random: np.random.Generator, size: int) -> np.ndarray:
-    """Dull clouds (size, size, 3) uint8 of two scales, under a faint texture."""
+    """Dark clouds (size, size, 3) uint8 of two scales with a faint texture."""
     hue, value = random.random(), random.uniform(0.25, 0.75)
     dark = hsv(hue, random.uniform(0.05, 0.35), value * 0.55)
     light = hsv(hue + random.uniform(-0.2, 0.2), random.uniform(0.05, 0.35), value)
