@@ -1,4 +1,4 @@
-"""Laws of the views: the truth of one view, carried by the matrices, is the truth of the other."""
+"""Views: ground truth of one view, moved by the matrices, equals the ground truth of the other view."""
 
 import json
 
@@ -31,7 +31,7 @@ def polygons(seed, size=SIZE, count=5):
         radii = rng.uniform(25, 60, 9)
         spot = rng.uniform(0.2, 0.8, 2) * [size[1], size[0]]
         corners = spot + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-        shapes.append(corners.clip(0, [size[1], size[0]]))  # what lies outside the picture is no truth
+        shapes.append(corners.clip(0, [size[1], size[0]]))  # parts outside of the image are not annotated
     return shapes
 
 
@@ -47,13 +47,13 @@ def fill(polygon, size):
 
 
 def truth_in(shapes, matrix, size):
-    """The scene drawn in a view, bool (N, h, w): no pixel of another view is involved."""
+    """The scene drawn directly in a view, bool (N, h, w), without pixels of another view."""
     moved = [geometry.transform_points(torch.from_numpy(s), matrix.double()).numpy() for s in shapes]
     return torch.from_numpy(np.stack([fill(m, size) for m in moved]))
 
 
 def sample(seed=0, size=SIZE, row=0, slot=0, count=5):
-    """A smooth picture with polygons of flat colors, and their truth."""
+    """A smooth image with polygons of uniform color, and their annotations."""
     rng = np.random.default_rng(seed)
     shapes = polygons(seed, size, count)
     masks = np.stack([fill(s, size) for s in shapes]) if count else np.zeros((0, *size), bool)
@@ -84,7 +84,7 @@ def large(masks):
 
 
 def as_resolution(masks, size, resolution):
-    """Full-size masks the way a segmentor would deliver them."""
+    """Full-size masks in the representation of a segmentor."""
     full = Masks.full(masks)
     if resolution == "28x28":
         boxes = torch.stack([tight_box(m) for m in masks])
@@ -101,7 +101,7 @@ def tight_box(mask):
 
 
 @pytest.mark.parametrize("resolution", ["full", "28x28", "stride 4"])
-def test_the_truth_of_the_weak_view_warped_is_the_truth_of_the_strong_view(resolution):
+def test_warped_weak_ground_truth_equals_strong_ground_truth(resolution):
     scores = []
     for seed in range(8):
         one, shapes = sample(seed), polygons(seed)
@@ -119,7 +119,7 @@ def test_the_truth_of_the_weak_view_warped_is_the_truth_of_the_strong_view(resol
 
 
 @pytest.mark.parametrize("resolution", ["full", "28x28", "stride 4"])
-def test_a_chain_of_all_operations_carries_the_truth(resolution):
+def test_ground_truth_follows_a_chain_of_all_operations(resolution):
     shapes, size = polygons(3), (200, 260)
     chain = (
         geometry.scale(1.2, 1.1)
@@ -141,7 +141,7 @@ def test_a_chain_of_all_operations_carries_the_truth(resolution):
     assert np.mean(ious(carried.paste(size), expected[chosen])) > (0.97 if resolution == "full" else 0.9)
 
 
-def test_the_pixels_of_the_weak_view_warped_are_those_of_the_strong_view():
+def test_warped_weak_pixels_equal_strong_pixels():
     config = {**SMALL, "strong": SMALL["strong"].model_copy(update={"color": False, "erase": False})}
     flips = 0
     for seed in range(10):
@@ -175,7 +175,7 @@ def test_boxes_follow_masks():
                 assert (box[2:] >= tight[2:] - 0.5).all()
 
 
-def test_a_plan_that_changes_nothing_gives_the_image_itself():
+def test_an_identity_view_returns_the_image():
     one = sample()
     config = AugmentConfig(test=ViewConfig(short_side=(SIZE[0], SIZE[0]), flip=0.0)).at_size(None)
     view = views.make_views([one], config, 0, "test", "cpu")
@@ -196,7 +196,7 @@ def test_a_double_flip_is_exact():
     assert torch.equal(back.matrix[0] @ flipped.matrix[0], torch.eye(3))
 
 
-def test_shrinking_averages_instead_of_skipping():
+def test_resizing_averages_when_it_shrinks():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 252  # plain bilinear sampling at 1/4 would see only some of the columns
     config = AugmentConfig(test=ViewConfig(short_side=(16, 16), flip=0.0)).at_size(None)
@@ -205,14 +205,14 @@ def test_shrinking_averages_instead_of_skipping():
     torch.testing.assert_close(inner, torch.full_like(inner, 63 / 255), atol=0.03, rtol=0)
 
 
-def test_what_a_warp_moves_in_from_outside_is_the_fill_value():
+def test_a_warp_fills_the_outside_with_the_fill_value():
     image = torch.rand(3, 40, 60)
     moved = pixel_ops.warp(image, geometry.translate(10, 0), 125 / 255)
     torch.testing.assert_close(moved[:, :, :10], torch.full((3, 40, 10), 125 / 255))
     torch.testing.assert_close(moved[:, :, 10:], image[:, :, :50], atol=1e-4, rtol=0)
 
 
-def test_photographs_obey_the_same_law(image_sets):
+def test_ground_truth_of_photographs_follows_the_views(image_sets):
     photographs = image_sets / "coco"
     tree = json.loads((photographs / "annotations/instances_train.json").read_text())
     scores = []
@@ -239,7 +239,7 @@ def same(a, b):
     return torch.equal(a.images, b.images) and torch.equal(a.matrix, b.matrix)
 
 
-def test_the_same_seed_gives_the_same_view_and_anything_else_another():
+def test_a_view_depends_on_seed_row_and_slot():
     one = sample()
     first = views.make_views([one], SMALL, 1, "strong", "cpu")
     assert same(first, views.make_views([one], SMALL, 1, "strong", "cpu"))
@@ -248,7 +248,7 @@ def test_the_same_seed_gives_the_same_view_and_anything_else_another():
     assert not same(first, views.make_views([sample(slot=1)], SMALL, 1, "strong", "cpu"))
 
 
-def test_the_ambient_random_state_plays_no_part():
+def test_views_do_not_depend_on_the_global_random_state():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     first = views.make_views([sample()], SMALL, 1, "strong", "cpu")
@@ -257,14 +257,14 @@ def test_the_ambient_random_state_plays_no_part():
     assert same(first, views.make_views([sample()], SMALL, 1, "strong", "cpu"))
 
 
-def test_the_seed_of_a_view_never_changes_between_versions():
+def test_view_seeds_are_stable_between_versions():
     assert sampling.view_seed(0, 0, 0, "weak") == 934783230364932384
     kinds = ("labeled", "weak", "strong", "test", "photometric")
     names = [(s, g, slot, kind) for s in range(3) for g in range(30) for slot in range(4) for kind in kinds]
     assert len({sampling.view_seed(*name) for name in names}) == len(names)
 
 
-def test_an_image_does_not_notice_its_neighbors():
+def test_a_view_does_not_depend_on_other_images_of_the_batch():
     one, other = sample(0, slot=1), sample(1, size=(120, 300), slot=2)
     alone = views.make_views([one], SMALL, 5, "strong", "cpu")
     both = views.make_views([other, one], SMALL, 5, "strong", "cpu")
@@ -284,19 +284,19 @@ def test_weak_and_strong_draw_scale_and_flip_independently():
     assert abs(np.corrcoef(scales.T)[0, 1]) < 0.25
 
 
-def test_draws_cover_what_the_paper_names():
+def test_draws_cover_the_ranges_of_the_paper():
     plans = [sampling.draw_view(AugmentConfig().strong, (480, 640), seed) for seed in range(600)]
     assert {p.color for p in plans} == {(c, n) for c in pixel_ops.COLORS for n in range(1, 10)}
     shorts = [min(p.size) for p in plans]
     assert 400 <= min(shorts) < 420
-    assert max(max(p.size) for p in plans) == 1333  # 4:3 pictures meet the cap at a short side of 1000
+    assert max(max(p.size) for p in plans) == 1333  # 4:3 images reach the limit at a short side of 1000
     assert {len(p.patches) for p in plans} == {1, 2, 3, 4}
     for p in plans:
         assert all(0 <= x1 <= x2 <= p.size[1] and 0 <= y1 <= y2 <= p.size[0] for x1, y1, x2, y2 in p.patches)
         assert all(x2 - x1 <= 0.2 * p.size[1] and y2 - y1 <= 0.2 * p.size[0] for x1, y1, x2, y2 in p.patches)
 
 
-def test_geometric_draws_stay_in_the_papers_ranges():
+def test_geometric_draws_stay_within_the_ranges_of_the_paper():
     kinds = {"x": 0, "y": 0, "rotate": 0, "shear": 0}
     for seed in range(400):
         drawn = sampling.draw_view(AugmentConfig().strong, (480, 640), seed)
@@ -348,7 +348,7 @@ def pil(name, level, image):
 
 @pytest.mark.parametrize("level", [1, 4, 9])
 @pytest.mark.parametrize("name", pixel_ops.COLORS)
-def test_color_operations_mean_what_pil_means(name, level):
+def test_color_operations_agree_with_pil(name, level):
     noise = np.random.default_rng(0).normal(0, 6, (*SIZE, 3))
     picture = sample().image.permute(1, 2, 0).numpy() * 0.7 + 30 + noise
     picture = picture.clip(0, 255).astype(np.uint8)
@@ -361,22 +361,22 @@ def test_color_operations_mean_what_pil_means(name, level):
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "equalize"])
-def test_a_flat_picture_keeps_its_color(name):
+def test_a_uniform_image_keeps_its_color(name):
     flat = torch.full((3, 8, 8), 100 / 255)
     torch.testing.assert_close(pixel_ops.color(flat, name, 5), flat)
 
 
-def test_posterize_does_not_fall_a_step_on_what_resizing_left():
+def test_posterize_tolerates_rounding_errors_of_resizing():
     almost = torch.full((3, 8, 8), (128 - 1e-3) / 255)
     torch.testing.assert_close(pixel_ops.color(almost, "posterize", 9), torch.full((3, 8, 8), 128 / 255))
 
 
-def test_the_unknown_color_names_the_known_ones():
+def test_an_unknown_color_operation_is_refused_with_the_valid_ones():
     with pytest.raises(ValueError, match=r"expected one of identity, autocontrast.*got 'hue'"):
         pixel_ops.color(torch.zeros(3, 4, 4), "hue", 1)
 
 
-def test_erasing_paints_the_patches_and_nothing_else():
+def test_erase_changes_the_patches_only():
     image = torch.rand(3, 20, 30)
     before = image.clone()
     erased = pixel_ops.erase(image, ((2, 3, 10, 8), (0, 0, 0, 5)), (0.1, 0.2, 0.3))
@@ -385,7 +385,7 @@ def test_erasing_paints_the_patches_and_nothing_else():
     assert (erased != image).any(dim=0).sum() == 8 * 5
 
 
-def test_cutout_of_cityscapes_is_cut_at_the_border():
+def test_cutout_of_cityscapes_is_clipped_at_the_border():
     config = AugmentConfig(preset="cityscapes").strong
     patches = [p for seed in range(100) for p in sampling.draw_view(config, (1024, 2048), seed).patches]
     assert max(x2 - x1 for x1, _, x2, _ in patches) == 400
@@ -404,7 +404,7 @@ def test_image_size_scales_every_length_with_the_test_view():
     assert street.erase_holes[-1] == (200, 100)
 
 
-def test_a_preset_gives_what_is_not_named():
+def test_a_preset_provides_the_values_that_are_not_given():
     config = AugmentConfig(preset="coco_knet", strong={"flip": 0.0})
     assert (config.strong.flip, config.strong.order, config.strong.erase) == (0.0, "random", True)
     assert config.weak == presets.PRESETS["coco_knet"]["weak"]
@@ -414,7 +414,7 @@ def test_a_preset_gives_what_is_not_named():
 
 
 @pytest.mark.parametrize("preset", list(presets.PRESETS))
-def test_the_dump_of_a_config_is_that_config(preset):
+def test_a_dumped_config_loads_unchanged(preset):
     config = AugmentConfig(preset=preset, weak={"rotate": 10.0})
     assert AugmentConfig(**config.model_dump()) == config
     assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
@@ -430,7 +430,7 @@ def test_the_dump_of_a_config_is_that_config(preset):
         {"weak": {"short_side": (9, 3)}},
     ],
 )
-def test_what_makes_no_sense_is_refused(words):
+def test_invalid_settings_are_refused(words):
     with pytest.raises(ValidationError):
         AugmentConfig(**words)
 
@@ -450,7 +450,7 @@ def test_views_are_padded_with_zeros_to_a_common_multiple_of_32():
 
 
 @pytest.mark.parametrize("geometric", [False, True])
-def test_labeled_targets_are_the_truth_of_their_view(geometric):
+def test_labeled_targets_are_the_ground_truth_of_their_view(geometric):
     config = AugmentConfig(labeled={"geometric": geometric}).at_size(192)
     flips = set()
     for seed in range(6):
@@ -490,7 +490,7 @@ def test_images_without_instances_have_empty_targets():
     assert targets.masks.crop_resize(targets.boxes, 28).shape == (0, 28, 28)
 
 
-def test_a_batch_shows_the_same_images_weak_and_strong():
+def test_weak_and_strong_views_of_a_batch_have_the_same_images():
     unlabeled = [sample(i, row=4, slot=i) for i in (1, 2, 3)]
     batch = views.make_batch([sample(0, row=4)], unlabeled, SMALL, 0, "cpu")
     assert batch.weak.image_ids.tolist() == batch.strong.image_ids.tolist() == [101, 102, 103]
@@ -499,7 +499,7 @@ def test_a_batch_shows_the_same_images_weak_and_strong():
     assert views.make_batch([sample(0)], [], SMALL, 0, "cpu").strong is None
 
 
-def test_missing_samples_and_missing_truth_are_named():
+def test_missing_samples_and_missing_annotations_are_refused():
     with pytest.raises(ValueError, match="expected at least one labeled sample"):
         views.make_batch([], [sample()], SMALL, 0, "cpu")
     with pytest.raises(ValueError, match="expected at least one sample for the weak view"):

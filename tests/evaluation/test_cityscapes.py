@@ -1,4 +1,4 @@
-"""Cityscapes' instance AP: the official figures, and its rules one by one."""
+"""Instance AP of Cityscapes: the values of the official evaluator, and each rule of the benchmark."""
 
 import json
 from pathlib import Path
@@ -62,8 +62,8 @@ def test_ground_truth_as_prediction_is_perfect():
     assert (figures["AP"], figures["AP50"]) == (pytest.approx(1), pytest.approx(1))
 
 
-def test_one_right_one_wrong_by_hand(truth_of):
-    """Two cars of which the better prediction is wrong: precision 0, 1/2 at recall 0, 1/2; then the steps."""
+def test_ap_of_one_correct_and_one_wrong_prediction(truth_of):
+    """Two cars; the prediction with the higher score is wrong. Precision is 0 and 1/2 at recall 0 and 1/2."""
     truth = truth_of(scene((26000, 0, 0, 20, 20), (26001, 30, 30, 50, 50)))
     found = [result((0, 0, 20, 20), 0.5), result((30, 0, 50, 20), 0.9)]
     # Levels 0.5 and 0.9: precision 1/2 and 0, recall 1/2 and 0, then the artificial point (0, 0).
@@ -81,7 +81,7 @@ def test_the_overlap_must_exceed_the_threshold(truth_of):
     assert score(truth, [result((0, 0, 20, 11), 0.5)])["cityscapes"]["AP50"] == 1
 
 
-def test_of_two_predictions_of_an_object_the_lower_is_wrong(truth_of):
+def test_a_second_prediction_of_an_object_is_wrong(truth_of):
     truth = truth_of(scene((26000, 0, 0, 20, 20)))
     first = result((0, 0, 20, 20), 0.5)
     for other in (0.4, 0.6):
@@ -116,7 +116,7 @@ def test_predictions_on_ignore_regions_do_not_count(truth_of, ignored):
     assert ap(truth, [GOOD, off_it]) < 1
 
 
-def test_what_is_no_ignore_region_counts(truth_of):
+def test_predictions_outside_of_ignore_regions_count(truth_of):
     truth = truth_of(with_car((24, 30, 30, 60, 60)))
     assert ap(truth, [GOOD, result((30, 30, 60, 60), 0.9)]) < 1, "a group of another class"
     truth = truth_of(with_car((26001, 30, 30, 40, 40)))
@@ -124,7 +124,7 @@ def test_what_is_no_ignore_region_counts(truth_of):
     assert ap(truth, [GOOD, result((30, 30, 40, 40), 0.9)]) == 1
 
 
-def test_a_share_of_ignored_pixels_up_to_the_threshold_is_wrong(truth_of):
+def test_a_prediction_is_ignored_if_its_ignored_share_exceeds_the_threshold(truth_of):
     truth = truth_of(with_car((26, 30, 30, 50, 50)))
     half = result((30, 20, 50, 40), 0.9)  # 0.5 of it lies in the group, its IoU with the group is 1/3
     assert score(truth, [GOOD, half])["cityscapes"]["AP50"] < 1
@@ -141,25 +141,25 @@ def test_classes_without_objects_do_not_lower_the_mean(truth_of):
     assert score(truth_of(scene()), [GOOD])["cityscapes"]["AP"] is None
 
 
-def test_empty_masks_are_nothing(truth_of):
+def test_empty_masks_do_not_count(truth_of):
     truth = truth_of(with_car())
     assert ap(truth, [GOOD, result((0, 0, 0, 0), 0.9)]) == 1
 
 
-def test_other_ground_truth_has_no_such_score(truth_of):
+def test_other_ground_truth_has_no_cityscapes_score(truth_of):
     truth = truth_of(with_car())
     truth["images"] = [{k: v for k, v in image.items() if k != "void"} for image in truth["images"]]
     assert score(truth, [GOOD]).keys() == {"segm", "bbox"}
 
 
-def test_void_is_checked_before_c_code_sees_it(truth_of):
+def test_void_regions_are_validated_before_they_reach_c_code(truth_of):
     truth = truth_of(with_car())
     truth["images"][0]["void"] = {"size": list(SIZE), "counts": "11111"}
     with pytest.raises(DataError, match=r"void: .*\[rle-"):
         score(truth, [GOOD])
 
 
-def test_the_table_shows_it(truth_of):
+def test_the_table_has_a_line_for_cityscapes(truth_of):
     lines = format_table(score(truth_of(with_car()), [GOOD])).splitlines()
     assert next(line for line in lines if line.startswith("cityscapes ")).split()[1:3] == ["1.000", "1.000"]
     assert next(line for line in lines if line.startswith("car ")).split() == ["car", "1.000", "1.000", "1.000"]
@@ -195,7 +195,7 @@ def test_command_line_scores_folders_and_files(tmp_path):
         ("small.png 26 0.5", "expected a mask of 60 x 80 px, got 3 x 4"),
     ],
 )
-def test_wrong_results_are_named(truth_of, tmp_path, line, said):
+def test_invalid_results_are_refused_by_name(truth_of, tmp_path, line, said):
     from PIL import Image
 
     truth = truth_of(with_car())
@@ -211,7 +211,7 @@ def test_wrong_results_are_named(truth_of, tmp_path, line, said):
     assert caught.value.rule == "cityscapes-results"
 
 
-def test_labels_that_are_not_scored_are_left_out(truth_of, tmp_path):
+def test_results_of_labels_without_instances_are_ignored(truth_of, tmp_path):
     truth = truth_of(with_car())
     folder = tmp_path / "results"
     folder.mkdir()

@@ -38,7 +38,7 @@ def polygon(x1, y1, x2, y2):
 
 @pytest.fixture
 def truth():
-    """Ids with gaps and a zero; a crowd, an object in two parts, an image with nothing in it."""
+    """Ids with gaps and a zero; a crowd, an object in two parts, an empty image."""
     crowd = square(50, 30, 80, 60)
     runs = [0] if crowd[0, 0] else []
     flat = crowd.T.flatten().int()
@@ -91,7 +91,7 @@ def perfect():
     return results + to_results(predictions([], [], []), 4, SIZE, ids)
 
 
-def test_perfect_predictions_give_one_and_a_detection_in_a_crowd_costs_nothing(truth, perfect):
+def test_perfect_predictions_have_an_ap_of_1_and_detections_in_crowds_are_ignored(truth, perfect):
     before = copy.deepcopy(truth)
     figures = score(truth, perfect)
     for iou_type in ("segm", "bbox"):
@@ -107,7 +107,7 @@ def test_perfect_predictions_give_one_and_a_detection_in_a_crowd_costs_nothing(t
     assert score(truth, perfect)["segm"]["AP"] < 0.99
 
 
-def test_results_say_what_was_predicted(perfect):
+def test_results_contain_the_predictions(perfect):
     entry = perfect[1]
     assert entry["image_id"] == 7
     assert entry["category_id"] == 9
@@ -125,7 +125,7 @@ def test_low_resolution_masks_are_pasted_in_their_boxes():
     assert to_results(small, 1, SIZE, [1])[0]["segmentation"] == rle(square(10, 10, 38, 38))
 
 
-def test_no_results_give_zeros(truth):
+def test_an_empty_list_of_results_scores_0(truth):
     figures = score(truth, [])
     assert figures["segm"]["AP"] == figures["bbox"]["AP"] == figures["segm"]["AR100"] == 0
     assert figures["segm"]["per_class"] == {"dog": 0, "cat": 0, "absent": None}
@@ -133,7 +133,7 @@ def test_no_results_give_zeros(truth):
     assert score(truth, [])["segm"]["AP"] is None
 
 
-def test_restriction_to_images(truth, perfect):
+def test_ground_truth_can_be_restricted_to_images(truth, perfect):
     only = load_ground_truth(truth, image_ids=[3, 4])
     assert {a["image_id"] for a in only["annotations"]} == {3}
     assert score(only, perfect[-1:])["segm"]["AP"] == pytest.approx(1)
@@ -141,7 +141,7 @@ def test_restriction_to_images(truth, perfect):
         load_ground_truth(truth, image_ids=[8])
 
 
-def test_boxes_come_from_masks_where_missing_and_sizes_are_those_of_masks(truth, perfect):
+def test_missing_boxes_are_computed_from_masks_and_sizes_refer_to_masks(truth, perfect):
     bare = [{k: v for k, v in e.items() if k != "bbox"} for e in perfect]
     assert score(truth, bare) == score(truth, perfect)
     # A lone false positive whose mask is small but whose box is large is no error among the large.
@@ -165,7 +165,7 @@ def test_values_are_those_of_the_official_evaluator(iou_type):
         assert figures["per_class"][name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
 
 
-def test_order_and_shards_change_nothing_and_nothing_is_printed(capsys):
+def test_the_order_of_results_does_not_matter_and_nothing_is_printed(capsys):
     truth = load_ground_truth(REFERENCE / "ground_truth.json")
     results = json.loads((REFERENCE / "segm_results.json").read_text())
     for i, entry in enumerate(results):  # equal scores would be ranked by their order
@@ -207,7 +207,7 @@ GOOD = {"size": list(SIZE), "counts": [4800]}
         ({"segmentation": {**GOOD, "counts": None}}, "rle-type"),
     ],
 )
-def test_bad_results_are_refused_by_entry_and_rule(truth, perfect, tmp_path, change, message):
+def test_invalid_results_are_refused_by_entry_and_rule(truth, perfect, tmp_path, change, message):
     file = tmp_path / "results.json"
     file.write_text(json.dumps([perfect[0], perfect[1] | change]))
     with pytest.raises(ValueError, match=rf"results\.json: entry 1 .*{message}"):
@@ -232,14 +232,14 @@ def test_missing_keys_are_named(truth, perfect, key):
         {"size": [6, 8], "counts": [48]},
     ],
 )
-def test_bad_ground_truth_is_refused_before_c(truth, shape):
+def test_invalid_ground_truth_is_refused_before_it_reaches_c_code(truth, shape):
     truth["annotations"][3]["segmentation"] = shape
     with pytest.raises(ValueError, match=r"annotation 3: .*\["):
         score(truth, [])
 
 
-def test_run_lengths_are_read_as_pycocotools_reads_them(truth):
-    """Random masks, among them long runs: all pass the check, whose runs cover the image exactly."""
+def test_run_lengths_of_pycocotools_are_valid(truth):
+    """Random masks, some with long runs: the check accepts all of them."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for density in (0.0, 0.001, 0.1, 0.5, 0.9, 1.0):
@@ -248,7 +248,7 @@ def test_run_lengths_are_read_as_pycocotools_reads_them(truth):
     assert score(truth, results)["segm"]["AP"] == 0
 
 
-def test_files_that_are_not_there_or_not_json(truth, tmp_path):
+def test_missing_files_and_invalid_json_are_refused(truth, tmp_path):
     with pytest.raises(ValueError, match="file-missing"):
         score(truth, tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
@@ -260,7 +260,7 @@ def test_files_that_are_not_there_or_not_json(truth, tmp_path):
         score(truth, {})
 
 
-def test_table_shows_every_figure_and_class(truth, perfect):
+def test_the_table_has_every_metric_and_class(truth, perfect):
     text = format_table(score(truth, perfect))
     assert "AP50" in text
     assert [line.split() for line in text.splitlines() if line.startswith(("dog", "absent"))] == [

@@ -1,4 +1,4 @@
-"""The quality of pseudo-labels against a truth that is known by construction."""
+"""Quality of pseudo-labels for ground truth that is known by construction."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ LEFT, RIGHT, HALF_LEFT = [0, 0, 20, 20], [30, 0, 50, 20], [0, 0, 20, 10]
 TRUTH = targets([LEFT, RIGHT], [1, 2])
 
 
-def test_mask_iou_is_that_of_full_size_masks():
+def test_mask_iou_is_computed_for_full_size_masks():
     iou = mask_iou(masks(LEFT, HALF_LEFT), TRUTH.masks, SIZE)
     assert torch.allclose(iou, torch.tensor([[1.0, 0.0], [0.5, 0.0]]))
     in_box = Masks.in_boxes(torch.ones(1, 28, 28), torch.tensor([[0.0, 0.0, 20.0, 20.0]]))
@@ -65,7 +65,7 @@ def test_matching_is_one_to_one_and_best_first():
     assert match(torch.zeros(1, 1), threshold=0).tolist() == [-1]
 
 
-def test_table_tells_duplicates_wrong_classes_and_misses_apart():
+def test_the_table_distinguishes_duplicates_wrong_classes_and_misses():
     found = predictions(
         [HALF_LEFT, LEFT, RIGHT, [0, 30, 10, 40]], [1, 1, 1, 2], [0.5, 0.9, 0.8, 0.1], [0.4, 0.9, 0.7, 0.2]
     )
@@ -78,7 +78,7 @@ def test_table_tells_duplicates_wrong_classes_and_misses_apart():
     assert {row["image_id"] for row in rows} == {7}
 
 
-def test_images_without_truth_or_predictions():
+def test_images_without_ground_truth_or_predictions():
     nothing = targets([], [])
     rows = pseudo_label_table(predictions([LEFT], [1], [0.9]), nothing, SIZE)
     assert rows[0]["iou_true"] == 0
@@ -98,7 +98,7 @@ def test_precision_and_recall_add_up_over_images():
     assert precision_recall(half, [TRUTH], [SIZE], iou=0.6)["correct"] == 0
 
 
-def test_calibration_of_a_perfect_and_of_a_constant_guess():
+def test_calibration_of_a_perfect_and_of_a_constant_prediction():
     true = torch.linspace(0.05, 0.95, 50)
     perfect = calibration(true, true)
     assert perfect["pearson"] == pytest.approx(1)
@@ -120,7 +120,7 @@ def test_ece_weights_bins_by_their_count():
     assert calibration(predicted, true)["ece"] == pytest.approx(0.4 / 4)
 
 
-def test_thresholds_are_strict_and_lose_what_they_do_not_keep():
+def test_thresholds_are_strict_and_count_lost_instances():
     table = [
         {"score": 0.9, "iou_predicted": 0.9, "iou_true": 0.8, "matched": True},
         {"score": 0.5, "iou_predicted": 0.6, "iou_true": 0.9, "matched": True},
