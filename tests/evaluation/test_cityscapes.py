@@ -201,7 +201,9 @@ def test_invalid_results_are_refused_by_name(truth_of, tmp_path, line, said):
     truth = truth_of(with_car())
     folder = tmp_path / "results"
     folder.mkdir()
-    with pytest.raises(DataError, match=r"there is no list bonn_000000_000019\*\.txt; .* \[cityscapes-results\]"):
+    with pytest.raises(
+        DataError, match=r"expected a list bonn_000000_000019\*\.txt, got none; .* \[cityscapes-results\]"
+    ):
         cityscapes.read_results(str(folder), truth)
     Image.new("L", (4, 3)).save(folder / "small.png")
     (folder / "bonn_000000_000019_pred.txt").write_text(line + "\n")
