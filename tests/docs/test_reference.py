@@ -78,6 +78,17 @@ def test_modules_of_the_upgrading_page_exist():
         assert importlib.util.find_spec(f"pais_ray.{module}") is not None, module
 
 
+def test_functions_of_the_architecture_page_exist():
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", pages()["docs/architecture.md"])
+    assert len(named) > 8
+    for file, name in named:
+        tree = ast.parse((ROOT / "pais_ray" / file).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            found = [n for n in ast.iter_child_nodes(tree) if getattr(n, "name", None) == part]
+            assert found, f"{file}: {name}"
+            tree = found[0]
+
+
 @pytest.mark.parametrize("module", generator().MODULES)
 def test_modules_of_the_api_page_exist(module):
     assert importlib.util.find_spec(module) is not None
