@@ -1,8 +1,8 @@
-"""Time and memory of `pais-ray validate` on annotations of COCO's scale, generated: images unchecked.
+"""Measures time and memory of `pais-ray validate` on generated annotations of COCO's size, without image files.
 
-118 k images, 860 k instances as in train2017: 1.1 polygons each of 20 points (as in our sample of COCO),
-1 % crowds as RLE, sides of instances spread like COCO's. Reports seconds and peak resident memory of the process
-tree (the sum over processes, sampled).
+118 k images and 860 k instances as in train2017, with 1.1 polygons of 20 points each, 1 % crowds as RLE, and instance
+sizes distributed like COCO's. Reports seconds and the peak resident memory of the process tree (the sampled sum over
+processes).
 """
 
 import argparse
@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 
-def synthesise(path: Path, images: int, instances: int) -> None:
-    """A legal COCO file."""
+def generate(path: Path, images: int, instances: int) -> None:
+    """Writes a valid COCO file."""
     rng = random.Random(0)
     sizes = [(640, 480), (480, 640), (640, 427), (500, 375)]
     crowd = crowd_rle()
@@ -49,7 +49,7 @@ def synthesise(path: Path, images: int, instances: int) -> None:
 
 
 def outline(rng: random.Random, width: int, height: int) -> dict[str, object]:
-    """A star-shaped polygon of 12 to 28 points; some instances have two, side by side."""
+    """Returns an annotation with a star-shaped polygon of 12 to 28 points, or two of them side by side."""
     radius = min(math.exp(rng.uniform(math.log(6), math.log(180))), min(width, height) / 2 - 1)
     two = radius < width / 4 - 1 and rng.random() < 0.15
     polygons, area = [], 0.0
@@ -70,6 +70,7 @@ def outline(rng: random.Random, width: int, height: int) -> dict[str, object]:
 
 
 def crowd_rle() -> dict[str, object]:
+    """Returns the mask, box and area of a crowd."""
     mask = np.zeros((1, 480, 640), dtype=bool)
     mask[0, 100:200, 50:400] = np.random.default_rng(0).random((100, 350)) < 0.5
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], mask[0].ravel(order="F"), [2]]))))
@@ -80,8 +81,8 @@ def crowd_rle() -> dict[str, object]:
     }
 
 
-def measured(command: list[str]) -> tuple[float, float, int]:
-    """(seconds, peak GiB resident of the process tree, exit code)."""
+def measure(command: list[str]) -> tuple[float, float, int]:
+    """Runs a command and returns (seconds, peak resident GiB of the process tree, exit code)."""
     start = time.monotonic()
     process = subprocess.Popen(command)
     peak, done = 0, threading.Event()
@@ -108,14 +109,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--instances", type=int, default=860_001)
-    parser.add_argument("--file", type=Path, help="use this file, or generate it here; default: a temporary one")
+    parser.add_argument(
+        "--file", type=Path, help="annotation file to use, generated if it does not exist (default: a temporary file)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.file or Path(folder) / "instances.json"
         if not path.exists():
-            synthesise(path, options.images, options.instances)
-        words = ["--annotations", str(path), "--json", str(Path(folder) / "report.json")]
-        seconds, peak, code = measured([sys.executable, "-m", "pais_ray.cli", "validate", *words])
+            generate(path, options.images, options.instances)
+        arguments = ["--annotations", str(path), "--json", str(Path(folder) / "report.json")]
+        seconds, peak, code = measure([sys.executable, "-m", "pais_ray.cli", "validate", *arguments])
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         report = json.loads((Path(folder) / "report.json").read_text())
         print(

@@ -1,4 +1,4 @@
-"""Laws of Cityscapes' files: what was painted is what is read, groups are crowds, faults have a rule."""
+"""The Cityscapes layout: records are the painted pixels, groups are crowds, faults raise a rule."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def painted(path: str) -> np.ndarray:
 
 
 def check_against_pixels(folder) -> int:
-    """Every mask, box, label and crowd of a part is that of instanceIds.png; the number of instances."""
+    """Compares every mask, box, label and crowd of a part with instanceIds.png; returns the number of instances."""
     dataset = read_labeled(str(folder), None)
     assert isinstance(dataset.truth, dict)
     ids = {c.index: c.id for c in dataset.categories}
@@ -87,7 +87,7 @@ def test_polygons_paint_what_the_official_tool_painted(image_sets):
         np.testing.assert_array_equal(cityscapes.paint(json.loads(path.read_text()), str(path)), values)
 
 
-def test_polygons_stand_in_for_missing_instance_images(image_sets, tmp_path):
+def test_polygons_replace_missing_instance_images(image_sets, tmp_path):
     given = image_sets / "cityscapes_layout" / "gtFine" / "val"
     for path in given.glob("*/*_polygons.json"):
         (tmp_path / "gtFine" / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -118,13 +118,13 @@ def test_later_objects_hide_earlier_ones():
     np.testing.assert_array_equal(cityscapes.paint(tree, "x"), expected)
 
 
-def test_painted_image_wins_over_polygons(root):
+def test_the_painted_image_has_priority_over_polygons(root):
     before = cityscapes.to_coco(str(root / "gtFine" / "train"))
     (root / "gtFine/train/aachen/aachen_000000_000019_gtFine_polygons.json").write_text("nonsense")
     assert cityscapes.to_coco(str(root / "gtFine" / "train")) == before
 
 
-def test_order_of_files_does_not_matter_and_a_pixel_does(root, tmp_path):
+def test_the_hash_depends_on_pixels_and_not_on_the_order_of_files(root, tmp_path):
     one = read_labeled(str(root / "gtFine" / "train"), None)
     assert [r.path.split("/")[-2:] for r in one.records] == [
         ["aachen", "aachen_000000_000019_leftImg8bit.png"],
@@ -154,7 +154,7 @@ def test_converted_file_gives_the_same_records(root, tmp_path):
         assert (a.image_id, a.path, a.rles, a.boxes.tolist()) == (b.image_id, b.path, b.rles, b.boxes.tolist())
 
 
-def test_images_may_lie_elsewhere(root, tmp_path):
+def test_images_can_be_in_another_folder(root, tmp_path):
     (root / "leftImg8bit" / "train").rename(tmp_path / "elsewhere")
     dataset = read_labeled(str(root / "gtFine" / "train"), str(tmp_path / "elsewhere"))
     assert dataset.records[0].path.startswith(str(tmp_path / "elsewhere"))

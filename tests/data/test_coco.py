@@ -1,4 +1,4 @@
-"""Laws of reading: every legal COCO file becomes right records, every fault ends in its rule, not in C."""
+"""Reading COCO files: valid files give correct records; every fault raises its rule before any C call."""
 
 import copy
 import json
@@ -70,7 +70,7 @@ def test_ids_labels_and_boxes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["polygon", "runs", "str", "two polygons"])
-def test_every_kind_of_mask_reads_the_same(tmp_path, kind):
+def test_every_kind_of_mask_gives_the_same_run_lengths(tmp_path, kind):
     flat = square().ravel(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *changes, flat.size]).tolist()
@@ -185,9 +185,9 @@ FAULTS = [
 @pytest.mark.parametrize(
     ("fault", "rule"), FAULTS, ids=lambda value: str(value)[:40].encode("ascii", "replace").decode()
 )
-def test_each_fault_of_an_annotation_ends_in_its_rule(tmp_path, monkeypatch, fault, rule):
+def test_each_fault_of_an_annotation_raises_its_rule(tmp_path, monkeypatch, fault, rule):
     def reached(*_):
-        raise AssertionError("a C function saw malformed data")
+        raise AssertionError("a C function received malformed data")
 
     for name in ("frPyObjects", "merge", "area", "decode", "toBbox"):
         monkeypatch.setattr(coco_mask, name, reached)
@@ -198,7 +198,7 @@ def test_each_fault_of_an_annotation_ends_in_its_rule(tmp_path, monkeypatch, fau
     assert "set.json: annotation" in message
     assert f"{RULES[rule]} [{rule}]" in message
     assert len(message) < 600
-    assert str(pickle.loads(pickle.dumps(caught.value))) == message, "it travels between processes"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message, "the error can be pickled"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_box_or_a_mask_that_contradicts_the_other_is_refused(tmp_path, fault, 
     assert caught.value.rule == rule
 
 
-def test_more_instances_than_pycocotools_measures_at_once(tmp_path):
+def test_more_instances_than_pycocotools_measures_in_one_call(tmp_path):
     tree = copy.deepcopy(TREE)
     tree["annotations"] = [tree["annotations"][0] | {"id": i} for i in range(300)]
     assert len(read(tmp_path, tree).records[0].rles) == 300
@@ -311,7 +311,7 @@ def test_missing_and_broken_files(tmp_path):
         read_coco(str(tmp_path / "set.json"), str(tmp_path / "gone"))
 
 
-def test_subfolders_and_a_linked_root_are_fine(tmp_path):
+def test_subfolders_and_a_linked_root_are_valid(tmp_path):
     real = tmp_path / "real"
     (real / "sub").mkdir(parents=True)
     Image.new("RGB", (W, H)).save(real / "sub" / "deep.png")
@@ -321,7 +321,7 @@ def test_subfolders_and_a_linked_root_are_fine(tmp_path):
 
 
 def test_run_lengths_of_any_mask_parse_back():
-    """The parser against the C encoder: random masks, from empty to speckled to full, odd sizes."""
+    """Compares the parser with the C encoder: random masks from empty to full, of unusual sizes."""
     random = np.random.default_rng(0)
     for density in (0, 0.001, 0.02, 0.5, 0.98, 1):
         for height, width in ((1, 1), (1, 40), (37, 1), (50, 61), (300, 400)):
@@ -335,7 +335,7 @@ def test_run_lengths_of_any_mask_parse_back():
 
 
 def test_any_string_is_parsed_or_refused():
-    """Random strings end in a rule or in runs that the C decoder, too, takes for a mask of that size."""
+    """Random strings raise a rule or give runs that the C decoder also reads as a mask of that size."""
     random = np.random.default_rng(1)
     fine = 0
     for _ in range(3000):
@@ -378,8 +378,8 @@ def test_a_plain_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "nothing"])
-def test_a_folder_with_what_is_no_file_names_it_and_opens_nothing(tmp_path, kind):
-    """Reading from a pipe that nobody writes to waits for ever."""
+def test_a_folder_with_a_pipe_or_device_is_an_error_and_nothing_is_opened(tmp_path, kind):
+    """Reading from a pipe without a writer would block forever."""
     path = tmp_path / "x.jpg"
     if kind == "a pipe":
         os.mkfifo(path)
@@ -389,7 +389,7 @@ def test_a_folder_with_what_is_no_file_names_it_and_opens_nothing(tmp_path, kind
         list_folder(str(tmp_path))
 
 
-def test_a_folder_with_a_broken_image_names_it(image_sets, tmp_path):
+def test_a_folder_with_a_broken_image_is_an_error(image_sets, tmp_path):
     with pytest.raises(DataError, match=r"(not_an_image|zero_bytes)\.jpg"):
         read_folder(str(image_sets / "encoding_variants" / "broken"))
     with pytest.raises(DataError, match="image-missing"):
@@ -398,9 +398,9 @@ def test_a_folder_with_a_broken_image_names_it(image_sets, tmp_path):
         read_folder(str(tmp_path / "gone"))
 
 
-def test_unlabeled_json_needs_nothing_but_images_and_looks_at_nothing_else(tmp_path):
+def test_of_an_unlabeled_json_file_only_the_images_are_read(tmp_path):
     read(tmp_path, TREE)
-    tree = {"images": TREE["images"], "annotations": "never looked at"}
+    tree = {"images": TREE["images"], "annotations": "not read"}
     (tmp_path / "images.json").write_text(json.dumps(tree))
     (record,) = read_unlabeled(str(tmp_path / "images.json"), str(tmp_path))
     assert set(vars(record)) == {"image_id", "path", "height", "width"}
@@ -458,7 +458,7 @@ def test_coco_masks_lie_in_their_boxes_and_match_pycocotools(image_sets):
             tight = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
             x, y, width, height = entry["bbox"]
             assert np.allclose(box, [x, y, x + width, y + height], atol=1e-4)
-            assert np.abs(tight - box).max() <= 3, "people drew the boxes to a pixel or two"
+            assert np.abs(tight - box).max() <= 3, "boxes are drawn with a precision of some pixels"
 
 
 @pytest.mark.parametrize(("name", "part"), [("nuclei", "train"), ("encoding_variants", "all")])

@@ -95,7 +95,7 @@ def test_images_of_a_test_file_are_not_trained_on(tmp_path):
     assert "not used: " in lines
 
 
-def test_one_file_alone_is_what_is_labeled(image_sets):
+def test_a_single_file_is_used_for_training(image_sets):
     root = image_sets / "encoding_variants"
     settings = found(root)
     assert settings == {
@@ -176,13 +176,13 @@ def test_a_folder_of_images_and_one_file(photos):
     assert f"  data.unlabeled={photos}  (6 images that no JSON file lists)" in lines
 
 
-def test_shards_are_known_by_their_manifest(tmp_path):
+def test_shards_are_recognized_by_their_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "pais_ray shards", "version": 1}))
     assert found(tmp_path) == {"train": str(tmp_path)}
     assert found("s3://bucket/shards") == {"train": "s3://bucket/shards"}
 
 
-# ---- what is missing or ambiguous ------------------------------------------------------------------------
+# ---- missing or ambiguous parts --------------------------------------------------------------------------
 
 
 def test_images_without_annotations_are_an_error_with_remedies(photos):
@@ -292,20 +292,20 @@ def test_explicit_settings_have_priority(photos):
         compose([f"data={photos}/nowhere"])
 
 
-# ---- words -----------------------------------------------------------------------------------------------
+# ---- configs and overrides -------------------------------------------------------------------------------
 
 
-def test_alone_it_is_the_papers_method_and_says_so(photos, tmp_path):
+def test_a_folder_alone_gives_the_method_of_the_paper(photos, tmp_path):
     spelt = expand_words([f"data={photos}"])
     assert spelt.chosen == ["Defaults: mask_rcnn pais (no other word names a segmentor or a method)"]
     config = compose([f"data={photos}"])
     assert (config.segmentor.name, config.method.name, config.data.labeled) == ("mask_rcnn", "pais", 1.0)
     (tmp_path / "config.yaml").write_text(dump(config))
-    assert load(tmp_path / "config.yaml") == config, "what is dumped are the settings"
+    assert load(tmp_path / "config.yaml") == config, "the dump contains all settings"
     assert f"train: {photos}/labels.json" in dump(config)
 
 
-def test_other_words_choose_and_their_own_data_give_way(photos):
+def test_configs_choose_the_method_and_their_data_is_replaced(photos):
     knet = expand_words([f"data={photos}", "knet"])
     assert knet.chosen == ["Defaults: pais (no other word names a method)"]
     config = compose([f"data={photos}", "quickstart"])
@@ -316,25 +316,25 @@ def test_other_words_choose_and_their_own_data_give_way(photos):
     assert expand_words(["quickstart"]) == (["quickstart"], [], [])
 
 
-def test_without_unlabeled_images_the_error_offers_both_ways(image_sets):
+def test_without_unlabeled_images_the_error_has_two_remedies(image_sets):
     with pytest.raises(ConfigError, match=r"set data\.labeled=0\.1, or .*add the word supervised"):
         compose([f"data={image_sets / 'nuclei'}"])
     assert compose([f"data={image_sets / 'nuclei'}", "supervised"]).data.labeled == 1
     assert compose([f"data={image_sets / 'nuclei'}", "data.labeled=0.5"]).method.name == "pais"
 
 
-def test_names_in_any_language_survive(tmp_path):
+def test_names_in_any_language_are_kept(tmp_path):
     folder = tmp_path / 'Füße: "#1", 🐈'
     picture(folder / "ä ö.png")
     coco(folder / "train.json", ["ä ö.png"])
     assert compose_data([f"data={folder}"]).train == f"{folder}/train.json"
 
 
-# ---- what is made of it ----------------------------------------------------------------------------------
+# ---- the resulting data ----------------------------------------------------------------------------------
 
 
 def test_the_parts_of_a_run(photos, tmp_path):
-    """Labeled, held out and unlabeled images share no file, and the truth is that of the held out ones."""
+    """Labeled, held-out and unlabeled images share no file; the ground truth is that of the held-out images."""
     _, data = prepare(compose([f"data={photos}", "data.holdout=0.25", f"run.storage_path={tmp_path}/runs"]))
     parts = [[Path(r.path).name for r in part] for part in (data.labeled, data.val, data.unlabeled)]
     assert [len(part) for part in parts] == [3, 1, 6]
@@ -346,7 +346,7 @@ def test_the_parts_of_a_run(photos, tmp_path):
     assert data.manifest.split.held_out_ids == tuple(r.image_id for r in data.val)
 
 
-def test_a_share_of_the_labels_leaves_the_others_unlabeled(photos, tmp_path):
+def test_a_labeled_fraction_makes_the_other_images_unlabeled(photos, tmp_path):
     words = [f"data={photos}", "data.labeled=0.5", f"run.storage_path={tmp_path}/runs"]
     _, data = prepare(compose(words))
     labeled, unlabeled, val = ({Path(r.path).name for r in p} for p in (data.labeled, data.unlabeled, data.val))
@@ -371,7 +371,7 @@ def test_split_and_run_agree(photos, tmp_path):
     assert call("split", "--out", tmp_path / "out").exit_code == 2
 
 
-def test_verbs_print_what_they_found(photos, tmp_path):
+def test_verbs_print_the_detected_settings(photos, tmp_path):
     done = call("show", f"data={photos}", "--json", tmp_path / "show.json")
     assert done.exit_code == 0, done.output
     assert "#   data.holdout=0.2  (no JSON file is named as validation)" in done.output

@@ -1,4 +1,4 @@
-"""Published lists mean the images their authors meant."""
+"""Published splits are read as their authors define them."""
 
 import json
 
@@ -16,7 +16,7 @@ NUMBER = 40
 
 @pytest.fixture
 def annotations(tmp_path):
-    """40 images with ids 1000, 990, ...; every fifth without annotation, every fifth with a crowd alone."""
+    """40 images with ids 1000, 990, ...; every fifth without annotation, every fifth with only a crowd."""
     images = [{"id": 1000 - 10 * i, "file_name": f"{i}.jpg", "height": 10, "width": 10} for i in range(NUMBER)]
     entries = []
     for i, image in enumerate(images):
@@ -58,7 +58,7 @@ def test_indices_count_images_with_instances_by_id(annotations, tmp_path):
         import_splits(path, dataset, [0.25])
 
 
-def test_a_pair_of_files_is_two_lists_of_ids(annotations, tmp_path):
+def test_a_pair_of_files_gives_two_lists_of_ids(annotations, tmp_path):
     ids = [1000 - 10 * i for i in range(NUMBER)]
     parts = {"": ids[:4], "-unlabeled": ids[4:]}
     for name, part in parts.items():
@@ -96,7 +96,7 @@ def test_the_command_writes_manifests(annotations, tmp_path):
         ({"images": [{"id": 1000}]}, "file-missing", "list-unlabeled.json"),
     ],
 )
-def test_wrong_lists_are_named(annotations, tmp_path, content, rule, said):
+def test_invalid_lists_raise_their_rule(annotations, tmp_path, content, rule, said):
     path = written(tmp_path / "list.json", content)
     with pytest.raises(DataError) as caught:
         import_splits(path, read_annotations(annotations))
@@ -108,7 +108,7 @@ def test_wrong_lists_are_named(annotations, tmp_path, content, rule, said):
     ("labeled", "unlabeled", "rule"),
     [([1000], [1000], "id-duplicate"), ([5], [1000], "id-unknown"), ([], [1000], "id-duplicate")],
 )
-def test_wrong_pairs_are_named(annotations, tmp_path, labeled, unlabeled, rule):
+def test_invalid_pairs_raise_their_rule(annotations, tmp_path, labeled, unlabeled, rule):
     written(tmp_path / "a.1@10-unlabeled.json", {"images": [{"id": i} for i in unlabeled]})
     path = written(tmp_path / "a.1@10.json", {"images": [{"id": i} for i in labeled]})
     with pytest.raises(DataError) as caught:

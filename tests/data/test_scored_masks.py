@@ -1,4 +1,4 @@
-"""Laws of scored masks from elsewhere: truth given as such is truth, weights are the method's, frames are right."""
+"""Scored masks: ground truth as scored masks is learned like ground truth; weights and coordinates are correct."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ class NobodyAsks(Teacher):
 
 
 def given(labeled, scores=None, ious=None) -> Predictions:
-    """The truth of a sample as scored masks, by the way that files take."""
+    """The ground truth of a sample as scored masks, converted as if read from a file."""
     num = len(labeled.labels)
     row = {
         "boxes": labeled.boxes.ravel().tolist(),
@@ -50,7 +50,7 @@ def batch_of(labeled, predictions, unlabeled_row=1):
 
 
 def spied(batch, method):
-    """The targets that the student is given on the strong views."""
+    """The targets of the student on the strong views."""
     seen = []
 
     class Spy(torch.nn.Module):
@@ -65,7 +65,7 @@ def spied(batch, method):
 
 
 @pytest.mark.parametrize("row", [1, 2, 5, 9])
-def test_truth_given_as_scored_masks_is_learned_like_truth(row):
+def test_ground_truth_as_scored_masks_is_learned_like_ground_truth(row):
     state, labeled = state_of(), sample(row, 1, True)
     state.teacher.__class__ = NobodyAsks
     batch = batch_of(labeled, given(labeled))
@@ -77,12 +77,12 @@ def test_truth_given_as_scored_masks_is_learned_like_truth(row):
     torch.manual_seed(0)
     losses, logs = batch_losses(state.student, state.teacher, batch, PLAIN, step=0)
     torch.manual_seed(0)
-    state.student(batch.labeled, batch.targets)  # the samplers draw for the labeled term first
+    state.student(batch.labeled, batch.targets)  # the samplers draw for the labeled loss first
     expected = state.student(batch.strong, truth)
     assert logs["pseudo/kept"] == 1
     assert expected["mask"] > 0
     for name, value in expected.items():
-        tolerance = 1e-4 if name not in ("mask", "mask_iou") else 0.02  # masks are of low resolution
+        tolerance = 1e-4 if name not in ("mask", "mask_iou") else 0.02  # masks have a low resolution
         torch.testing.assert_close(losses[f"unlabeled/{name}"], value, rtol=tolerance, atol=1e-5)
 
 
@@ -101,8 +101,8 @@ def test_scores_and_ious_become_the_methods_weights_and_thresholds():
     torch.testing.assert_close(targets.mask_weight, torch.tensor([0.6**2, 0.8**2]))
 
 
-def test_masks_and_boxes_lie_where_the_weak_view_shows_the_object():
-    """Half the size and flipped, worked out by hand: x -> 60 - x / 2, y -> y / 2."""
+def test_masks_and_boxes_are_in_the_coordinates_of_the_weak_view():
+    """Half the size and flipped, computed manually: x -> 60 - x / 2, y -> y / 2."""
     mask = np.zeros((1, 80, 120), dtype=bool)
     mask[0, 20:60, 10:40] = True
     mask[0, 20:40, 10:20] = False
@@ -141,14 +141,14 @@ def test_grids_are_small_and_agree_with_the_masks(image_sets):
             assert (full & pasted).sum() / (full | pasted).sum() > 0.95, (record.image_id, i)
 
 
-def test_images_without_masks_give_no_pseudo_labels_and_all_or_none_have_an_answer():
+def test_images_without_masks_give_no_pseudo_labels_and_masks_for_some_images_only_are_an_error():
     labeled = sample(4, 1, True)
     nothing = given(labeled)[:0]
     state = state_of()
     state.teacher.__class__ = NobodyAsks
     losses, logs = batch_losses(state.student, state.teacher, batch_of(labeled, nothing), PAIS(), step=0)
     assert logs["pseudo/empty_images"] == 1
-    assert batch_of(labeled, nothing).to("cpu").scored is not None, "a batch takes its masks along"
+    assert batch_of(labeled, nothing).to("cpu").scored is not None, "moving a batch keeps its masks"
     assert all(torch.isfinite(value) for value in losses.values())
     with pytest.raises(ValueError, match="all 2 samples, got 1"):
         warp_scored_masks(
@@ -165,7 +165,7 @@ def dataset(tiny_coco):
 
 
 def results_of(dataset, path, **more):
-    """The truth of all images as a results file, other keys on top."""
+    """The ground truth of all images as a results file, with other keys added."""
     entries = [
         {
             "image_id": record.image_id,
@@ -182,7 +182,7 @@ def results_of(dataset, path, **more):
 
 
 def read(dataset, path, above=0.0, first=3):
-    """The file, for a data set of which the ``first`` images are labeled."""
+    """The file, read for a data set whose ``first`` images are labeled."""
     unlabeled = [unlabel(record) for record in dataset.records[first:]]
     others = {record.image_id for record in dataset.records[:first]}
     return scored_masks.read_scored(str(path), unlabeled, others, dataset.categories, above)
@@ -195,7 +195,7 @@ def test_a_file_is_read_image_by_image(dataset, tmp_path):
     for record, image in zip(dataset.records[3:], found.images, strict=True):
         assert image.labels.tolist() == record.labels.tolist()
         assert image.rles == record.rles
-        assert np.abs(image.boxes - record.boxes).max(initial=0) <= 2, "without bbox, the box is that of the mask"
+        assert np.abs(image.boxes - record.boxes).max(initial=0) <= 2, "without bbox, the box is the mask's"
         assert set(image.scores) <= {1.0}
         assert set(image.ious) <= {0.5}
     assert found.elsewhere == sum(len(record.labels) for record in dataset.records[:3])
@@ -211,7 +211,7 @@ def test_names_of_the_predicted_iou(dataset, tmp_path, keys, expected):
     assert set(np.concatenate([image.ious for image in read(dataset, tmp_path / "r.json").images])) == {expected}
 
 
-def test_best_first_and_nothing_below_the_threshold(dataset, tmp_path):
+def test_masks_are_sorted_by_score_and_those_below_the_threshold_left_out(dataset, tmp_path):
     entries = results_of(dataset, tmp_path / "r.json")
     record = dataset.records[5]
     own = [entry for entry in entries if entry["image_id"] == record.image_id][:1] * 4
@@ -230,7 +230,7 @@ def test_best_first_and_nothing_below_the_threshold(dataset, tmp_path):
     assert "3 scored masks in 1 of 9 unlabeled images, none in 8\n  score 0.38 / 0.50 / 0.82" in found.summary()
 
 
-def test_the_table_holds_what_was_read(dataset, tmp_path):
+def test_the_table_contains_the_masks_read(dataset, tmp_path):
     results_of(dataset, tmp_path / "r.json")
     images = read(dataset, tmp_path / "r.json").images
     for row, image in zip(scored_masks.to_table(images)["scored"].to_pylist(), images, strict=True):

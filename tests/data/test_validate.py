@@ -1,4 +1,4 @@
-"""Laws of `pais-ray validate`: every malformed file ends in its rule and exit code, in the report and in reading."""
+"""`pais-ray validate`: every malformed file gives its rule and exit code, in the report and when it is read."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_the_corpus_is_large():
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_each_malformed_file_ends_in_its_rule_and_exit_code(folder, name):
+def test_each_malformed_file_gives_its_rule_and_exit_code(folder, name):
     content, rule = CORPUS[name]
     path, out = written(folder, content), folder / "out.json"
     done = call("--annotations", path, "--json", out)
@@ -50,13 +50,13 @@ def test_each_malformed_file_ends_in_its_rule_and_exit_code(folder, name):
         assert finding["severity"] == severity(finding["rule"])
         assert str(path) in finding["where"]
         assert all(finding.values())
-        assert len(json.dumps(finding)) < 1500, "a message is a line, whatever the file holds"
+        assert len(json.dumps(finding)) < 1500, "messages are short for any content"
     assert all(name in done.output for name in set(rules(out)))
     assert found["errors"] == done.output.count("error   ") or found["errors"] > 1
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_reading_refuses_what_the_report_calls_an_error_and_nothing_else(folder, name):
+def test_reading_raises_exactly_for_errors_of_the_report(folder, name):
     path = written(folder, CORPUS[name][0])
     report = examine([Part(name="file", annotations=str(path), images=None)])
     errors = {finding.rule for finding in report.findings if severity(finding.rule) == "error"}
@@ -69,7 +69,7 @@ def test_reading_refuses_what_the_report_calls_an_error_and_nothing_else(folder,
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_the_repaired_copy_has_no_error_and_the_source_is_as_it_was(folder, name):
+def test_the_repaired_copy_has_no_error_and_the_source_is_unchanged(folder, name):
     content, rule = CORPUS[name]
     path, copied, out = written(folder, content), folder / "copy.json", folder / "out.json"
     before = path.read_bytes()
@@ -92,8 +92,8 @@ def test_the_repaired_copy_has_no_error_and_the_source_is_as_it_was(folder, name
         assert all(set(change) == {"where", "rule", "change"} for change in changes)
 
 
-def test_what_a_repair_writes(folder):
-    """Each value that is recomputed, against numbers worked out by hand."""
+def test_repaired_values(folder):
+    """Each recomputed value, compared with manually computed numbers."""
     square = tree()["annotations"][0]
     broken = same_name(used=True)
     broken["annotations"] = [
@@ -132,7 +132,7 @@ def test_what_a_repair_writes(folder):
     assert [re.search(r"annotation (\d+)", where)[1] for where in removed] == ["12", "10", "11"]
 
 
-def test_several_faults_are_all_found(folder):
+def test_all_faults_of_a_file_are_found(folder):
     broken = annotation(bbox=[1, 2, 3], iscrowd=7, segmentation=[[1, 2]], area="x", category_id=4)
     broken["images"][1]["height"] = "40"
     broken["annotations"][2]["bbox"] = [0, 0, 500, 500]
@@ -152,16 +152,16 @@ def test_the_table_shows_the_first_examples_and_counts_the_rest(folder):
     assert "10 errors, 1 warning: 2 images (0 decoded), 10 annotations" in done.output
 
 
-def test_names_cannot_write_escape_sequences(folder):
+def test_names_cannot_print_escape_sequences(folder):
     done = call("--annotations", written(folder, tree() | {"categories": [{"id": 1, "name": "\x1b[31m\u202e\ud800"}]}))
     assert done.exit_code == 1
     assert "\x1b" not in done.output
     path = written(folder, annotation(bbox=None)).rename(folder / "\x1b[31m.json")
     shown = examine([Part(name="file", annotations=str(path), images=None)]).table()
-    assert "?[31m.json: annotation 1" in shown, "click itself takes escapes away from what is no terminal"
+    assert "?[31m.json: annotation 1" in shown, "click removes escape sequences only if the output is not a terminal"
 
 
-def test_the_page_of_rules_is_that_of_the_code():
+def test_the_documented_rules_are_those_of_the_code():
     page = (ROOT / "docs" / "reference" / "data_rules.md").read_text()
     rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
     assert [row[0] for row in rows] == list(RULES)
@@ -172,8 +172,8 @@ def test_the_page_of_rules_is_that_of_the_code():
     assert set(RULES) >= WARNINGS
 
 
-def test_every_rule_is_broken_by_some_test():
-    """Rules of other readers are named here until their tests are in this file."""
+def test_every_rule_is_tested():
+    """``elsewhere`` lists the rules that other test files cover."""
     here = ROOT / "tests"
     patterns = ("test_validate*.py", "test_*cityscapes.py", "test_discover.py", "test_shards.py")
     files = [*(path for pattern in patterns for path in here.rglob(pattern)), CORPUS_FILE]

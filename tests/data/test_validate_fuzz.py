@@ -1,8 +1,8 @@
-"""Mutated files, by the hundred in the tests and for MINUTES in `make fuzz`: every one ends in findings or in none.
+"""Fuzzing of validation: hundreds of mutated files in the tests, and for MINUTES in `make fuzz`.
 
-Each example is a sound COCO file, ours or a piece of a real one, with values, keys, entries or bytes changed. The
-laws: exit code 0 or 1, a report, no exception; reading refuses exactly what the report calls an error; the repaired
-copy has no error. In the long run the process may have 4 GiB of addresses, and an example 60 seconds.
+Each example is a valid COCO file, generated or a piece of a real one, with changed values, keys, entries or bytes.
+Requirements: exit code 0 or 1, a report and no exception; reading raises exactly for the errors of the report; the
+repaired copy has no error. `make fuzz` limits the process to 4 GiB of address space and an example to 60 seconds.
 """
 
 import copy
@@ -38,7 +38,7 @@ LARGER = {
 
 
 def piece(path: Path) -> dict:
-    """The smallest images of a real file with their annotations, a few of each kind."""
+    """The smallest images of a real file with their annotations, images with crowds first."""
     content = json.loads(path.read_text())
     crowds = {a["image_id"] for a in content["annotations"] if a["iscrowd"]}
     images = sorted(content["images"], key=lambda image: (image["id"] not in crowds, image["height"] * image["width"]))
@@ -79,7 +79,7 @@ junk = st.recursive(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """The bytes of a file of which up to four things were changed."""
+    """The bytes of a file with up to four changes."""
     content = copy.deepcopy(draw(st.sampled_from(SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
         mutate(draw, content)
@@ -95,13 +95,13 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 def mutate(draw: st.DrawFn, content: dict) -> None:
-    """One change somewhere down the tree: replaced, removed, doubled, or swapped with a neighbor."""
+    """Changes one value in the tree: replaces, removes, duplicates or swaps it."""
     parent: dict | list = content
     while True:
         keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
         if not keys:
             return
-        if parent is content:  # the lists that count
+        if parent is content:  # mostly the lists of COCO
             keys = [
                 key for key in ("annotations", "annotations", "annotations", "images", "categories") if key in parent
             ] or keys
@@ -130,7 +130,7 @@ def mutate(draw: st.DrawFn, content: dict) -> None:
 SEEDS = seeds()
 
 
-def laws(folder: Path, data: bytes) -> None:
+def check_requirements(folder: Path, data: bytes) -> None:
     path, out, copied = folder / "set.json", folder / "out.json", folder / "copy.json"
     path.write_bytes(data)
     copied.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def laws(folder: Path, data: bytes) -> None:
     errors = {finding["rule"] for finding in found["findings"] if finding["severity"] == "error"}
     assert errors <= set(RULES)
     assert all(finding["severity"] == severity(finding["rule"]) for finding in found["findings"])
-    whole = Report()  # the first report has not looked for image files
+    whole = Report()  # the first report does not check image files
     inspect_coco(str(path), str(folder), LIMITS, whole)
     errors = {finding.rule for finding in whole.findings if severity(finding.rule) == "error"}
     refused = None
@@ -158,16 +158,16 @@ def laws(folder: Path, data: bytes) -> None:
     assert path.read_bytes() == data
 
 
-def test_mutated_files_end_in_findings(tmp_path):
+def test_mutated_files_give_findings(tmp_path):
     path_names = {image["file_name"] for seed in SEEDS for image in seed["images"]}
-    for name in path_names:  # reading wants the files to be there, and looks at none
+    for name in path_names:  # reading requires the files and does not open them
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
-    def law(data: bytes) -> None:
+    def example(data: bytes) -> None:
         if MINUTES:
             faulthandler.dump_traceback_later(60, exit=True)
-        laws(tmp_path, data)
+        check_requirements(tmp_path, data)
 
     limits = settings(
         max_examples=1000 if MINUTES else 300, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -176,12 +176,12 @@ def test_mutated_files_end_in_findings(tmp_path):
     if MINUTES:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     while True:
-        limits(given(mutated())(law))()
+        limits(given(mutated())(example))()
         examples += limits.max_examples
         if time.monotonic() - start >= 60 * MINUTES:
             break
     faulthandler.cancel_dump_traceback_later()
-    print(f"{examples} mutated files in {time.monotonic() - start:.0f} s, none escaped")
+    print(f"{examples} mutated files in {time.monotonic() - start:.0f} s, all handled")
 
 
 def test_the_pieces_of_real_files_are_valid(tmp_path):

@@ -1,4 +1,4 @@
-"""Laws of `pais-ray validate`: image files, and the data set of a run as a whole."""
+"""`pais-ray validate`: image files, and the complete data set of a run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def exif(side: int) -> bytes:
 
 
 def spoil(folder: Path, name: str) -> dict:
-    """Makes the file of image 0 what ``name`` says, and returns the annotations."""
+    """Replaces the file of image 0 by the one that ``name`` describes, and returns the annotations."""
     file = folder / "0.png"
     if name == "missing":
         file.unlink()
@@ -90,7 +90,7 @@ def spoil(folder: Path, name: str) -> dict:
         "linked from outside": "image-path",
     }.items(),
 )
-def test_each_broken_image_file_ends_in_its_rule(folder, name, rule):
+def test_each_broken_image_file_gives_its_rule(folder, name, rule):
     images = folder / "images"
     images.mkdir()
     for i in range(2):
@@ -142,7 +142,7 @@ def test_broken_images_are_named(image_sets, folder):
 
 
 def test_a_crashing_decoder_affects_only_its_own_image(folder, monkeypatch):
-    """The last resort: processes that cannot start stand for a decoder that ends them."""
+    """Processes that cannot start simulate a decoder that crashes."""
     from pais_ray.data.validation import image_files
 
     jobs = [image_files.ImageFile(str(folder / f"{i % 2}.png"), f"{i}", (H, W)) for i in range(20)]
@@ -165,7 +165,7 @@ def data_set(folder: Path, same: bool) -> list[str]:
     return [*words, f"data.train_images={folder / 'train'}", f"data.val_images={folder / 'val'}"]
 
 
-def test_words_spell_a_data_set(tmp_path):
+def test_a_data_set_given_by_configs_and_overrides(tmp_path):
     words, out = data_set(tmp_path, same=False), tmp_path / "out.json"
     done = call(*words, "--json", out)
     assert done.exit_code == 0, done.output
@@ -183,7 +183,7 @@ def test_words_spell_a_data_set(tmp_path):
     assert "6 images (6 decoded)" in done.output
 
 
-def test_one_picture_in_two_parts_is_found_by_content(tmp_path):
+def test_an_image_in_two_parts_is_found_by_content(tmp_path):
     words, out = data_set(tmp_path, same=True), tmp_path / "out.json"
     assert call(*words, "--json", out).exit_code == 1
     assert rules(out) == ["image-leak"] * 2
@@ -202,7 +202,7 @@ def test_classes_absent_from_the_labeled_part(tmp_path):
     assert absent == {(), ("category-absent",)}, "it depends on which of the two images is labeled"
 
 
-def test_a_manifest_says_what_is_labeled_and_held_out(tmp_path):
+def test_a_manifest_defines_the_labeled_and_held_out_images(tmp_path):
     words, out = data_set(tmp_path, same=False), tmp_path / "out.json"
     assert call(*words, f"data.split={tmp_path}/none.json").exit_code == 2
     changed = tree()
@@ -220,7 +220,7 @@ def test_a_manifest_says_what_is_labeled_and_held_out(tmp_path):
     assert "image-leak" in rules(out)
 
 
-def test_the_other_verbs_refuse_with_the_same_rule(tmp_path):
+def test_the_other_verbs_raise_the_same_rule(tmp_path):
     words = data_set(tmp_path, same=False)
     (tmp_path / "train.json").write_text(json.dumps(annotation(segmentation=[[1e9, 10, *SQUARE]])))
     done = CliRunner().invoke(main, ["train", "quickstart", *words, f"run.storage_path={tmp_path / 'runs'}"])
@@ -237,6 +237,6 @@ def test_the_other_verbs_refuse_with_the_same_rule(tmp_path):
             arguments = ["evaluate", "--annotations", str(tmp_path / "train.json"), "--predictions", str(results)]
             done = CliRunner().invoke(main, arguments)
             if rule == "id-duplicate" and content == repeated("annotations"):
-                continue  # evaluation numbers annotations anew
+                continue  # evaluation renumbers annotations
             assert done.exit_code == 2, done.output
             assert f"[{rule}]" in done.output

@@ -1,4 +1,4 @@
-"""Laws of `pais-ray validate`: usage, caps, and what malformed files may cost."""
+"""`pais-ray validate`: usage, limits, and the resources that malformed files can take."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_wrong_usage_is_exit_code_2(folder):
 
 @pytest.mark.parametrize("option", ["--json", "--fix"])
 @pytest.mark.parametrize("name", ["x" * 300, "set.json/x.json"])
-def test_what_cannot_be_written_is_wrong_usage(folder, option, name):
+def test_an_output_that_cannot_be_written_is_wrong_usage(folder, option, name):
     path = written(folder, tree()).rename(folder / "set.json")
     done = call("--annotations", path, option, folder / name)
     assert done.exit_code == 2
@@ -67,8 +67,8 @@ def test_what_cannot_be_written_is_wrong_usage(folder, option, name):
 
 
 @pytest.mark.parametrize("option", ["--json", "--fix"])
-def test_no_name_makes_the_source_a_file_aside(folder, option):
-    """OUT.part is a file like any other: where it is the source, writing OUT leaves it as it was."""
+def test_no_output_name_overwrites_the_source(folder, option):
+    """A source named OUT.part, like a temporary file, is unchanged after OUT was written."""
     path, out = written(folder, tree()).rename(folder / "out.json.part"), folder / "out.json"
     before = path.read_bytes()
     out.write_text("older")
@@ -81,7 +81,7 @@ def test_no_name_makes_the_source_a_file_aside(folder, option):
     assert not [file.name for file in folder.iterdir() if file.name.endswith(".partial")]
 
 
-def test_what_is_no_plain_file_is_written_to(folder):
+def test_a_pipe_is_written_to(folder):
     (folder / "null.json").symlink_to("/dev/null")
     assert call("--annotations", written(folder, tree()), "--json", folder / "null.json").exit_code == 0
     assert (folder / "null.json").is_char_device()
@@ -95,7 +95,7 @@ def test_what_is_no_plain_file_is_written_to(folder):
         ("--max-json-gib", "max_json_gib", 1e-6, "file-size"),
     ],
 )
-def test_caps_are_settings_that_their_message_names(folder, flag, setting, value, rule):
+def test_messages_name_the_setting_of_a_limit(folder, flag, setting, value, rule):
     path, out = written(folder, tree()), folder / "out.json"
     assert call("--annotations", path, flag, value, "--json", out).exit_code == 1
     found = json.loads(out.read_text())["findings"]
@@ -115,7 +115,7 @@ def test_caps_are_settings_that_their_message_names(folder, flag, setting, value
 
 
 def limited(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`validate` in a process that may have 2 GiB of addresses and half a minute."""
+    """Runs `validate` in a process limited to 2 GiB of address space and half a minute."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
     code += "from pais_ray.cli import main; main(['validate', *sys.argv[1:]])"
     command = [sys.executable, "-c", code, "--annotations", str(path), *map(str, arguments)]
@@ -135,7 +135,7 @@ def limited(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
         "nested deeply",
     ],
 )
-def test_bombs_stay_within_two_gib(folder, name):
+def test_decompression_bombs_stay_within_two_gib(folder, name):
     content, rule = CORPUS[name]
     done = limited(written(folder, content), "--json", folder / "out.json", "--fix", folder / "copy.json")
     assert done.returncode == (1 if rule else 0), done.stderr
@@ -143,10 +143,10 @@ def test_bombs_stay_within_two_gib(folder, name):
     assert rule in done.stdout
 
 
-def test_a_large_file_is_refused_by_its_size_and_what_does_not_fit_by_name(folder):
+def test_a_large_file_is_refused_by_size_and_a_memory_error_names_the_file(folder):
     path = folder / "huge.json"
     with path.open("wb") as file:
-        file.truncate(9 << 30)  # takes no room on the disk
+        file.truncate(9 << 30)  # a sparse file
     done = limited(path)
     assert (done.returncode, "file-size" in done.stdout) == (1, True), done.stderr
     path.write_bytes(b'{"images":[' + b'{"":0},' * 12_000_000 + b"{}]}")  # 84 MB that become 3 GiB
@@ -171,7 +171,7 @@ def test_a_large_file_is_refused_by_its_size_and_what_does_not_fit_by_name(folde
         None,
     ],
 )
-def test_the_estimate_of_memory_bounds_what_parsing_takes(unit):
+def test_the_memory_estimate_is_an_upper_bound(unit):
     count = 50_000
     data = b"[" + b",".join([unit] * count) + b"]" if unit else json.dumps({str(i): i for i in range(count)}).encode()
     tracemalloc.start()
@@ -182,8 +182,8 @@ def test_the_estimate_of_memory_bounds_what_parsing_takes(unit):
     assert taken <= parsed_bytes(data) <= 8 * taken
 
 
-def test_long_thin_images_are_no_way_around_the_cap_of_an_outline(folder):
-    """An image of one row lets coordinates reach hundreds of millions of pixels."""
+def test_long_thin_images_do_not_avoid_the_limit_of_an_outline(folder):
+    """In an image of one row, coordinates can be hundreds of millions of pixels."""
     wide = 50_000_000
     content = annotation(segmentation=[[0, 0, 9 * wide, 0, 9 * wide, 1, 0, 1]])
     content["images"][0] |= {"height": 1, "width": wide}
@@ -192,7 +192,7 @@ def test_long_thin_images_are_no_way_around_the_cap_of_an_outline(folder):
     assert "polygon-outline" in done.stdout
 
 
-def test_a_file_that_may_not_be_read_is_an_error_of_the_data(folder):
+def test_a_file_without_read_permission_is_a_data_error(folder):
     pipe = folder / "pipe.json"
     os.mkfifo(pipe)
     done = call("--annotations", pipe)

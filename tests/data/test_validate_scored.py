@@ -1,4 +1,4 @@
-"""Scored masks, malformed: every file ends in its rule, in the report and in reading, before any C call."""
+"""Malformed scored masks: every file gives its rule, in the report and when it is read, before any C call."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def without(key):
 
 @st.composite
 def mutated(draw):
-    """A sound file of six masks of which up to four things were changed."""
+    """A valid file of six masks with up to four changes."""
     sound = [GOOD | {"image_id": i % 2, "iou": 0.5} for i in range(3)]
     sound += [GOOD | {"image_id": i % 2, "segmentation": RLE, "bbox": [4, 3, 6, 5]} for i in range(3)]
     content = copy.deepcopy({"annotations": sound})
@@ -92,7 +92,7 @@ def errors(out):
 
 
 def data(folder, content, name="masks.json"):
-    """Two labeled images and two unlabeled ones, and the words for them."""
+    """Two labeled and two unlabeled images, and the overrides for them."""
     (folder / "set.json").write_text(json.dumps(tree()))
     (folder / "more").mkdir(exist_ok=True)
     for i in range(2):
@@ -104,7 +104,7 @@ def data(folder, content, name="masks.json"):
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_each_malformed_file_ends_in_its_rule_in_report_and_reading(folder, name):
+def test_each_malformed_file_gives_its_rule_in_report_and_reading(folder, name):
     content, rule = CORPUS[name]
     path, _ = data(folder, content)
     coco = str(folder / "set.json")
@@ -123,7 +123,7 @@ def test_each_malformed_file_ends_in_its_rule_in_report_and_reading(folder, name
         assert sum(len(image.scores) for image in found.images) + found.empty == len(content)
 
 
-def test_mutated_files_end_in_findings_and_reading_refuses_the_same(folder):
+def test_mutated_files_give_findings_and_reading_raises_for_the_same_ones(folder):
     records = [Record(image_id=i, path=f"{i}.png", height=H, width=W) for i in range(2)]
     known = {i: scored_masks.ImageInfo((H, W), f"{i}.png") for i in range(2)}
     path = folder / "masks.json"
@@ -144,7 +144,7 @@ def test_mutated_files_end_in_findings_and_reading_refuses_the_same(folder):
     law()
 
 
-def test_every_entry_is_told_not_only_the_first(folder):
+def test_every_invalid_entry_is_reported(folder):
     wrong = [GOOD | {"score": 2}, GOOD, GOOD | {"image_id": 5}, GOOD | {"segmentation": RLE | {"counts": "1"}}]
     _, words = data(folder, wrong)
     out = folder / "out.json"
@@ -152,8 +152,8 @@ def test_every_entry_is_told_not_only_the_first(folder):
     assert errors(out) == ["score-range", "id-unknown", "rle-sum"]
 
 
-def test_masks_for_what_labels_leave_of_train(folder):
-    """Without data.unlabeled every image of the file may have masks: which are labeled changes with the fold."""
+def test_masks_for_the_unlabeled_images_of_train(folder):
+    """Without data.unlabeled every image of the file may have masks, because the labeled ones change with the fold."""
     _, words = data(folder, [GOOD, GOOD | {"image_id": 1}])
     words = [word for word in words if "unlabeled" not in word]
     assert call(*words, "data.labeled=0.5").exit_code == 0
@@ -162,8 +162,8 @@ def test_masks_for_what_labels_leave_of_train(folder):
     assert call(*words, "data.labeled=0.5").exit_code == 1
 
 
-def test_masks_for_images_of_a_prefix_whose_sizes_nobody_knows(folder):
-    """Report and reading look at the headers, and agree."""
+def test_masks_for_images_of_a_prefix_with_unknown_sizes(folder):
+    """Report and reading both read the headers."""
     path, words = data(folder, [GOOD])
     words = [word.replace("unlabeled=", "unlabeled=file://") for word in words]
     assert call(*words).exit_code == 0
@@ -179,7 +179,7 @@ def test_masks_for_images_of_a_prefix_whose_sizes_nobody_knows(folder):
         read_data(compose_data(words))
 
 
-def test_train_ends_with_the_same_rule_and_exit_code_2(folder):
+def test_train_fails_with_the_same_rule_and_exit_code_2(folder):
     from click.testing import CliRunner
 
     from pais_ray.cli import main
@@ -194,7 +194,7 @@ def test_train_ends_with_the_same_rule_and_exit_code_2(folder):
     assert "data.pseudo_labels: supervised learns from labeled images only" in done.stderr
 
 
-def test_a_file_that_is_not_there_is_wrong_usage(folder):
+def test_a_missing_file_is_wrong_usage(folder):
     path, words = data(folder, [])
     path.unlink()
     done = call(*words)
@@ -202,7 +202,7 @@ def test_a_file_that_is_not_there_is_wrong_usage(folder):
     assert "[file-missing]" in done.stderr
 
 
-def test_ids_of_a_folder_that_has_grown_since_are_refused(folder):
+def test_ids_of_a_folder_with_new_images_are_refused(folder):
     path, words = data(folder, [GOOD])
     listing = [{"id": i, "file_name": f"/elsewhere/{i}.png"} for i in range(2)]
     (folder / "images.json").write_text(json.dumps({"images": listing, "categories": []}))
@@ -224,7 +224,7 @@ def test_too_many_masks_of_an_image(folder):
     assert errors(out) == ["image-instances"]
 
 
-def test_reading_measures_masks_as_annotations_are(folder):
+def test_scored_masks_are_measured_like_annotations(folder):
     """The same square, as an annotation and as a scored mask."""
     path, _ = data(folder, [GOOD | {"image_id": 0}])
     record = read_coco(str(folder / "set.json"), str(folder)).records[0]

@@ -1,4 +1,4 @@
-"""A generated data set in the files and folders of Cityscapes."""
+"""Generates a data set in the layout of Cityscapes."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SIZE = (60, 80)
 
 
 def write_scene(root: Path, part: str, city: str, number: int, values: np.ndarray) -> str:
-    """Image and instanceIds.png of one scene; returns CITY/NAME."""
+    """Writes image and instanceIds.png of one scene; returns CITY/NAME."""
     name = f"{city}/{city}_{number:06d}_000019"
     for folder in ("gtFine", "leftImg8bit"):
         (root / folder / part / city).mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def write_scene(root: Path, part: str, city: str, number: int, values: np.ndarra
 
 
 def scene(*rectangles: tuple[int, int, int, int, int], background: int = 7) -> np.ndarray:
-    """Values (60, 80) with rectangles (value, top, left, bottom, right) painted in order on road."""
+    """Returns values (60, 80) with rectangles (value, top, left, bottom, right) painted in order on road."""
     values = np.full(SIZE, background)
     for value, top, left, bottom, right in rectangles:
         values[top:bottom, left:right] = value
@@ -29,7 +29,7 @@ def scene(*rectangles: tuple[int, int, int, int, int], background: int = 7) -> n
 
 
 def polygons(*objects: tuple[str, int, int, int, int], **more: object) -> dict[str, object]:
-    """The polygons.json of the same rectangles, by label; a polygon's own border belongs to it."""
+    """Returns the polygons.json of the same rectangles, by label; the border of a polygon belongs to it."""
     entries = [
         {"label": label, "polygon": [[left, top], [right - 1, top], [right - 1, bottom - 1], [left, bottom - 1]]}
         for label, top, left, bottom, right in objects
@@ -38,6 +38,6 @@ def polygons(*objects: tuple[str, int, int, int, int], **more: object) -> dict[s
 
 
 def write_polygons(root: Path, part: str, name: str, tree: object) -> None:
-    """The polygons.json of a scene, in place of its instanceIds.png."""
+    """Writes the polygons.json of a scene and removes its instanceIds.png."""
     (root / "gtFine" / part / f"{name}_gtFine_polygons.json").write_text(json.dumps(tree))
     (root / "gtFine" / part / f"{name}_gtFine_instanceIds.png").unlink(missing_ok=True)

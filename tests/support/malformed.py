@@ -1,4 +1,4 @@
-"""Malformed COCO files, generated, each with the rule it ends in; what the tests of `validate` share."""
+"""Generated malformed COCO files, each with the rule that it breaks; shared by the tests of `validate`."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ RLE["counts"] = RLE["counts"].decode()
 
 
 def tree() -> dict:
-    """Two images, three instances and a crowd, without a fault."""
+    """A valid file: two images, three instances and a crowd."""
     common = {"category_id": 1, "iscrowd": 0}
     return {
         "info": {"year": 2024},
@@ -86,9 +86,9 @@ def same_name(used: bool) -> dict:
 
 
 NO_RULE = ""
-CORPUS = {  # what the file holds, as a tree or as bytes -> the rule it ends in; a warning's exit code is 0
-    "sound": (tree(), NO_RULE),
-    "sound without area and iscrowd": (without("annotations", "area"), NO_RULE),
+CORPUS = {  # name -> (content as a tree or bytes, the rule that it breaks)
+    "valid": (tree(), NO_RULE),
+    "valid without area and iscrowd": (without("annotations", "area"), NO_RULE),
     "unknown keys": (annotation(attributes={"occluded": [1, {"x": NAN}]}), NO_RULE),
     "byte order mark": (b"\xef\xbb\xbf" + json.dumps(tree()).encode(), NO_RULE),
     "utf-16": (json.dumps(tree()).encode("utf-16"), NO_RULE),
@@ -162,8 +162,8 @@ CORPUS = {  # what the file holds, as a tree or as bytes -> the rule it ends in;
     "a zero byte in the name": (image(file_name="0.png\0"), "image-path"),
     "an empty name": (image(file_name=""), "key-type"),
     "a name that is a list": (image(file_name=["0.png"]), "key-type"),
-    "more objects than figures count": (many(101), "image-crowded"),
-    "more annotations than the cap": (many(10_001), "image-instances"),
+    "more objects than metrics count": (many(101), "image-crowded"),
+    "more annotations than the limit": (many(10_001), "image-instances"),
     # flags, areas, boxes
     "iscrowd as text": (annotation(iscrowd="0"), "crowd-flag"),
     "iscrowd of two": (annotation(iscrowd=2), "crowd-flag"),
