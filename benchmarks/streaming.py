@@ -29,7 +29,7 @@ from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.utils.data import DataLoader, Dataset
 
-from pais_ray.data.annotations.records import CocoDataset, Record
+from pais_ray.data.annotations.records import CocoDataset, LabeledRecord, Record
 from pais_ray.data.images.images import decode
 from pais_ray.data.shards import dataset
 from pais_ray.data.shards.writer import Source, write_shards
@@ -75,8 +75,9 @@ def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -
 def sharded(out: str, records: list[Record]) -> tuple[Record, ...]:
     """The records as they lie in shards."""
     nothing = CocoDataset(path="", categories=(), records=(), sha256="0" * 64, truth={}, num_crowd=0, num_dropped=0)
-    write_shards(out, Source(train=nothing, parts={"unlabeled": records}, truth={}, split=None))
-    return dataset.read_part(out, "unlabeled")
+    labeled = LabeledRecord(**vars(records[0]), boxes=np.zeros((0, 4)), labels=np.zeros(0, np.int64), rles=())
+    write_shards(out, Source(train=nothing, parts={"train": [labeled], "unlabeled": records}, truth={}, split=None))
+    return dataset.read_shards(out, "train").unlabeled or ()
 
 
 def stream(records: tuple[Record, ...], images: int) -> Iterator[int]:

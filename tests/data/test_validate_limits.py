@@ -126,7 +126,7 @@ def limited(path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "sound",
+        "valid",
         "polygon far out",
         "polygon with NaN",
         "polygon that zigzags",

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import boto3
+import numpy as np
 import pytest
 import ray
 import torch
@@ -16,7 +17,7 @@ from pais_ray.cli.data.shard import source_of
 from pais_ray.config.data_section import DataConfig
 from pais_ray.config.tree import compose
 from pais_ray.data.annotations import coco, rle
-from pais_ray.data.annotations.records import CocoDataset, Record
+from pais_ray.data.annotations.records import CocoDataset, LabeledRecord, Record
 from pais_ray.data.images.images import decode
 from pais_ray.data.shards import dataset
 from pais_ray.data.shards.writer import Source, write_shards
@@ -47,13 +48,16 @@ def many(bucket, tmp_path_factory) -> str:
         Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
         records.append(Record(image_id=i, path=str(folder / f"{i}.png"), height=8, width=8))
     nothing = CocoDataset(path="", categories=(), records=(), sha256="", truth={}, num_crowd=0, num_dropped=0)
-    source = Source(train=nothing, parts={"unlabeled": records}, truth={}, split=None)
+    labeled = LabeledRecord(**vars(records[0]), boxes=np.zeros((0, 4)), labels=np.zeros(0, np.int64), rles=())
+    source = Source(train=nothing, parts={"train": [labeled], "unlabeled": records}, truth={}, split=None)
     write_shards(f"s3://{bucket}/many", source, rows_per_group=16, rows_per_file=256)
     return f"s3://{bucket}/many"
 
 
 def feed_of(url: str, lanes: int) -> pipeline.Feed:
-    records, groups = dataset.sort_by_group(dataset.read_part(url, "unlabeled"))
+    unlabeled = dataset.read_shards(url, "train").unlabeled
+    assert unlabeled is not None
+    records, groups = dataset.sort_by_group(unlabeled)
     plan = StepPlan(
         seed=3,
         num_labeled=0,

@@ -164,12 +164,6 @@ def read_shards(folder: str, part: Literal["train", "val"], limits: Limits = LIM
     )
 
 
-def read_part(folder: str, part: str) -> tuple[Record, ...]:
-    """The images of a part in file order, with the classes of their instances if it is labeled. Raises DataError."""
-    folder = storage.absolute(folder)
-    return _records(folder, read_manifest(folder), part)
-
-
 def read_truth(folder: str) -> dict[str, Any]:
     """The COCO ground truth of the part val. Raises DataError."""
     truth: dict[str, Any] = json.loads(_read(folder, read_manifest(folder), TRUTH))
