@@ -1,8 +1,8 @@
-"""The pseudo-label audit as a job on a cluster: a run's teacher on images whose annotations were not used.
+"""Audit the pseudo-labels of a run on a cluster, on images whose annotations were not used in training.
 
     pais-ray submit audit /shared/runs/first --number 1000 --num-gpus 1 --address http://HEAD:8265
 
-The words are those of `pais-ray audit`.
+The arguments are those of `pais-ray audit`.
 """
 
 import sys

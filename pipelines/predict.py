@@ -1,9 +1,9 @@
-"""Batch prediction as a program for a cluster: all images of a folder, bucket prefix or COCO JSON, in parts.
+"""Predict instances on a cluster, in all images of a folder, bucket prefix or COCO JSON.
 
     pais-ray submit predict /shared/runs/first s3://bucket/images --out /shared/labels --use-gpu \\
         --address http://HEAD:8265
 
-The words are those of `pais-ray batch-predict`; the same command resumes after an interruption.
+The arguments are those of `pais-ray batch-predict`. The same command resumes after any interruption.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""The whole search as a program for a cluster: search, train the best settings at full length, register the teacher.
+"""Search on a cluster, train the best settings at full length, and register the teacher.
 
     pais-ray submit search coco mask_rcnn pais search_pais --name taus --model nuts run.storage_path=/shared/runs \
         --address http://HEAD:8265
 
-The words are those of `pais-ray tune`, and `--model` names the registered model; the same command resumes.
+The arguments are those of `pais-ray tune`, and `--model` names the registered model. The same command resumes.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A table of many runs as a job on the cluster that can read the run directories.
+"""Tabulate many runs on the cluster that stores their run directories.
 
     pais-ray submit tables /shared/runs --markdown /shared/table.md --csv /shared/table.csv --address http://HEAD:8265
 
-The words are those of `pais-ray tables`.
+The arguments are those of `pais-ray tables`.
 """
 
 import sys

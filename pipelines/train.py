@@ -1,9 +1,9 @@
-"""Training as a job on a cluster: trains or resumes a run, evaluates it and prints where the result is.
+"""Train on a cluster: train or resume a run, evaluate it, and print its run directory.
 
     pais-ray submit train coco mask_rcnn pais data.labeled=0.01 run.name=first run.storage_path=/shared/runs \\
         --address http://HEAD:8265
 
-The words are those of `pais-ray train`; the same command resumes.
+The arguments are those of `pais-ray train`. The same command resumes.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Words to a Config and back: precedence, provenance, errors in one line, the round trip."""
+"""Words are composed to a Config and written back: precedence, published constants, error messages, the round trip."""
 
 import pickle
 import textwrap
@@ -11,12 +11,13 @@ from pais_ray.config.identity import changed_identity, flatten
 from pais_ray.config.overlays import ConfigError, config_dirs, resolve
 from pais_ray.config.tree import compose, dump, load, run_schedule
 from pais_ray.modeling import registry
+from tests.support.paper import PAPER
 
 FILES = {p.stem: p for d in config_dirs() for p in d.glob("*.yaml") if not p.stem.startswith("search_")}
 METHODS = ["supervised", "supervised_plain", "pais", "pais_wo_daloss", "pais_released", "pais_released_10"]
 RUNS = [
     *[("coco", "mask_rcnn", m) for m in METHODS],
-    *[("coco", "knet", m) for m in METHODS if m != "pais_released_10"],  # Mask R-CNN's alone
+    *[("coco", "knet", m) for m in METHODS if m != "pais_released_10"],  # for Mask R-CNN only
     ("synthetic", "knet", "pais"),
     ("cityscapes", "mask_rcnn", "pais"),
     ("cityscapes", "mask_rcnn", "pais_released_cityscapes"),
@@ -45,7 +46,7 @@ def error(*words, search=None) -> str:
 
 
 @pytest.mark.parametrize("words", RUNS, ids="-".join)
-def test_runs_compose_and_survive_the_round_trip(words, tmp_path):
+def test_a_config_equals_what_is_loaded_from_its_dump(words, tmp_path):
     config = compose(words)
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
@@ -55,39 +56,24 @@ def test_runs_compose_and_survive_the_round_trip(words, tmp_path):
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_every_file_is_in_some_run():
+def test_every_file_of_configs_is_composed_in_some_run():
     assert {w for run in RUNS for w in run} == set(FILES)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_every_file_opens_with_its_command_and_source(name):
+def test_every_file_starts_with_its_command_and_source(name):
     head = FILES[name].read_text().split("\n\n")[0]
     assert f" {name}" in next(line for line in head.splitlines() if line.startswith("#   pais-ray train"))
     assert "# Source: " in head
 
 
-def test_paper_for_mask_rcnn():
-    config = compose(["coco", "mask_rcnn", "pais"])
-    method, reference = config.method, config.optim.reference
-    assert (method.tau_cls, method.tau_iou, method.alpha, method.beta) == (0.35, 0.30, 4, 4)
-    assert (method.lambda_unlabeled, method.ema, method.normalizer) == (1.5, 0.999, "pos_neg")
-    assert (config.optim.name, reference.lr, reference.batch, reference.steps) == ("sgd", 0.01, 16, 220_000)
-    assert (config.batch.labeled, config.batch.unlabeled) == (1, 3)
+@pytest.mark.parametrize("segmentor", list(PAPER))
+def test_pais_has_the_constants_of_the_paper(segmentor):
+    settings = flatten(compose(["coco", segmentor, "pais"]))
+    assert {name: settings.get(name) for name in PAPER[segmentor]} == PAPER[segmentor]
 
 
-def test_paper_for_knet():
-    config = compose(["coco", "knet", "pais"])
-    method, optim, reference = config.method, config.optim, config.optim.reference
-    assert (method.tau_cls, method.tau_iou, method.alpha, method.beta) == (0.35, 0.30, 4, 4)
-    assert (method.lambda_unlabeled, method.ema, method.normalizer) == (0.3, 0.999, "pos_neg")
-    assert method.unlabeled_weights == {"mask_iou": 0, "semantic": 0}
-    assert (optim.name, optim.weight_decay, optim.backbone_lr_factor, optim.clip_norm) == ("adamw", 0.05, 0.25, 1)
-    assert (reference.lr, reference.batch, reference.steps, reference.warmup) == (1e-4, 16, 220_000, 1000)
-    assert reference.milestones == (160_000, 200_000)
-    assert (config.segmentor.num_kernels, config.segmentor.stages, config.segmentor.backbone) == (100, 3, "resnet50")
-
-
-def test_without_daloss_differs_in_the_exponents_alone():
+def test_without_daloss_only_the_exponents_differ():
     ours, without = (
         flatten(compose(["coco", "mask_rcnn", "pais"])),
         flatten(compose(["coco", "mask_rcnn", "pais_wo_daloss"])),
@@ -104,7 +90,7 @@ def test_without_daloss_differs_in_the_exponents_alone():
         (("cityscapes", "mask_rcnn", "pais_released_cityscapes"), (0.8, 1.0, 0.01, 27_000, 1, 3)),
     ],
 )
-def test_released_mask_rcnn(words, expected):
+def test_constants_of_the_released_mask_rcnn(words, expected):
     config = compose(words)
     method, reference, batch = config.method, config.optim.reference, config.batch
     assert expected == (
@@ -113,7 +99,7 @@ def test_released_mask_rcnn(words, expected):
     assert (method.tau_iou, method.alpha, method.beta, method.mask_scale) == (0, 0, 4, 2.5)
 
 
-def test_released_knet():
+def test_constants_of_the_released_knet():
     config = compose(["coco", "knet", "pais_released"])
     method = config.method
     assert (method.class_scale, method.class_cap, method.mask_scale) == (12, 0.5, 2.5)
@@ -121,7 +107,7 @@ def test_released_knet():
     assert (config.batch.labeled, config.batch.unlabeled, config.views.preset) == (1, 2, "coco_knet")
 
 
-def test_daggers_absence_is_plain_views():
+def test_the_baseline_without_dagger_has_plain_views():
     assert compose(["coco", "mask_rcnn", "supervised"]).views.labeled.color
     plain = compose(["coco", "mask_rcnn", "supervised_plain"])
     assert not plain.views.labeled.color
@@ -138,7 +124,7 @@ def test_daggers_absence_is_plain_views():
         (("coco", "mask_rcnn", "pais", "train.steps=20"), 0.0025, 20),
     ],
 )
-def test_schedule_of_a_run(words, lr, steps):
+def test_the_schedule_is_scaled_to_the_run(words, lr, steps):
     schedule = run_schedule(compose(words))
     assert (schedule.lr, schedule.steps) == (pytest.approx(lr), steps)
 
@@ -146,7 +132,7 @@ def test_schedule_of_a_run(words, lr, steps):
 # --- composition ---
 
 
-def test_later_words_win_and_overrides_win_over_all(tmp_path):
+def test_later_files_take_precedence_and_overrides_over_all_files(tmp_path):
     write(
         tmp_path,
         "a",
@@ -158,12 +144,12 @@ def test_later_words_win_and_overrides_win_over_all(tmp_path):
     assert compose(["b", "a"], [tmp_path]).train.seed == 1
 
 
-def test_paths_are_words(tmp_path):
+def test_a_path_of_a_yaml_file_is_a_word(tmp_path):
     path = write(tmp_path, "mine", "train: {seed: 5}")
     assert compose(["coco", "mask_rcnn", "pais", str(path)]).train.seed == 5
 
 
-def test_blocks_follow_their_file_and_the_segmentor_named_anywhere(tmp_path):
+def test_per_segmentor_blocks_follow_their_file_whatever_word_chooses_the_segmentor(tmp_path):
     write(
         tmp_path,
         "first",
@@ -176,16 +162,16 @@ def test_blocks_follow_their_file_and_the_segmentor_named_anywhere(tmp_path):
     assert resolve(["first", "last", "segmentor.name=other"], [tmp_path])["train"]["seed"] == 3
 
 
-def test_word_order_of_data_segmentor_and_method_is_free():
+def test_data_segmentor_and_method_may_come_in_any_order():
     assert compose(["pais", "mask_rcnn", "coco"]) == compose(["coco", "mask_rcnn", "pais"])
 
 
-def test_another_method_starts_its_section_anew():
+def test_another_method_resets_its_section():
     config = compose(["coco", "mask_rcnn", "pais", "supervised"])
     assert config.method == registry.method("supervised")()
 
 
-def test_another_preset_over_a_dumped_config_starts_its_section_anew(tmp_path):
+def test_another_preset_over_a_dumped_config_resets_its_section(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump(compose(["quickstart"])))
     config = compose([str(path), "segmentor.preset=r50", "views.preset=plain"])
@@ -193,7 +179,7 @@ def test_another_preset_over_a_dumped_config_starts_its_section_anew(tmp_path):
     assert not config.views.labeled.color
 
 
-def test_another_preset_starts_its_section_anew_but_keeps_what_came_with_it():
+def test_another_preset_keeps_the_settings_given_with_it():
     words = ["quickstart", "segmentor.detections=50", "segmentor.preset=r50"]
     segmentor = compose(words).segmentor
     assert (segmentor.backbone, segmentor.detections) == ("resnet50", 50)
@@ -215,7 +201,7 @@ def test_a_base_is_merged_directly_before_its_file(tmp_path):
         ("above", "above: base: above has a base itself; name above or copy its settings"),
     ],
 )
-def test_a_base_that_cannot_be_used_is_one_clear_line(base, part, tmp_path):
+def test_an_invalid_base_is_reported_in_one_line(base, part, tmp_path):
     write(tmp_path, "above", f"base: {base}")
     assert part in error("above", search=[tmp_path])
 
@@ -241,14 +227,14 @@ def test_numbers_parse(text, value):
         assert compose(words).optim.lr == value
 
 
-def test_exponents_parse_in_files_and_words_look_like_words(tmp_path):
+def test_files_follow_yaml_1_2(tmp_path):
     path = write(tmp_path, "mine", "optim: {lr: 1e-4}\nrun: {name: no}")
     config = compose(["coco", "mask_rcnn", "pais", str(path)])
     assert (config.optim.lr, config.run.name) == (1e-4, "no")
 
 
 @pytest.mark.parametrize("name", ["no", "1e4", "010", "2026-01-01", "true-story", "=", "12", "null-model"])
-def test_awkward_names_survive(name, tmp_path):
+def test_names_that_look_like_other_types_stay_text(name, tmp_path):
     config = compose(["quickstart", f"run.name='{name}'"])
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
@@ -300,24 +286,24 @@ def test_image_size_reaches_the_views():
         (["method.alpha=-1", "method.beta=-1"], ["method.alpha: ", "(and 1 more)"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_clear_line(words, parts):
+def test_mistakes_are_reported_in_one_line(words, parts):
     message = error("coco", "mask_rcnn", "pais", *words)
     for part in parts:
         assert part in message
 
 
-def test_supervised_with_unlabeled_images_is_a_mistake():
+def test_supervised_refuses_unlabeled_images():
     message = error("coco", "mask_rcnn", "supervised", "batch.unlabeled=3")
     assert "batch.unlabeled: supervised uses none, got 3; set batch.unlabeled=0" in message
 
 
-def test_unknown_segmentor_names_those_that_exist():
+def test_an_unknown_segmentor_lists_the_known_ones():
     message = error("coco", "mask_rcnn", "method.name=pais", "segmentor.name=unet")
     assert message.startswith("segmentor.name: no segmentor is called 'unet'")
     assert "there are: " + ", ".join(registry.segmentor_names()) in message
 
 
-def test_nothing_chosen_says_what_to_choose():
+def test_a_missing_choice_lists_the_choices():
     assert "segmentor.name: none chosen, and the settings of pais depend on it" in error("coco", "pais")
     assert "method.name: none chosen; add one of pais, supervised" in error("coco", "mask_rcnn")
 
@@ -332,7 +318,7 @@ def test_nothing_chosen_says_what_to_choose():
         ("method: pais\n", "write method.name=pais"),
     ],
 )
-def test_broken_files_are_one_clear_line(text, part, tmp_path):
+def test_broken_files_are_reported_in_one_line(text, part, tmp_path):
     assert part in error("coco", "mask_rcnn", "pais", str(write(tmp_path, "broken", text)))
 
 
@@ -370,7 +356,7 @@ def test_identity_and_free_settings(word, identity):
     assert changed_identity(changed, base) == expected
 
 
-def test_another_method_is_another_identity():
+def test_another_method_changes_the_identity():
     names = changed_identity(compose(["coco", "mask_rcnn", "pais"]), compose(["coco", "mask_rcnn", "supervised"]))
     assert {"method.name", "method.tau_cls", "batch.unlabeled"} <= set(names)
 
@@ -390,13 +376,13 @@ def test_config_is_immutable():
         config.train.seed = 3
 
 
-def test_plugin_names_are_the_folder():
+def test_plugin_names_are_the_files_of_their_folder():
     assert {"pais", "supervised"} <= set(registry.method_names())
     assert "mask_rcnn" in registry.segmentor_names()
     assert not any(n.startswith("_") for n in registry.segmentor_names() + registry.method_names())
 
 
-def test_dotted_path_serves_code_outside_the_package(tmp_path, monkeypatch):
+def test_a_dotted_path_loads_a_method_from_outside_the_package(tmp_path, monkeypatch):
     (tmp_path / "my_method_for_test.py").write_text(
         "from typing import Literal\n"
         "from pais_ray.modeling.methods.pais import PAIS\n"

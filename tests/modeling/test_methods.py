@@ -8,6 +8,7 @@ from pais_ray.modeling.methods.pais import PAIS
 from pais_ray.modeling.methods.supervised import Supervised
 from pais_ray.structures.batch import Predictions
 from pais_ray.structures.masks import Masks
+from tests.support.paper import PAPER
 
 SCORES = torch.tensor([0.95, 0.80, 0.60, 0.36, 0.35, 0.20])
 IOUS = torch.tensor([0.90, 0.31, 0.30, 0.50, 0.80, 0.95])
@@ -22,10 +23,12 @@ def predictions(scores=SCORES, ious=IOUS):
 
 
 def test_defaults_are_the_paper_for_mask_rcnn():
-    pais = PAIS()
-    assert (pais.tau_cls, pais.tau_iou, pais.alpha, pais.beta) == (0.35, 0.30, 4.0, 4.0)
-    assert (pais.lambda_labeled, pais.lambda_unlabeled, pais.ema) == (1.0, 1.5, 0.999)
-    assert (pais.normalizer, pais.burn_in, pais.negative_weight) == ("pos_neg", 0, 1.0)
+    expected = {
+        name.removeprefix("method."): value
+        for name, value in PAPER["mask_rcnn"].items()
+        if name.startswith("method.") and name.count(".") == 1
+    }
+    assert {name: getattr(PAIS(), name) for name in expected} == expected
 
 
 def test_keeps_what_is_over_both_thresholds():
