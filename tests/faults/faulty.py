@@ -1,7 +1,7 @@
-"""A Mask R-CNN that fails where it is told to: `segmentor.name=tests.faults.faulty`.
+"""A Mask R-CNN with scripted faults: `segmentor.name=tests.faults.faulty`.
 
-Its place is a range of global rows, so that a fault comes at the same data however often the run starts again; with
-``once`` it comes in one process only, whose marker file tells the next one.
+A fault occurs in a range of global rows, that is, at the same data after any number of restarts. With ``once`` it
+occurs in one process only, which leaves a marker file.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from pais_ray.structures.batch import Predictions
 
 class _Config(MaskRCNNConfig):
     name: Literal["tests.faults.faulty"] = "tests.faults.faulty"  # type: ignore[assignment]
-    fault: str = Field(default="none", description="+ between several")
-    first: tuple[int, ...] = Field(default=(0,), description="global row at which each begins")
-    rows: tuple[int, ...] = Field(default=(1,), description="of each")
-    once: str | None = Field(default=None, description="folder of markers: each comes once")
+    fault: str = Field(default="none", description="Names of the faults, separated by +.")
+    first: tuple[int, ...] = Field(default=(0,), description="First global row of each fault.")
+    rows: tuple[int, ...] = Field(default=(1,), description="Number of rows of each fault.")
+    once: str | None = Field(default=None, description="Folder of the marker files; each fault occurs once.")
 
 
 class FaultyMaskRCNN(MaskRCNN):
     Config = _Config
 
-    def due(self, fault: str, row: int) -> bool:
+    def is_due(self, fault: str, row: int) -> bool:
         config = self.config
         names = config.fault.split("+")
         if fault not in names:
@@ -46,29 +46,29 @@ class FaultyMaskRCNN(MaskRCNN):
 
     def forward(self, views, targets):
         row = int(views.rows[0])
-        if self.due("stop", row):
+        if self.is_due("stop", row):
             os.kill(os.getpid(), signal.SIGSTOP)
-        if self.due("oom_forward", row):
+        if self.is_due("oom_forward", row):
             raise torch.OutOfMemoryError("asked for 7 GiB, 3 MiB are free")
         losses = super().forward(views, targets)
-        if self.due("nan_loss", row):
+        if self.is_due("nan_loss", row):
             losses["class"] = losses["class"] * torch.nan
-        if self.due("zero_loss", row):
+        if self.is_due("zero_loss", row):
             losses = {k: v * 0 if k in ("box", "mask", "mask_iou") else v for k, v in losses.items()}
-        if self.due("nan_grad", row):
+        if self.is_due("nan_grad", row):
             losses["class"].register_hook(lambda grad: grad * torch.nan)
-        if self.due("oom_backward", row):
+        if self.is_due("oom_backward", row):
             losses["class"].register_hook(_no_memory)
         return losses
 
     def predict(self, views, score_threshold=None) -> list[Predictions]:
         row = int(views.rows[0])
-        if not self.training and self.due("nan_teacher", row):
+        if not self.training and self.is_due("nan_teacher", row):
             views = dataclasses.replace(views, images=views.images * torch.nan)
         found = super().predict(views, score_threshold=score_threshold)
         if self.training or len(views) == 0:
             return found
-        if row % 2 and self.due("empty", row):  # of two ranks the second one's rows
+        if row % 2 and self.is_due("empty", row):  # the rows of the second of two ranks
             return [p[:0] for p in found]
         return found
 

@@ -1,4 +1,4 @@
-"""Real runs under scripted faults: a driver in a process of its own, a cluster that the test owns."""
+"""Real runs under scripted faults: the driver is a separate process, and the test owns the cluster."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def words(data: Path, storage: Path, name: str, steps: int, *more: str) -> list[str]:
-    """Two workers, nano Mask R-CNN on 64 px, all that a run has: pseudo-labels, evaluation, checkpoints."""
+    """Two workers, nano Mask R-CNN on 64 px images, with pseudo-labels, evaluations and checkpoints."""
     return [
         *("synthetic", "segmentor.name=mask_rcnn", "method.name=pais"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
@@ -44,7 +44,7 @@ def words(data: Path, storage: Path, name: str, steps: int, *more: str) -> list[
 
 
 class Driver:
-    """`pais-ray train` as a user starts it, its output in a file; without an address on a cluster of its own."""
+    """`pais-ray train` as a user starts it, with its output in a file; without an address it starts its own cluster."""
 
     def __init__(self, arguments: list[str], address: str | None, log: Path) -> None:
         self.log = log
@@ -59,14 +59,14 @@ class Driver:
                 cwd=ROOT,
             )
 
-    def going(self) -> bool:
+    def is_running(self) -> bool:
         return self.process.poll() is None
 
     def output(self) -> str:
         return self.log.read_text()
 
     def finish(self) -> str:
-        """Waits for a good end; the test's own timeout bounds it."""
+        """Wait for the run to succeed and return the output; the timeout of the test applies."""
         assert self.process.wait() == 0, self.output()[-4000:]
         return self.output()
 
@@ -77,11 +77,11 @@ class Driver:
 
 @dataclass
 class Recovery:
-    """What one kill cost."""
+    """The cost of one kill."""
 
-    at: int  # steps logged when it came
-    resumed: int = -1  # steps of the checkpoint it went on from
-    seconds: float = 0.0  # until the first step after it
+    at: int  # steps logged before the kill
+    resumed: int = -1  # step of the checkpoint that the run resumed from
+    seconds: float = 0.0  # until the first new step
     lost: int = field(default=0)
 
 
@@ -100,7 +100,7 @@ def events(root: Path, kind: str | None = None) -> list[dict]:
 
 
 def workers(of: psutil.Process) -> list[psutil.Process]:
-    """The training processes among the descendants of the cluster's owner."""
+    """The training processes among the descendants of the process that owns the cluster."""
     found = []
     for process in of.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -109,16 +109,16 @@ def workers(of: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def kill_worker(root: Path, owner: psutil.Process, chance: random.Random, going) -> Recovery:
-    """SIGKILL for one of the two at whatever it does; returns when the run makes steps again."""
-    victims = wait_for(lambda: found if len(found := workers(owner)) == 2 else None, going)
+def kill_worker(root: Path, owner: psutil.Process, chance: random.Random, is_running) -> Recovery:
+    """Kill one of the two workers at a random moment; return when the run makes new steps."""
+    victims = wait_for(lambda: found if len(found := workers(owner)) == 2 else None, is_running)
     starts = len(events(root, "start"))
     recovery = Recovery(at=last_step(root))
     began = time.monotonic()
     chance.choice(victims).kill()
-    wait_for(lambda: len(events(root, "start")) > starts, going)
+    wait_for(lambda: len(events(root, "start")) > starts, is_running)
     recovery.resumed = events(root, "start")[-1]["step"]
-    wait_for(lambda: last_step(root) > recovery.resumed, going)
+    wait_for(lambda: last_step(root) > recovery.resumed, is_running)
     recovery.seconds = time.monotonic() - began
     recovery.lost = max(0, recovery.at - recovery.resumed)
     return recovery
@@ -134,7 +134,7 @@ def weights(root: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(root: Path, other: Path, step: int) -> None:
-    """Equal to the last bit: student, teacher, optimizer, counters, and every logged figure that is no time."""
+    """Student, teacher, optimizer, counters and all logged metrics except times are equal bit for bit."""
     a, b = weights(root, step), weights(other, step)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
@@ -144,7 +144,7 @@ def assert_same_end(root: Path, other: Path, step: int) -> None:
 
 
 def figures(root: Path) -> list[dict]:
-    """metrics.jsonl without times and without what the system was like."""
+    """The rows of metrics.jsonl without times and system metrics."""
     rows = [{k: v for k, v in row.items() if not k.startswith(("time", "system/"))} for row in metric_rows(root)]
     return sorted((r for r in rows if len(r) > 1), key=lambda r: (r["step"], sorted(r)))
 
@@ -154,7 +154,7 @@ def newest(root: Path) -> Path:
 
 
 def stop(process: psutil.Process) -> None:
-    """Ends a process that may stand still."""
+    """Kill a process that may be stopped."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGCONT)
         process.kill()

@@ -1,4 +1,4 @@
-"""Nodes that die and come: a cluster of several nodes on loopback, a run that outlives them."""
+"""Nodes that die and join: a cluster of several nodes on loopback, and a run that continues."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ NODE_KILLS = 3
 
 
 @contextlib.contextmanager
-def begun(cluster: Nodes, arguments, log):
-    """The driver as a process beside the head; ended with the block."""
+def running(cluster: Nodes, arguments, log):
+    """The driver as a process on the head node, killed at the end of the block."""
     before = dict(os.environ)
     os.environ.update(cluster.env)
     try:
@@ -31,37 +31,37 @@ def begun(cluster: Nodes, arguments, log):
     try:
         yield driver
     finally:
-        if driver.going():
+        if driver.is_running():
             driver.kill()
 
 
 def busy(cluster: Nodes) -> list[int]:
-    """Nodes that hold a training process, the head left out."""
+    """Indices of the nodes with a training process, except the head."""
 
-    def holds(index: int) -> bool:
+    def has_worker(index: int) -> bool:
         return any("RayTrainWorker" in " ".join(command_line(p)) for p in processes(cluster.running[index]))
 
-    return [i for i in range(1, len(cluster.running)) if cluster.running[i].poll() is None and holds(i)]
+    return [i for i in range(1, len(cluster.running)) if cluster.running[i].poll() is None and has_worker(i)]
 
 
 def test_nodes_that_die(tiny_coco, tmp_path_factory, tmp_path):
-    """Three times a node with a worker on it, with room on the others; each time another one joins."""
+    """Three times a node with a worker dies while others have free resources; each time another node joins."""
     chance, steps, seconds = random.Random(SEED), 60, []
     spread = ("scaling.placement_strategy=SPREAD", "scaling.cpus_per_worker=0.5")
     with nodes(tmp_path_factory.mktemp("n"), cpus=[2, 1, 1]) as cluster:
-        with begun(cluster, words(tiny_coco, tmp_path, "whole", steps, *spread), tmp_path / "whole.log") as driver:
+        with running(cluster, words(tiny_coco, tmp_path, "whole", steps, *spread), tmp_path / "whole.log") as driver:
             driver.finish()
         root = tmp_path / "nodes"
-        with begun(cluster, words(tiny_coco, tmp_path, "nodes", steps, *spread), tmp_path / "log") as driver:
+        with running(cluster, words(tiny_coco, tmp_path, "nodes", steps, *spread), tmp_path / "log") as driver:
             for _ in range(NODE_KILLS):
                 goal = last_step(root) + chance.randint(2, 8)
-                wait_for(lambda goal=goal: last_step(root) >= goal, driver.going)
-                victim = wait_for(lambda: busy(cluster), driver.going)[-1]
+                wait_for(lambda goal=goal: last_step(root) >= goal, driver.is_running)
+                victim = wait_for(lambda: busy(cluster), driver.is_running)[-1]
                 starts, began = len(events(root, "start")), time.monotonic()
                 cluster.kill(victim)
-                wait_for(lambda starts=starts: len(events(root, "start")) > starts, driver.going)
+                wait_for(lambda starts=starts: len(events(root, "start")) > starts, driver.is_running)
                 resumed = events(root, "start")[-1]["step"]
-                wait_for(lambda resumed=resumed: last_step(root) > resumed, driver.going)
+                wait_for(lambda resumed=resumed: last_step(root) > resumed, driver.is_running)
                 seconds.append(time.monotonic() - began)
                 cluster.join(1)
             driver.finish()
@@ -69,14 +69,14 @@ def test_nodes_that_die(tiny_coco, tmp_path_factory, tmp_path):
     report(node_kills={"kills": NODE_KILLS, "recovery_s": [round(s, 1) for s in seconds], "seed": SEED})
 
 
-def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_factory, tmp_path):
+def test_a_run_without_resources_waits_and_reports_what_it_needs(tiny_coco, tmp_path_factory, tmp_path):
     more = ("scaling.placement_strategy=SPREAD", "scaling.cpus_per_worker=0.8")
     with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
         root = tmp_path / "room"
-        with begun(cluster, words(tiny_coco, tmp_path, "room", 20, *more), tmp_path / "log") as driver:
-            wait_for(lambda: last_step(root) >= 6, driver.going)
+        with running(cluster, words(tiny_coco, tmp_path, "room", 20, *more), tmp_path / "log") as driver:
+            wait_for(lambda: last_step(root) >= 6, driver.is_running)
             cluster.kill(1)
-            wait_for(lambda: events(root, "no_room"), driver.going)
+            wait_for(lambda: events(root, "no_room"), driver.is_running)
             assert "waiting for resources: 2 workers of 0.8 CPUs" in driver.output()
             assert "the cluster has 1 of 1.6 CPUs" in driver.output()
             cluster.join(1)
@@ -84,21 +84,21 @@ def test_a_run_without_room_waits_and_says_what_it_needs(tiny_coco, tmp_path_fac
     assert steps_logged(root) == list(range(1, 21))
 
 
-def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
-    """2 -> 1 -> 2 workers: steps see the same rows, and the loss is the fixed run's but for the order of sums."""
+def test_workers_that_leave_and_join(tiny_coco, tmp_path_factory, tmp_path):
+    """2 -> 1 -> 2 workers: steps use the same rows, and the loss differs from that of a fixed run by rounding only."""
     steps = 160
     elastic = ("scaling.num_workers=[1,2]", "scaling.cpus_per_worker=0.7", "scaling.resize_check_s=5")
     with nodes(tmp_path_factory.mktemp("n"), cpus=[1, 1]) as cluster:
         fixed = words(tiny_coco, tmp_path, "fixed", steps, "scaling.cpus_per_worker=0.7")
-        with begun(cluster, fixed, tmp_path / "fixed.log") as driver:
+        with running(cluster, fixed, tmp_path / "fixed.log") as driver:
             driver.finish()
         root = tmp_path / "elastic"
-        with begun(cluster, words(tiny_coco, tmp_path, "elastic", steps, *elastic), tmp_path / "log") as driver:
-            wait_for(lambda: last_step(root) >= 12, driver.going)
+        with running(cluster, words(tiny_coco, tmp_path, "elastic", steps, *elastic), tmp_path / "log") as driver:
+            wait_for(lambda: last_step(root) >= 12, driver.is_running)
             cluster.kill(1)
-            wait_for(lambda: [e for e in events(root, "start") if e["workers"] == 1], driver.going)
+            wait_for(lambda: [e for e in events(root, "start") if e["workers"] == 1], driver.is_running)
             alone = last_step(root)
-            wait_for(lambda: last_step(root) >= alone + 6, driver.going)
+            wait_for(lambda: last_step(root) >= alone + 6, driver.is_running)
             cluster.join(1)
             driver.finish()
     sizes = [e["workers"] for e in events(root, "start")]
@@ -106,17 +106,23 @@ def test_workers_that_go_and_come(tiny_coco, tmp_path_factory, tmp_path):
     assert 1 in sizes
     ours, theirs = ({r["step"]: r for r in metric_rows(run) if "loss" in r} for run in (root, tmp_path / "fixed"))
     assert sorted(ours) == list(range(1, steps + 1))
-    # The same images in every step: what is no sum over networks is equal, losses but for rounding that grows.
+    # The images of every step are the same: schedules are equal, and losses differ by accumulated rounding errors.
     assert [ours[s]["lr"] for s in ours] == [theirs[s]["lr"] for s in ours]
     assert [ours[s]["ema_decay"] for s in ours] == [theirs[s]["ema_decay"] for s in ours]
-    apart = np.array([abs(ours[s]["loss"] - theirs[s]["loss"]) / theirs[s]["loss"] for s in sorted(ours)])
-    assert apart.max() < 1e-4
+    difference = np.array([abs(ours[s]["loss"] - theirs[s]["loss"]) / theirs[s]["loss"] for s in sorted(ours)])
+    assert difference.max() < 1e-4
     draw(ours, theirs, events(root, "start"))
-    report(elastic={"sizes": sizes, "loss_apart_median": float(np.median(apart)), "loss_apart_max": float(apart.max())})
+    report(
+        elastic={
+            "sizes": sizes,
+            "loss_apart_median": float(np.median(difference)),
+            "loss_apart_max": float(difference.max()),
+        }
+    )
 
 
 def draw(ours: dict, theirs: dict, starts: list[dict]) -> None:
-    """elastic.png beside faults.json: both loss curves and how far they are apart."""
+    """Write elastic.png beside faults.json: both loss curves and their relative difference."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -132,5 +138,5 @@ def draw(ours: dict, theirs: dict, starts: list[dict]) -> None:
     above.set_ylabel("loss")
     above.legend(frameon=False)
     below.set_ylabel("relative difference")
-    below.set_xlabel("step (dotted: the group started again, with so many workers)")
+    below.set_xlabel("step (dotted: the worker group restarted, with its number of workers)")
     figure.savefig("elastic.png", dpi=100)

@@ -57,7 +57,7 @@ def undisturbed(cluster, tiny_coco, storage) -> Path:
     return storage / "undisturbed"
 
 
-def test_a_run_leaves_what_it_promises(undisturbed):
+def test_a_run_writes_its_files(undisturbed):
     assert {p.name for p in undisturbed.iterdir()} >= {
         "config.yaml",
         "split.json",
@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert {"curves.png", "pseudo_labels_00000006.png"} <= figures
 
 
-def test_mlflow_has_what_the_run_has(undisturbed, storage):
+def test_mlflow_has_the_settings_metrics_and_files_of_the_run(undisturbed, storage):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -114,7 +114,7 @@ def test_mlflow_has_what_the_run_has(undisturbed, storage):
     assert all(Path(m.tags["path"]).is_dir() for m in models)
 
 
-def test_a_finished_run_says_so(undisturbed, tiny_coco, storage, capsys):
+def test_a_finished_run_is_reported_as_finished(undisturbed, tiny_coco, storage, capsys):
     before = newest_verified(undisturbed)[0].stat().st_mtime_ns
     result = launch.train(compose(words(tiny_coco, storage, "undisturbed")))
     assert result.step == STEPS
@@ -131,8 +131,8 @@ def test_changed_identity_is_refused_and_free_fields_are_not(undisturbed, tiny_c
 
 @pytest.mark.slow
 def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storage, tmp_path):
-    """Its first half is trained without the MLflow server that the second one finds: nothing is missing there. And the
-    scores of step 4 are lost as if the machine had ended with a checkpoint of step 6 while they were computed."""
+    """The MLflow server is unavailable during the first half; it receives everything in the second. The scores of step
+    4 are removed, as if the machine had failed with a checkpoint of step 6 while they were being computed."""
     server = mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db", str(tmp_path / "artifacts"))
     there = f"tracking.uri={server.url}"
     half = launch.train(compose(words(tiny_coco, storage, "halves", "train.stop_at=6", there)))
@@ -148,7 +148,7 @@ def test_stop_at_then_the_same_command_is_one_run(undisturbed, tiny_coco, storag
 
 
 def train_workers() -> list[psutil.Process]:
-    """Of this process's descendants alone: another Ray on the machine is none of ours."""
+    """Training processes among the descendants of this process; another Ray on the machine is ignored."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -157,7 +157,7 @@ def train_workers() -> list[psutil.Process]:
     return found
 
 
-def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage, capsys):
+def test_a_killed_worker_does_not_change_the_result(undisturbed, tiny_coco, storage, capsys):
     root = storage / "worker_killed"
 
     def kill_one() -> None:
@@ -168,7 +168,7 @@ def test_kill_a_worker_and_the_run_ends_the_same(undisturbed, tiny_coco, storage
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    # A picture a step takes time: the kill lands within the run.
+    # A figure per step takes time, so that the kill happens during the run.
     launch.train(compose(words(tiny_coco, storage, "worker_killed", "train.panel_every=1")))
     assert "resumed at step" in capsys.readouterr().out
     assert_same_end(root, undisturbed, STEPS)
@@ -180,14 +180,14 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "interrupted")]
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    # Processes that a shell starts in the background ignore SIGINT, and their children inherit this.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     driver = subprocess.Popen([*command, "train.panel_every=1"], env=env, preexec_fn=heed, **pipes)
     wait_for(lambda: 2 in steps_logged(root), lambda: driver.poll() is None)
-    # Held still until the driver has asked for the stop: else a quick run ends before a slow machine's driver wakes.
-    lock_run = train_workers()
+    # Suspended until the driver has requested the stop: on a slow machine the run could end before that.
+    suspended = train_workers()
     try:
-        for worker in lock_run:
+        for worker in suspended:
             worker.suspend()
         driver.send_signal(signal.SIGINT)
         output = ""
@@ -196,7 +196,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
             assert line, output
             output += line
     finally:
-        for worker in lock_run:
+        for worker in suspended:
             worker.resume()
     output += driver.communicate()[0]
     assert driver.returncode == 0, output
@@ -207,7 +207,7 @@ def test_ctrl_c_checkpoints_and_the_printed_command_resumes(undisturbed, tiny_co
     assert_same_end(root, undisturbed, STEPS)
 
 
-def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_coco, storage, cluster):
+def test_the_same_command_after_a_killed_driver_gives_the_same_result(undisturbed, tiny_coco, storage, cluster):
     root = storage / "driver_killed"
     command = [sys.executable, "-m", "pais_ray.cli", "train", *words(tiny_coco, storage, "driver_killed")]
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
@@ -222,11 +222,11 @@ def test_kill_the_driver_and_the_same_command_ends_the_same(undisturbed, tiny_co
 
 
 @pytest.mark.slow
-def test_knet_is_served_by_the_same_job(cluster, tiny_coco, storage):
-    """Stopped half way and resumed equals undisturbed; evaluated and predicted as any run."""
+def test_knet_trains_evaluates_and_predicts(cluster, tiny_coco, storage):
+    """A run stopped half way and resumed equals an undisturbed one; evaluate and predict work on it."""
 
     def knet(name: str, *more: str) -> list[str]:
-        # From the first step on: later, after so few steps, every kernel's mask is empty.
+        # Pseudo-labels from the first step on: after so few steps the masks of all kernels are empty later.
         loose = ("method.tau_cls=0", "method.tau_iou=0", "method.burn_in=0", "optim.lr=0.001")
         return words(tiny_coco, storage, name, *loose, *more, segmentor="knet")
 
@@ -236,7 +236,7 @@ def test_knet_is_served_by_the_same_job(cluster, tiny_coco, storage):
     assert_same_end(storage / "knet_halves", storage / "knet", STEPS)
     rows = [r for r in metric_rows(storage / "knet") if "loss" in r]
     assert {"labeled/semantic", "unlabeled/class", "unlabeled/mask"} <= rows[-1].keys()
-    assert rows[-1]["unlabeled/semantic"] == 0, "pseudo-labels do not teach the semantic map"
+    assert rows[-1]["unlabeled/semantic"] == 0, "pseudo-labels have no semantic loss"
     assert any(r.get("pseudo/kept_per_image", 0) > 0 for r in rows)
     done = CliRunner().invoke(main, ["evaluate", str(storage / "knet")])
     assert done.exit_code == 0, done.output
@@ -263,7 +263,7 @@ def test_evaluate_and_predict_a_run(undisturbed, storage, tiny_coco):
     assert done.exit_code == 0, done.output
 
 
-def test_a_truncated_image_ends_the_run_by_its_name(cluster, tiny_coco, storage, tmp_path):
+def test_a_truncated_image_ends_the_run_with_its_name(cluster, tiny_coco, storage, tmp_path):
     data = tmp_path / "broken"
     shutil.copytree(tiny_coco, data)
     victims = sorted((data / "images").iterdir())
