@@ -1,9 +1,9 @@
-"""Hours of continuous training with evaluation, checkpoints and killed workers: does memory stay flat?
+"""Memory during hours of continuous training with evaluation, checkpoints and killed workers.
 
     make soak MINUTES=60        (python benchmarks/soak.py --minutes 60 --out soak)
 
-Samples the resident memory of every process of the run and what its object store holds, fits a line to each process's
-second half, and writes OUT/soak.json and OUT/soak.png.
+Samples the resident memory of every process of the run and the use of the object store, fits a line to the second half
+of each series, and writes OUT/soak.json and OUT/soak.png.
 """
 
 import argparse
@@ -25,15 +25,18 @@ import ray
 from pais_ray.cluster import connect
 from pais_ray.data.synthetic import generator
 
-EVERY_S = 15.0
-WARM_UP = 0.5  # share of a process's life that is not fitted: caches fill, allocators settle
-LONG_ENOUGH_S = 900.0  # a life shorter than that has no slope an hour
-MANY_ENOUGH = 20  # samples, for a line
+SAMPLE_INTERVAL_S = 15.0
+WARM_UP = 0.5  # share of a series that is not fitted, because caches and allocators are still growing
+MIN_DURATION_S = 900.0  # of a series with a slope
+MIN_SAMPLES = 20  # of a fit
 
 
-def words(out: Path) -> list[str]:
-    """One worker, so that the soak leaves the machine to others; nano, 64 px, all that a run has. The schedule is for
-    a run that ends: of a million steps the warm-up alone is 8000, in which the teacher would propose nothing."""
+def overrides(out: Path) -> list[str]:
+    """A run of one worker with a nano model on 64 px images that uses every part of training.
+
+    The schedule is constant, because the warm-up of a schedule of a million steps would take 8000 steps, in which the
+    teacher has no pseudo-labels.
+    """
     data = out / "data"
     generator.generate(str(data), train=48, val=8, size=96, seed=3)
     return [
@@ -47,56 +50,59 @@ def words(out: Path) -> list[str]:
     ]
 
 
-def name_of(process: psutil.Process) -> str:
+def process_name(process: psutil.Process) -> str:
+    """The role of a process of Ray or of the run."""
     line = " ".join(process.cmdline())
-    for mark in ("RayTrainWorker", "TrainController", "Monitor", "gcs_server", "raylet", "log_monitor", "dashboard"):
-        if mark in line:
-            return mark
-    found = re.match(r"ray::(\w+)", line)  # without the method that an actor is in
+    for name in ("RayTrainWorker", "TrainController", "Monitor", "gcs_server", "raylet", "log_monitor", "dashboard"):
+        if name in line:
+            return name
+    found = re.match(r"ray::(\w+)", line)  # without the method that the actor is running
     return found.group(1) if found else Path(line.split(" ")[0]).name
 
 
 def sample(tree: list[psutil.Process], began: float, series: dict) -> None:
+    """Append (s, MiB) of each process to its series."""
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            key = f"{name_of(process)} {process.pid}"
+            key = f"{process_name(process)} {process.pid}"
             info = process.memory_info()
             series.setdefault(key, []).append((time.monotonic() - began, (info.rss - info.shared) / 2**20))
 
 
 def object_store(address: str) -> float:
-    """MiB that the object store holds now."""
+    """MiB in use in the object store."""
     from ray._private.internal_api import memory_summary
 
     found = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(address, stats_only=True))
-    assert found, "Ray tells the object store's use in other words"
+    assert found, "the memory summary of Ray has another format"
     return float(found.group(1))
 
 
 def slope(points: list[tuple[float, float]]) -> float | None:
-    """Percent an hour over the second half of a life; None for a short one."""
+    """Growth in percent per hour over the second half of the series; None for a short series."""
     t, value = np.array(points).T
-    if t[-1] - t[0] < LONG_ENOUGH_S:
+    if t[-1] - t[0] < MIN_DURATION_S:
         return None
     kept = t >= t[0] + WARM_UP * (t[-1] - t[0])
-    if kept.sum() < MANY_ENOUGH:
+    if kept.sum() < MIN_SAMPLES:
         return None
     t = t - t[0]
     rate = np.polyfit(t[kept] / 3600, value[kept], 1)[0]
     return float(100 * rate / max(value[kept].mean(), 1.0))
 
 
-def together(series: dict) -> list[tuple[float, float]]:
-    """MiB of all processes at each sample, those included that come and go."""
-    total: dict[int, float] = {}
+def total(series: dict) -> list[tuple[float, float]]:
+    """MiB of all processes at each sample, including short-lived processes."""
+    sums: dict[int, float] = {}
     for points in series.values():
         for t, value in points:
-            at = round(t / EVERY_S)  # one sample takes a fraction of a second
-            total[at] = total.get(at, 0.0) + value
-    return [(at * EVERY_S, value) for at, value in sorted(total.items())]
+            at = round(t / SAMPLE_INTERVAL_S)  # taking a sample takes a fraction of a second
+            sums[at] = sums.get(at, 0.0) + value
+    return [(at * SAMPLE_INTERVAL_S, value) for at, value in sorted(sums.items())]
 
 
 def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
+    """Write the plot of all series."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -106,53 +112,53 @@ def draw(series: dict, store: list, kills: list[float], path: Path) -> None:
         axes.plot(t / 60, value, label=name, linewidth=1.2)
     for kill in kills:
         axes.axvline(kill / 60, color="0.6", linestyle=":", linewidth=1)
-    axes.set_xlabel("minutes (dotted: a worker was killed)")
-    axes.set_ylabel("own resident memory, MiB")
+    axes.set_xlabel("minutes (dotted lines: a worker was killed)")
+    axes.set_ylabel("resident memory without shared pages, MiB")
     axes.grid(alpha=0.3)
     figure.legend(fontsize=7, frameon=False, ncols=5, loc="outside lower center")
     figure.savefig(path, dpi=100)
 
 
 def write(out: Path, series: dict, store: list, kills: list[float]) -> dict:
-    """soak.json and soak.png of what has been seen so far; the figures."""
+    """Write soak.json and soak.png of the samples so far; return the results."""
     slopes = {name: value for name, points in series.items() if (value := slope(points)) is not None}
     steps = [json.loads(line)["step"] for line in (out / "runs/soak/metrics.jsonl").read_text().splitlines()]
     ordered = sorted(slopes, key=lambda name: -slopes[name])
-    figures = {
+    results = {
         "minutes": round(store[-1][0] / 60, 1),
         "steps": max(steps, default=0),
         "kills_at_min": [round(kill / 60, 1) for kill in kills],
         "percent_an_hour": {name: round(slopes[name], 2) for name in ordered},
-        "all_processes_percent_an_hour": slope(together(series)),
-        "all_processes_mib_at_end": together(series)[-1][1],
+        "all_processes_percent_an_hour": slope(total(series)),
+        "all_processes_mib_at_end": total(series)[-1][1],
         "mib_at_end": {name: round(series[name][-1][1], 1) for name in ordered},
         "object_store_percent_an_hour": slope(store),
         "object_store_mib_max": max(v for _, v in store),
     }
-    (out / "soak.json").write_text(json.dumps({**figures, "series": series, "store": store}))
+    (out / "soak.json").write_text(json.dumps({**results, "series": series, "store": store}))
     draw({name: points for name, points in series.items() if name in slopes}, store, kills, out / "soak.png")
-    return figures
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--kills", type=int, default=2, help="of workers, in the first quarter")
+    parser.add_argument("--kills", type=int, default=2, help="number of workers that are killed in the first quarter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("soak"))
     args = parser.parse_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    arguments, chance = words(out), random.Random(args.seed)
-    connect.connect()  # as `pais-ray train` would start it
+    arguments, random_state = overrides(out), random.Random(args.seed)
+    connect.connect()  # starts Ray as `pais-ray train` does
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pais_ray.cli", "train", *arguments]
     series: dict[str, list[tuple[float, float]]] = {}
     store: list[tuple[float, float]] = []
     began, end = time.monotonic(), 60 * args.minutes
-    kills = sorted(chance.uniform(0.05, 0.25) * end for _ in range(args.kills))
-    made: list[float] = []
+    kills = sorted(random_state.uniform(0.05, 0.25) * end for _ in range(args.kills))
+    killed: list[float] = []
     with (out / "log.txt").open("w") as log:
         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -164,21 +170,21 @@ def main() -> None:
                 if kills and now >= kills[0]:
                     victims = [p for p in tree if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
                     if victims:
-                        chance.choice(victims).kill()
-                        made.append(now)
+                        random_state.choice(victims).kill()
+                        killed.append(now)
                         kills.pop(0)
-                if (out / "runs/soak/metrics.jsonl").exists() and len(store) % 20 == 0:  # a soak may be cut short
-                    write(out, series, store, made)
-                time.sleep(max(0.0, EVERY_S - (time.monotonic() - began - now)))
+                if (out / "runs/soak/metrics.jsonl").exists() and len(store) % 20 == 0:  # in case of an interruption
+                    write(out, series, store, killed)
+                time.sleep(max(0.0, SAMPLE_INTERVAL_S - (time.monotonic() - began - now)))
         finally:
-            driver.send_signal(signal.SIGTERM)  # asks for a checkpoint
+            driver.send_signal(signal.SIGTERM)  # requests a checkpoint
             try:
                 driver.wait(timeout=120)
-            except subprocess.TimeoutExpired:  # a busy machine; the figures are there
+            except subprocess.TimeoutExpired:  # on a busy machine; the results are complete
                 driver.kill()
                 driver.wait()
     ray.shutdown()
-    print(json.dumps(write(out, series, store, made), indent=1))
+    print(json.dumps(write(out, series, store, killed), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One run of the learning study, without Ray: `python benchmarks/study.py OUT.json WORDS...`, one process, one thread.
 
-The words are those of `pais-ray train`; the step, the plan, the views and the evaluation are those of a run
-with one worker. ``--holdout N`` keeps N images of the training part (and nothing of the validation images) for
-choosing settings: they are labeled nowhere and only scored. The report holds AP of teacher and student over
-time and, since the hidden truth is known here, precision and recall of the pseudo-labels at every evaluation.
+WORDS are those of `pais-ray train`; step, plan, views and evaluation are those of a run with one worker.
+``--holdout N`` evaluates on N images of the training part instead of the validation images, for the choice of settings;
+they are not trained on. The report has the AP of teacher and student over time and, because the annotations of the
+unlabeled images are available, precision and recall of the pseudo-labels at every evaluation.
 """
 
 import argparse
@@ -53,14 +53,14 @@ def at(sample: Sample, row: int, slot: int) -> Sample:
 
 
 class Study:
-    """The data of one run in memory, its state, and what it measures."""
+    """One run with its data in memory."""
 
     def __init__(self, config: Config, holdout: int) -> None:
         self.config = config = with_generated_data(config) if config.data.train is None else config
         train = coco.read_coco(*config.data.part("train"))
         records = list(train.records)
         if holdout:
-            # A part of the training images takes the place of the validation images.
+            # These training images replace the validation images.
             self.scored, records = records[-holdout:], records[:-holdout]
             self.truth = train.path
         else:
@@ -116,7 +116,7 @@ class Study:
         )
 
     def measure(self) -> dict[str, float]:
-        """AP of both roles on the scored images; precision and recall of pseudo-labels on 60 unlabeled ones."""
+        """AP of both roles on the evaluation images; precision and recall of pseudo-labels on 60 unlabeled images."""
         values: dict[str, float] = {}
         truth = ground_truth.load_ground_truth(self.truth, [r.image_id for r in self.scored])
         for role, module in (("teacher", self.state.teacher.segmentor), ("student", self.state.student)):
@@ -138,18 +138,20 @@ class Study:
         return values
 
     def pseudo_label_quality(self, images: int) -> dict[str, Any]:
-        """Precision and recall of what the method would keep of the unlabeled images' test views."""
-        found = [self.seen(record) for record in self.hidden[:images]]
-        kept = [predictions[self.config.method.keeps(predictions)] for predictions, _, _ in found]
-        quality = pseudo_labels.precision_recall(kept, [truth for _, truth, _ in found], [size for _, _, size in found])
+        """Precision and recall of the pseudo-labels that the method would keep in test views of unlabeled images."""
+        results = [self.predict_with_truth(record) for record in self.hidden[:images]]
+        kept = [predictions[self.config.method.keeps(predictions)] for predictions, _, _ in results]
+        quality = pseudo_labels.precision_recall(
+            kept, [truth for _, truth, _ in results], [size for _, _, size in results]
+        )
         return {f"pseudo/{k}": v for k, v in quality.items()}
 
     def mask_iou_branch(self, above: float = 0.05) -> dict[str, Any]:
-        """Pearson correlation, calibration error and bias of the teacher's predicted mask IoU against the overlap with
-        the best true instance, over predictions on the scored images with a class score over ``above``."""
+        """Pearson correlation, calibration error and bias of the teacher's predicted mask IoU with respect to the IoU
+        with the best ground-truth instance, over predictions with a class score above ``above``."""
         rows = []
         for record in self.scored:
-            predictions, truth, size = self.seen(record)
+            predictions, truth, size = self.predict_with_truth(record)
             rows += pseudo_labels.pseudo_label_table(
                 predictions[predictions.scores > above], truth, size, record.image_id
             )
@@ -160,8 +162,8 @@ class Study:
         )
         return {"iou_branch/predictions": len(rows)} | {f"iou_branch/{k}": found[k] for k in ("pearson", "ece", "bias")}
 
-    def seen(self, record: LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
-        """The teacher's predictions, the truth and the size of a record's test view."""
+    def predict_with_truth(self, record: LabeledRecord) -> tuple[Predictions, Targets, tuple[int, int]]:
+        """The teacher's predictions, the ground truth and the size (H, W) px of a record's test view."""
         views = make_views([sample_of(record, False)], self.config.scaled_views, 0, "test", "cpu")
         masks = torch.from_numpy(rle.decode_rle(record.rles, record.height, record.width))
         whole = Targets.ground_truth(
@@ -175,9 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("words", nargs="+")
-    parser.add_argument("--holdout", type=int, default=0)
-    parser.add_argument("--every", type=int, default=250)
-    parser.add_argument("--micro", type=int, default=1, help="micro-batches a step, each a row of the plan")
+    parser.add_argument("--holdout", type=int, default=0, help="training images to evaluate on")
+    parser.add_argument("--every", type=int, default=250, help="steps between evaluations")
+    parser.add_argument("--micro", type=int, default=1, help="micro-batches per step, each a row of the plan")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Study(compose(arguments.words), arguments.holdout).run(arguments.every, arguments.micro)

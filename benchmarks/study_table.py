@@ -1,10 +1,10 @@
 """The learning study: supervised (dagger), PAIS w/o DALoss and PAIS on the generated data, 10 % labeled.
 
-    python benchmarks/study_table.py tune  DIR    # two settings a method, seeds 0-1, held-out training images
-    python benchmarks/study_table.py final DIR    # the best setting of each, seeds 10-12, validation images
-    ... --segmentor knet                          # another folder for each segmentor
+    python benchmarks/study_table.py tune  DIR    # two settings per method, seeds 0-1, held-out training images
+    python benchmarks/study_table.py final DIR    # the best setting per method, seeds 10-12, validation images
+    ... --segmentor knet                          # use another folder per segmentor
 
-Every run is one process with one thread (benchmarks/study.py); ``--jobs`` run at once, finished ones are kept.
+Every run is one process with one thread (benchmarks/study.py); ``--jobs`` run in parallel. Finished runs are kept.
 """
 
 import argparse
@@ -15,18 +15,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HOLDOUT = 60  # of the 240 training images, as many as there are validation images
+HOLDOUT = 60  # of the 240 training images; the number of validation images
 BUDGET = ["batch.labeled=2", "method.ema=0.98"]
 
 
 def schedule(steps: int, milestones: str) -> list[str]:
-    """One schedule for all methods: the methods' files bring the paper's."""
+    """One schedule for all methods, in place of the paper's in the files of the methods."""
     length = [f"train.steps={steps}", f"optim.reference.steps={steps}", "optim.reference.warmup=30"]
     return [*BUDGET, *length, f"optim.reference.milestones={milestones}"]
 
 
-# Of each segmentor: files, then settings. K-Net keeps knet.yaml's optimizer (decay .05, backbone x .25, clip 1), and
-# has full-size images: at stride 8 of 128 px most shapes are a few cells.
+# Segmentor -> config names, overrides. K-Net keeps the optimizer of knet.yaml (weight decay 0.05, backbone rate x 0.25,
+# clip norm 1) and uses full-size images, because at stride 8 of 128 px most shapes have only a few cells.
 COMMON = {
     "mask_rcnn": (
         ["quickstart"],
@@ -37,7 +37,7 @@ COMMON = {
 
 
 def semi(method: str, lr: float, burn_in: int, choices: list[tuple[float, float]]) -> dict[str, list[str]]:
-    """Settings of a semi-supervised method: class threshold and weight of the unlabeled term."""
+    """Overrides of a semi-supervised method by class threshold and weight of the unlabeled loss."""
     same = [f"method.burn_in={burn_in}", "batch.unlabeled=2", f"optim.lr={lr}"]
     return {
         f"tau{tau}_lambda{weight}": [method, f"method.tau_cls={tau}", f"method.lambda_unlabeled={weight}", *same]
@@ -53,7 +53,8 @@ SETTINGS: dict[str, dict[str, dict[str, list[str]]]] = {
         "pais_wo_daloss": semi("pais_wo_daloss", 0.0005, 300, [(0.7, 0.5), (0.85, 0.5)]),
         "pais": semi("pais", 0.0005, 300, [(0.5, 0.5), (0.7, 1.0)]),
     },
-    # The paper's weight; one setting each. In so short a run K-Net's sigmoids hardly reach the paper's tau of .35.
+    # One setting per method, with the paper's weight. In such a short run K-Net's scores rarely reach the paper's tau
+    # of 0.35.
     "knet": {
         "supervised": {"lr0.001": ["supervised", "optim.lr=0.001"]},
         "pais_wo_daloss": semi("pais_wo_daloss", 0.001, 200, [(0.2, 0.3)]),
@@ -62,19 +63,20 @@ SETTINGS: dict[str, dict[str, dict[str, list[str]]]] = {
 }
 
 
-def words(segmentor: str, setting: list[str], seed: int) -> list[str]:
+def build_words(segmentor: str, setting: list[str], seed: int) -> list[str]:
     files, settings = COMMON[segmentor]
     named = [w for w in setting if "=" not in w]
     given = [w for w in setting if "=" in w]
     return [*files, *named, *settings, *given, f"train.seed={seed}", f"data.fold={seed}"]
 
 
-def run(out: Path, spoken: list[str], holdout: int) -> None:
+def run(out: Path, words: list[str], holdout: int) -> None:
+    """Run study.py unless its report ``out`` exists."""
     if out.exists():
         return
     script = Path(__file__).with_name("study.py")
     every = "100" if not holdout else "10000"
-    command = [sys.executable, str(script), str(out), *spoken, "--holdout", str(holdout), "--every", every]
+    command = [sys.executable, str(script), str(out), *words, "--holdout", str(holdout), "--every", every]
     with out.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
 
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--segmentor", choices=list(SETTINGS), default="mask_rcnn")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="*", help="of the tune stage; default 0 1")
+    parser.add_argument("--seeds", type=int, nargs="*", help="of the stage tune; default: 0 1")
     arguments = parser.parse_args()
     folder = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def main() -> None:
                 jobs.append(
                     (
                         path,
-                        words(arguments.segmentor, settings[name], seed),
+                        build_words(arguments.segmentor, settings[name], seed),
                         HOLDOUT if arguments.stage == "tune" else 0,
                     )
                 )
