@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Mixed precision."""
 
 import torch
 
@@ -6,5 +6,5 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast for ``precision`` on ``device``; fp32 leaves everything as it is."""
+    """Autocast for ``precision`` (fp32 | bf16 | fp16) on ``device``; it has no effect for fp32."""
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision != "fp32")

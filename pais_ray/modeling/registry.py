@@ -1,6 +1,6 @@
-"""Name -> the one class its file defines. The folder is the registry: a new method is a new file.
+"""Find a segmentor or a method by name. The folders are the registry: a new method is a new file with one class.
 
-Torch-free until a class is asked for.
+torch is not imported before a class is loaded.
 """
 
 import difflib
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from pais_ray.modeling.protocols import Segmentor
 
 HERE = Path(__file__).parent
-MARKS = {"segmentor": "Config", "method": "pseudo_labels"}  # what a class of that kind defines
+MARKS = {"segmentor": "Config", "method": "pseudo_labels"}  # an attribute that only classes of that kind define
 
 
 def segmentor_names() -> list[str]:
-    """What `segmentor.name` may be, from the folder listing."""
+    """The names of the built-in segmentors: the files of the folder."""
     return _names("segmentors")
 
 
 def method_names() -> list[str]:
-    """What `method.name` may be, from the folder listing."""
+    """The names of the built-in methods: the files of the folder."""
     return _names("methods")
 
 
@@ -45,7 +45,7 @@ def method(name: str) -> "type[BaseModel]":
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """``; did you mean 'alpha'?`` where one of ``names`` is near, else nothing."""
+    """``; did you mean 'alpha'?`` with the most similar of ``names``, or an empty string if none is similar."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -58,13 +58,13 @@ def _load(kind: str, name: str) -> type:
     names = _names(f"{kind}s")
     if name not in names and "." not in name:
         raise ValueError(
-            f"{kind}.name: no {kind} is called {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})"
+            f"{kind}.name: no {kind} is called {name!r}{did_you_mean(name, names)} (available: {', '.join(names)})"
         )
     path = f"pais_ray.modeling.{kind}s.{name}" if name in names else name
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if not path.startswith(error.name or path):  # something else is missing: the file's own trouble
+        if not path.startswith(error.name or path):  # an import inside the module failed
             raise
         raise ValueError(
             f"{kind}.name: no module {name!r} to import; put it on PYTHONPATH, or use one of {', '.join(names)}"

@@ -300,7 +300,7 @@ def test_supervised_refuses_unlabeled_images():
 def test_an_unknown_segmentor_lists_the_known_ones():
     message = error("coco", "mask_rcnn", "method.name=pais", "segmentor.name=unet")
     assert message.startswith("segmentor.name: no segmentor is called 'unet'")
-    assert "there are: " + ", ".join(registry.segmentor_names()) in message
+    assert "available: " + ", ".join(registry.segmentor_names()) in message
 
 
 def test_a_missing_choice_lists_the_choices():

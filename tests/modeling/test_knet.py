@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pais_ray.modeling.methods.pais import PAIS
+from pais_ray.modeling.segmentors._knet_decode import extent, mask_boxes
 from pais_ray.modeling.segmentors._knet_kernels import (
     PRIOR,
     KernelHead,
@@ -19,10 +20,10 @@ from pais_ray.modeling.segmentors._knet_kernels import (
     StageOutput,
     UpdateStage,
     group_features,
-    read,
+    mask_values,
     sine_positions,
 )
-from pais_ray.modeling.segmentors.knet import KNet, KNetConfig, extent, mask_boxes
+from pais_ray.modeling.segmentors.knet import KNet, KNetConfig
 from pais_ray.structures.batch import Predictions, Targets, Views
 from pais_ray.structures.masks import Masks
 
@@ -181,7 +182,7 @@ def squares(normalizer="mean", weight=1.0, negative=1.0):
 
 def plain_losses(network, images, target):
     """K-Net's supervised loss for one image, from the outputs, one pair at a time."""
-    outputs, _ = network._outputs(Views.of(images))
+    outputs, _ = network.outputs(Views.of(images))
     wanted = F.avg_pool2d(target.masks.grids[:, None].float(), 4)[:, 0].flatten(1)
     matches = network._match(outputs, [target], wanted, None)
     total = {"class": 0.0, "mask": 0.0, "mask_iou": 0.0}
@@ -246,10 +247,10 @@ def test_points_estimate_the_same_losses():
 
 def test_logits_are_read_at_stride_4():
     masks = torch.randn(2, 3, 4, 6)
-    assert read(masks, None).shape == (2, 3, 8 * 12)
+    assert mask_values(masks, None).shape == (2, 3, 8 * 12)
     middle = torch.zeros(2, 1, 2)  # the center of the view
     center = masks[:, :, 1:3, 2:4].mean(dim=(2, 3))
-    torch.testing.assert_close(read(masks, middle)[..., 0], center)
+    torch.testing.assert_close(mask_values(masks, middle)[..., 0], center)
 
 
 def test_a_kernel_is_one_object_unless_asked_otherwise():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pais_ray.modeling.segmentors._knet_matching import assign, class_cost, cost, mask_costs
+from pais_ray.modeling.segmentors._knet_matching import assign, class_cost, mask_costs, matching_cost
 
 WEIGHTS = (2.0, 4.0, 1.0)  # class, dice, agreement: released K-Net
 
@@ -34,7 +34,7 @@ def by_hand(class_logits, mask_logits, label, wanted):
 
 def test_cost_is_the_formula():
     classes, masks, labels, wanted = scene()
-    found = cost(classes, masks, labels, wanted, WEIGHTS)
+    found = matching_cost(classes, masks, labels, wanted, WEIGHTS)
     for b, n, m in itertools.product(range(2), range(5), range(3)):
         expected = by_hand(classes[b, n].tolist(), masks[b, n].tolist(), labels[b, m].item(), wanted[b, m].tolist())
         assert found[b, n, m].item() == pytest.approx(expected, rel=1e-4), (b, n, m)
@@ -42,7 +42,9 @@ def test_cost_is_the_formula():
 
 def test_without_classes_the_masks_decide():
     classes, masks, labels, wanted = scene()
-    difference = cost(classes, masks, labels, wanted, WEIGHTS) - cost(None, masks, labels, wanted, WEIGHTS)
+    difference = matching_cost(classes, masks, labels, wanted, WEIGHTS) - matching_cost(
+        None, masks, labels, wanted, WEIGHTS
+    )
     torch.testing.assert_close(difference, 2 * class_cost(classes, labels))
 
 
@@ -56,9 +58,9 @@ def test_a_perfect_mask_is_the_cheapest_there_is():
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_costs_stay_in_fp32_under_autocast(precision):
     classes, masks, labels, wanted = scene(pixels=4000)
-    expected = cost(classes, masks, labels, wanted, WEIGHTS)
+    expected = matching_cost(classes, masks, labels, wanted, WEIGHTS)
     with torch.autocast("cpu", dtype=precision):
-        found = cost(classes, masks, labels, wanted, WEIGHTS)
+        found = matching_cost(classes, masks, labels, wanted, WEIGHTS)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
 
@@ -91,7 +93,7 @@ def test_several_costs_are_several_matches():
 def test_the_papers_mask_iou_term_changes_no_assignment(seed):
     """Eq. 4 subtracts s_i, a constant of pseudo-label i."""
     classes, masks, labels, wanted = scene(num_kernels=9, seed=seed)
-    plain = cost(classes, masks, labels, wanted, WEIGHTS)
+    plain = matching_cost(classes, masks, labels, wanted, WEIGHTS)
     ious = torch.rand(2, 1, 3, generator=torch.Generator().manual_seed(seed))
     (without,), (with_it,) = assign([plain], [3, 2]), assign([plain - 10 * ious], [3, 2])
     assert torch.equal(without.kernel, with_it.kernel)

@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRC
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import FrozenBatchNorm2d
 
-from pais_ray.modeling.segmentors.mask_rcnn import CLASS_LAYERS, PRESETS, MaskRCNN, MaskRCNNConfig
+from pais_ray.modeling.segmentors.mask_rcnn import CLASS_LAYERS, MaskRCNN, MaskRCNNConfig
 from pais_ray.structures.batch import Targets, Views
 from pais_ray.structures.masks import Masks
 
@@ -146,11 +146,11 @@ def test_pos_neg_is_eq_5_by_hand(model, views, targets):
     ]
     ours = run(model, views, weighted)["class"]
     torch.manual_seed(5)
-    batch, features = model._features(views)
+    batch, features = model.features(views)
     proposals, _ = model.rpn.propose(batch, features, weighted)
     plain = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": None} for t in weighted]
     rois, matched, labels, _ = model.roi_heads.select_training_samples(proposals, plain)
-    logits, _ = model.roi_heads._classify(features, rois)
+    logits, _ = model.roi_heads.classify(features, rois)
     positives, negatives = [], []
     rows = iter(logits.log_softmax(dim=1).tolist())
     for weight, owners, classes in zip(weights, matched, labels, strict=True):
@@ -285,7 +285,7 @@ def test_flat_boxes_and_foreign_labels_are_refused(model, views, targets):
 def test_images_without_proposals_and_targets_teach_nothing(model, views, targets):
     """Weights that run away may propose nothing at all."""
     with torch.no_grad():
-        _, features = model._features(views)
+        _, features = model.features(views)
     nothing = [t[:0] for t in targets]
     losses = model.roi_heads.losses(features, [torch.zeros(0, 4)] * 2, nothing)
     assert {name: value.item() for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
@@ -298,7 +298,7 @@ def test_presets_fill_only_what_is_not_given():
     assert (released.backbone, released.weights, released.frozen_stages) == ("resnet50", "imagenet", 1)
     assert (released.mask_iou_dim, released.mask_iou_pool, released.mask_iou_loss_weight) == (1024, 1, 0.25)
     assert MaskRCNNConfig(**nano.model_dump()) == nano
-    assert set(PRESETS["nano"]) <= set(MaskRCNNConfig.model_fields)
+    assert set(MaskRCNNConfig.PRESETS["nano"]) <= set(MaskRCNNConfig.model_fields)
 
 
 def test_without_weights_nothing_is_frozen_unless_asked():
@@ -313,7 +313,7 @@ def test_without_weights_nothing_is_frozen_unless_asked():
     [
         ({"backbone": "resnet51"}, "did you mean 'resnet50'"),
         ({"weights": "imagenet", "norm": "group"}, "use frozen_bn"),
-        ({"preset": "nano", "weights": "coco", "norm": "frozen_bn"}, "resnet50 only"),
+        ({"preset": "nano", "weights": "coco", "norm": "frozen_bn"}, "only for preset r50 with resnet50"),
         ({"alhpa": 1}, "Extra inputs"),
         ({"preset": "huge"}, "'r50' or 'nano'"),
         ({"preset": []}, "'r50' or 'nano'"),

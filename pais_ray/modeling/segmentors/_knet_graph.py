@@ -1,43 +1,41 @@
-"""K-Net's prediction for one image as one graph of tensors, at any size: what an exporter can follow.
+"""K-Net's prediction for one image as a graph that an exporter can trace, for any image size.
 
 Legend: N kernels, n detections, C classes, H x W px of the padded view, h x w cells of stride 8.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pais_ray.modeling.backbones import NormalizePixels
 from pais_ray.modeling.protocols import ExportGraph
-from pais_ray.modeling.segmentors._knet_kernels import StageOutput, group_features
+from pais_ray.modeling.segmentors._knet_config import KNetConfig
+from pais_ray.modeling.segmentors._knet_decode import decode
+from pais_ray.modeling.segmentors._knet_kernels import KernelHead, SemanticFPN, StageOutput, kernel_outputs
 from pais_ray.structures.batch import Views
-
-if TYPE_CHECKING:
-    from pais_ray.modeling.segmentors.knet import KNet
 
 
 class KNetGraph(ExportGraph):
-    """``forward`` is what is exported, ``heads`` what it is compared with."""
+    """The graph over the layers of a K-Net. Masks are at stride 4 and span the whole view, which is their window."""
 
-    def __init__(self, network: "KNet") -> None:
+    def __init__(
+        self,
+        normalize: NormalizePixels,
+        backbone: nn.Module,
+        fusion: SemanticFPN,
+        kernel_head: KernelHead,
+        stages: nn.ModuleList,
+        config: KNetConfig,
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.normalize, self.backbone = normalize, backbone
+        self.fusion, self.kernel_head, self.stages = fusion, kernel_head, stages
+        self.config = config
 
     def forward(self, images: Tensor, size: Tensor) -> dict[str, Tensor]:
-        """Detections, best first, and the raw outputs that ``heads`` has too.
-
-        ``images`` (1, 3, H, W) in [0, 1], H and W multiples of 32, of which ``size`` (1, 2) int64 is no padding.
-        Detections: ``boxes`` (n, 4) px of the view, ``labels``, ``scores``, ``ious`` (n,), ``masks`` (n, H / 4, W / 4)
-        in [0, 1], each stretched over its own of ``windows`` (n, 4) px.
-        """
-        outputs, _ = self.network._outputs(_views(images, size))
-        last = outputs[-1]
-        assert last.classes is not None
-        assert last.ious is not None
-        minimum = self.network.config.score_threshold
-        scores, ious = last.classes[0].sigmoid(), last.ious[0].sigmoid()
-        found = self.network._detect(scores, ious, last.masks[0], size[0], minimum)
+        outputs, _ = kernel_outputs(self.fusion, self.kernel_head, self.stages, self._pyramid(images, size))
+        [found] = decode(outputs[-1], size, self.config)
         one = torch.ones_like(found.scores)
         return {
             "boxes": found.boxes,
@@ -51,21 +49,16 @@ class KNetGraph(ExportGraph):
 
     @torch.no_grad()
     def heads(self, images: Tensor, size: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The raw outputs as the segmentor makes them, each stage after the masks of ``found``: a kernel sums up the
-        cells where its last mask is on, and a logit that is zero but for its last bit switches a whole cell."""
-        network = self.network
-        pyramid = list(network.backbone(network.normalize(_views(images, size))).values())[:4]
-        first, _, features = network.kernel_head(*network.fusion(pyramid))
-        kernels = network.kernel_head.kernels + group_features(found["masks_0"], features)
-        outputs = [first]
-        for i, stage in enumerate(network.stages):
-            output, kernels = stage(features, kernels, found[f"masks_{i}"])
-            outputs.append(output)
+        """The raw outputs, each stage computed from the masks of ``found``: a kernel sums the cells inside its last
+        mask, and the last bit of a logit close to zero decides about a whole cell."""
+        masks = [found[f"masks_{i}"] for i in range(1 + len(self.stages))]
+        outputs, _ = kernel_outputs(self.fusion, self.kernel_head, self.stages, self._pyramid(images, size), masks)
         return _raw(outputs)
 
-
-def _views(images: Tensor, size: Tensor) -> Views:
-    return dataclasses.replace(Views.of(images), sizes=size)
+    def _pyramid(self, images: Tensor, size: Tensor) -> list[Tensor]:
+        """P2..P5."""
+        views = dataclasses.replace(Views.of(images), sizes=size)
+        return list(self.backbone(self.normalize(views)).values())[:4]
 
 
 def _raw(outputs: list[StageOutput]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Legend: B images, N kernels, D channels, C classes, h x w cells of stride 8.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from pais_ray.modeling.backbones import group_norm
 
-PRIOR = 0.01  # probability a class begins with (released code, RetinaNet)
-PRIOR_BIAS = -4.59511985013459  # its logit, log(.01 / .99)
-TEMPERATURE = 10_000.0  # of the positional encoding (released code)
+PRIOR = 0.01  # initial probability of every class (released code, RetinaNet)
+PRIOR_BIAS = -4.59511985013459  # its logit, log(0.01 / 0.99)
+TEMPERATURE = 10_000.0  # base of the frequencies of the positional encoding (released code)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageOutput:
-    """What the kernel head or one update stage says, all float32."""
+    """The output of the kernel head or of one update stage, in float32."""
 
     masks: Tensor  # (B, N, h, w) logits
     classes: Tensor | None = None  # (B, N, C) logits; the kernel head has none
@@ -31,7 +32,7 @@ def conv_norm_relu(inside: int, outside: int, size: int, stride: int = 1) -> nn.
 
 
 def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """(channels, height, width): sines and cosines of y and x, each of which runs over one period."""
+    """Positional encoding (channels, height, width): sines and cosines of y and x, of which each spans one period."""
     half = channels // 2
     rate = TEMPERATURE ** (2 * (torch.arange(half, device=device) // 2) / half)
 
@@ -47,8 +48,8 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
 class SemanticFPN(nn.Module):
     """P2..P5 -> features for masks and features for classes, both (B, D, h, w) of stride 8.
 
-    P2 is halved, P4 and P5 are doubled once and twice, their sum splits in two. P5 gets a sine positional
-    encoding first: kernels have to tell equal objects apart by where they are.
+    P2 is downsampled once, P4 and P5 are upsampled once and twice, and two branches read their sum. P5 gets a sine
+    positional encoding first: kernels distinguish equal objects by position.
     """
 
     def __init__(self, inside: int, channels: int) -> None:
@@ -76,13 +77,14 @@ class SemanticFPN(nn.Module):
 
 
 def group_features(mask_logits: Tensor, features: Tensor) -> Tensor:
-    """(B, N, D): the sum of ``features`` (B, D, h, w) over the cells where each kernel's mask (B, N, h, w) is on.
+    """Sums (B, N, D) of ``features`` (B, D, h, w) over the cells inside each kernel's mask (B, N, h, w).
 
-    Hard masks, as in the released code: no gradient reaches the logits. In fp32: thousands of cells add up.
+    The masks are binary, as in the released code, so no gradient reaches the logits. The sums run over thousands of
+    cells and are computed in fp32.
     """
     with torch.autocast(features.device.type, enabled=False):
-        on = (mask_logits > 0).float().flatten(2)  # sigmoid over one half
-        return on @ features.float().flatten(2).transpose(1, 2)
+        inside = (mask_logits > 0).float().flatten(2)  # a sigmoid above one half
+        return inside @ features.float().flatten(2).transpose(1, 2)
 
 
 def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
@@ -91,23 +93,28 @@ def apply_kernels(kernels: Tensor, features: Tensor) -> Tensor:
 
 
 class KernelHead(nn.Module):
-    """The first masks, from kernels that are parameters; and the auxiliary semantic map."""
+    """The initial masks, from kernels that are parameters, and the auxiliary semantic map."""
 
     def __init__(self, channels: int, num_kernels: int, num_classes: int) -> None:
         super().__init__()
         self.kernels = nn.Parameter(torch.randn(num_kernels, channels))  # N(0, 1): released code
         self.semantic = nn.Conv2d(channels, num_classes, 1)
-        nn.init.constant_(self.semantic.bias, PRIOR_BIAS)  # type: ignore[arg-type]
+        assert self.semantic.bias is not None
+        nn.init.constant_(self.semantic.bias, PRIOR_BIAS)
 
-    def forward(self, for_masks: Tensor, for_classes: Tensor) -> tuple[StageOutput, Tensor, Tensor]:
-        """(first masks, kernels (B, N, D) with what they saw, features (B, D, h, w) of both kinds)."""
+    def forward(
+        self, for_masks: Tensor, for_classes: Tensor, masks: Tensor | None = None
+    ) -> tuple[StageOutput, Tensor, Tensor]:
+        """Return the initial masks, the kernels (B, N, D) with the features inside their masks added, and the features
+        (B, D, h, w) of both kinds. ``masks`` (B, N, h, w) logits replace the initial masks as the areas to sum over."""
         first = StageOutput(masks=apply_kernels(self.kernels.expand(len(for_masks), -1, -1), for_masks))
         features = for_masks + for_classes
-        return first, self.kernels + group_features(first.masks, features), features
+        area = first.masks if masks is None else masks
+        return first, self.kernels + group_features(area, features), features
 
 
 class KernelUpdater(nn.Module):
-    """A kernel and the features its mask covered -> the new kernel, mixed by two gates.
+    """A kernel and the sum of the features inside its mask -> the new kernel, mixed by two gates.
 
     With F the features and K the kernel, both (..., D): g = lin(F)[:D] * lin(K)[:D];
     out = relu(LN(fc(sigmoid(LN(update(g))) * LN(lin(F)[D:]) + sigmoid(LN(keep(g))) * LN(lin(K)[D:])))).
@@ -132,8 +139,8 @@ class KernelUpdater(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of (B, N, D) over N. Not nn.MultiheadAttention, whose fast path in eval mode rounds
-    otherwise than in training mode."""
+    """Multi-head attention of (B, N, D) over N. nn.MultiheadAttention is not used, because its fast path in eval mode
+    rounds differently from training mode."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -148,7 +155,7 @@ class SelfAttention(nn.Module):
 
 
 class UpdateStage(nn.Module):
-    """Group features by the last masks, update the kernels, let them see each other, read off three branches."""
+    """One update: sum features inside the last masks, update the kernels, self-attention over them, three branches."""
 
     def __init__(self, channels: int, num_classes: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -164,7 +171,9 @@ class UpdateStage(nn.Module):
         for parameter in self.parameters():  # released code
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
-        nn.init.constant_(self.class_branch[-1].bias, PRIOR_BIAS)  # type: ignore[arg-type]
+        last = self.class_branch[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(last.bias, PRIOR_BIAS)
 
     @staticmethod
     def _branch(channels: int, out: int) -> nn.Sequential:
@@ -172,7 +181,8 @@ class UpdateStage(nn.Module):
         return nn.Sequential(hidden, nn.LayerNorm(channels), nn.ReLU(inplace=True), nn.Linear(channels, out))
 
     def forward(self, features: Tensor, kernels: Tensor, masks: Tensor) -> tuple[StageOutput, Tensor]:
-        """``features`` (B, D, h, w), ``kernels`` (B, N, D), last ``masks`` (B, N, h, w) logits -> (output, kernels)."""
+        """Return the output and the new kernels (B, N, D). ``features`` is (B, D, h, w), ``kernels`` (B, N, D), and
+        ``masks`` (B, N, h, w) are the logits of the stage before."""
         features = self.transform(features)
         kernels = self.updater(group_features(masks, features), kernels)
         kernels = self.attention_norm(kernels + self.attention(kernels))
@@ -185,15 +195,36 @@ class UpdateStage(nn.Module):
         return output, kernels
 
 
-def read(masks: Tensor, points: Tensor | None) -> Tensor:
-    """Logits (X, n, P) of stride-8 ``masks`` (X, n, h, w): at every cell of stride 4, or at ``points`` (X, K, 2) in
-    [-1, 1] of the view."""
+def kernel_outputs(
+    fusion: SemanticFPN,
+    kernel_head: KernelHead,
+    stages: Iterable[nn.Module],
+    pyramid: list[Tensor],
+    masks: Sequence[Tensor] | None = None,
+) -> tuple[list[StageOutput], Tensor]:
+    """The outputs of the kernel head and of every stage for P2..P5, and the semantic features (B, D, h, w).
+
+    ``masks`` are mask logits (B, N, h, w) for the kernel head and every stage, which replace the computed ones as the
+    areas to sum features over, to compare two implementations stage by stage.
+    """
+    for_masks, for_classes = fusion(pyramid)
+    first, kernels, features = kernel_head(for_masks, for_classes, None if masks is None else masks[0])
+    outputs = [first]
+    for i, stage in enumerate(stages):
+        output, kernels = stage(features, kernels, outputs[-1].masks if masks is None else masks[i])
+        outputs.append(output)
+    return outputs, for_classes
+
+
+def mask_values(masks: Tensor, points: Tensor | None) -> Tensor:
+    """Values of stride-8 ``masks`` (X, n, h, w): (X, n, 4 * h * w) at every cell of stride 4, or (X, n, K) at
+    ``points`` (X, K, 2) in [-1, 1] of the view."""
     if points is None:
         shape = (2 * masks.shape[2], 2 * masks.shape[3])
         return F.interpolate(masks, shape, mode="bilinear", align_corners=False).flatten(2)
-    return sample_at(masks, points)
+    return sample_points(masks, points)
 
 
-def sample_at(masks: Tensor, points: Tensor) -> Tensor:
+def sample_points(masks: Tensor, points: Tensor) -> Tensor:
     """Values (X, n, K) of ``masks`` (X, n, h, w) at ``points`` (X, K, 2) in [-1, 1]."""
     return F.grid_sample(masks, points[:, :, None], mode="bilinear", align_corners=False)[..., 0]
