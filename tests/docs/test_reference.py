@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import re
 import tomllib
 
@@ -11,6 +12,12 @@ import yaml
 
 from pais_ray.config.describe import all_settings
 from pais_ray.config.renamed import RENAMED
+from pais_ray.data.shards import dataset
+from pais_ray.evaluation.evaluators import coco
+from pais_ray.inference.export import onnx_runner
+from pais_ray.runs import checkpoints
+from pais_ray.search import trials
+from pais_ray.train import step_metrics
 from tests.docs.pages import ROOT, generator, pages
 
 VIEW = re.compile(r"^views\.(labeled|weak|strong|test)\.")
@@ -61,6 +68,27 @@ def test_every_event_type_is_in_the_reference():
     page = pages()["docs/reference/run_directory.md"].partition("## Events")[2]
     documented = set(re.findall(r"^\| `(\w+)` \|", page.partition("\n## ")[0], re.MULTILINE))
     assert event_types() == documented
+
+
+def test_every_metric_is_in_the_reference():
+    page = pages()["docs/reference/run_directory.md"].partition("## Metrics")[2].partition("\n## ")[0]
+    sums = dict.fromkeys(re.findall(r'"(pseudo/\w+)": ', inspect.getsource(step_metrics.pseudo_label_sums)), 1.0)
+    assert len(sums) > 5
+    assert [name for name in step_metrics.with_pseudo_label_means(sums) if f"`{name}`" not in page] == []
+    for name in coco.METRICS:
+        assert f"`{name}`" in page or f"_{name}`" in page, name
+    worker = "".join(path.read_text() for path in (ROOT / "pais_ray" / "train" / "worker").glob("*.py"))
+    for name in re.findall(r'"((?:time|system)/\w+)"', worker):
+        assert f"`{name}`" in page, name
+
+
+def test_the_format_versions_are_those_of_the_code():
+    page = pages()["docs/reference/releases.md"]
+    older = ", ".join(map(str, checkpoints.MIGRATIONS))
+    assert f"| checkpoint | {checkpoints.FORMAT} | {older} |" in page
+    assert f"| shards | {dataset.VERSION} |" in page
+    assert f"| exported model | {onnx_runner.FORMAT} |" in page
+    assert f"| search | {trials.FORMAT} |" in page
 
 
 def test_every_renamed_setting_is_on_the_upgrading_page():
