@@ -1,4 +1,4 @@
-"""Laws of shards on disk: they hold what the source holds, a killed writing goes on, what is broken is named."""
+"""Shards on disk: they equal their source, writing continues after a kill, and broken files are refused by name."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def call(*arguments):
 
 @pytest.fixture
 def coco(folder) -> list[str]:
-    """Words of a data set with crowds, polygons and RLE; validation has a picture more."""
+    """Config words of a data set with crowds, polygons and RLE; validation has one more image."""
     (folder / "train.json").write_text(json.dumps(tree()))
     more = tree()
     more["images"].append(more["images"][0] | {"id": 7})
@@ -51,7 +51,7 @@ def tiny(tiny_coco) -> list[str]:
 
 @pytest.fixture
 def cityscapes(tmp_path) -> list[str]:
-    """Words of a data set with a group of cars, which is a crowd."""
+    """Config words of a data set with a group of cars, which is a crowd."""
     root = tmp_path / "cityscapes"
     write_scene(root, "train", "aachen", 0, scene((26001, 10, 10, 30, 40), (24, 40, 10, 50, 60)))
     write_scene(root, "val", "ulm", 1, scene((26001, 10, 10, 30, 40), (26, 35, 0, 50, 60), (24002, 5, 50, 40, 60)))
@@ -63,7 +63,7 @@ def settings(words: list[str]) -> DataConfig:
 
 
 def written(words: list[str], out: Path, **layout) -> DataConfig:
-    """The section `data:` of the shards of ``words``."""
+    """Writes shards of ``words``; returns the section `data:` that reads them."""
     write_shards(str(out), source_of(tuple(words)), **(layout or LAYOUT))
     return DataConfig(train=str(out))
 
@@ -74,7 +74,7 @@ def read_all(records, *, labels: bool) -> list[dict]:
 
 
 def assert_same_images(records, sources) -> None:
-    """Ids, sizes, names and the very bytes; the order is another."""
+    """Ids, sizes, names and bytes are equal; the order differs."""
     by_id = {r.image_id: r for r in sources}
     assert sorted(by_id) == sorted(r.image_id for r in records)
     for record, row in zip(records, read_all(records, labels=False), strict=True):
@@ -85,7 +85,7 @@ def assert_same_images(records, sources) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coco", "tiny", "cityscapes"])
-def test_shards_hold_the_records_and_bytes_of_the_source(kind, request, tmp_path):
+def test_shards_have_the_records_and_bytes_of_the_source(kind, request, tmp_path):
     words = request.getfixturevalue(kind)
     source, made = read_data(settings(words)), read_data(written(words, tmp_path / "out"))
     assert_same_images(made.labeled, source.labeled)
@@ -122,7 +122,7 @@ def test_scored_masks_for_the_images_of_shards_are_validated(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["coco", "cityscapes"])
-def test_evaluation_on_shards_equals_that_on_the_source_crowds_included(kind, request, tmp_path):
+def test_evaluation_on_shards_equals_evaluation_on_the_source(kind, request, tmp_path):
     words = request.getfixturevalue(kind)
     source, made = read_data(settings(words)), read_data(written(words, tmp_path / "out"))
     truth = source.truth if isinstance(source.truth, dict) else json.loads(Path(source.truth).read_text())
@@ -139,7 +139,7 @@ def test_evaluation_on_shards_equals_that_on_the_source_crowds_included(kind, re
     assert dataset.read_truth(str(tmp_path / "out")) == truth
 
 
-def test_a_split_is_in_the_shards_and_the_unlabeled_part_has_no_columns_for_labels(tiny, tmp_path):
+def test_shards_have_their_split_and_no_label_columns_in_the_unlabeled_part(tiny, tmp_path):
     words = [*tiny, "data.labeled=0.25", "data.fold=3"]
     source = read_data(settings(words))
     config = written(words, tmp_path / "out")
@@ -158,7 +158,7 @@ def test_a_split_is_in_the_shards_and_the_unlabeled_part_has_no_columns_for_labe
             read_data(config.model_copy(update=other))
 
 
-def test_a_split_may_be_drawn_from_shards_that_have_none(tiny, tmp_path):
+def test_a_split_can_be_drawn_from_shards_without_one(tiny, tmp_path):
     config = written(tiny, tmp_path / "out").model_copy(update={"labeled": 0.25})
     made, source = read_data(config), read_data(settings([*tiny, "data.labeled=0.25"]))
     assert made.manifest == source.manifest
@@ -168,7 +168,7 @@ def test_a_split_may_be_drawn_from_shards_that_have_none(tiny, tmp_path):
     assert sum(made.unlabeled_groups) == 9
 
 
-def test_unlabeled_images_of_another_source_come_along(coco, folder, tmp_path):
+def test_unlabeled_images_of_another_source_are_included(coco, folder, tmp_path):
     from PIL import Image
 
     others = tmp_path / "others" / "deep"
@@ -182,8 +182,8 @@ def test_unlabeled_images_of_another_source_come_along(coco, folder, tmp_path):
     assert made.manifest.split.unlabeled_sha256 is not None
 
 
-def test_groups_are_numbered_as_the_plan_walks_them(tiny, tmp_path):
-    """Images that the plan draws one after the other lie in the same row group."""
+def test_the_plan_reads_one_row_group_after_the_other(tiny, tmp_path):
+    """Images that the plan draws consecutively are in the same row group."""
     made = read_data(written(tiny, tmp_path / "out", rows_per_group=3, rows_per_file=6))
     assert made.labeled_groups == (3, 3, 3, 3)
     plan = StepPlan(seed=0, num_labeled=12, num_unlabeled=0, labeled=3, unlabeled=0, labeled_groups=made.labeled_groups)
@@ -193,7 +193,7 @@ def test_groups_are_numbered_as_the_plan_walks_them(tiny, tmp_path):
         assert sorted(place.row for place in places) == [0, 1, 2]
 
 
-def test_rows_are_written_at_random_and_equal_input_gives_equal_files(tiny, tmp_path):
+def test_rows_are_shuffled_and_equal_input_gives_equal_files(tiny, tmp_path):
     first = read_data(written(tiny, tmp_path / "a")).labeled
     written(tiny, tmp_path / "b")
     assert [r.image_id for r in first] != sorted(r.image_id for r in first)
@@ -207,7 +207,7 @@ def test_a_row_group_is_fetched_once_and_few_are_kept(tiny, tmp_path, monkeypatc
     fetch = Reader._fetch
     monkeypatch.setattr(Reader, "_fetch", lambda self, p: fetched.update([p[:2]]) or fetch(self, p))
     reader = Reader(keep=2)
-    for one, other in zip(records[:6], records[6:], strict=True):  # two lanes
+    for one, other in zip(records[:6], records[6:], strict=True):  # as with two lanes
         reader.read(one.path, one.image_id)
         reader.read(other.path, other.image_id)
         assert len(reader._groups) <= 2
@@ -216,7 +216,7 @@ def test_a_row_group_is_fetched_once_and_few_are_kept(tiny, tmp_path, monkeypatc
 
 
 def test_large_images_make_smaller_groups(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(writer, "GROUP_BYTES", 20_000)  # of some 6 kB each
+    monkeypatch.setattr(writer, "GROUP_BYTES", 20_000)  # of about 6 kB each
     write_shards(str(tmp_path / "out"), source_of(tuple(tiny)))
     made = dataset.read_manifest(str(tmp_path / "out"))
     assert 2 <= made.rows_per_group <= 4
@@ -231,13 +231,13 @@ def test_the_same_command_after_a_kill_writes_only_what_is_missing(tiny, tmp_pat
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(DataError, match="shard-manifest"):
         dataset.read_manifest(str(out))
-    assert dataset.is_shard_folder(str(out)), "and not taken for something else"
+    assert dataset.is_shard_folder(str(out)), "it is still recognized as shards"
     done = sorted(out.glob("*.note"))
     stamps = {path.with_suffix("").name: path.with_suffix("").stat().st_mtime_ns for path in done}
     assert len(stamps) == 2
     images = []
     write_shards(str(out), source, **LAYOUT, progress=lambda items, count: images.append(count) or items)
-    assert images == [12 + 4 - 2 * 4], "images of the other files alone"
+    assert images == [12 + 4 - 2 * 4], "only images of the other files"
     for name, stamp in stamps.items():
         assert (out / name).stat().st_mtime_ns == stamp
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
@@ -246,7 +246,7 @@ def test_the_same_command_after_a_kill_writes_only_what_is_missing(tiny, tmp_pat
     write_shards(str(out), source, **LAYOUT, progress=lambda items, count: pytest.fail("nothing is missing"))
 
 
-def test_a_file_cut_behind_its_note_is_written_again(tiny, tmp_path, monkeypatch):
+def test_a_truncated_file_with_a_note_is_written_again(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(writer, "_write", _no_manifest(writer._write))
     with pytest.raises(KeyboardInterrupt):
@@ -289,7 +289,7 @@ def test_the_folder_of_another_data_set_is_refused(tiny, coco, tmp_path, monkeyp
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_a_folder_of_something_else_is_refused(tiny, tmp_path):
+def test_a_folder_with_other_files_is_refused(tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(DataError, match=r"expected an empty folder, got thesis.tex"):
         written(tiny, tmp_path)
@@ -317,7 +317,7 @@ def test_truncated_and_missing_files_are_refused_by_name_before_training(tiny, t
     assert caught.value.rule == "shard-truncated"
 
 
-def test_a_flipped_bit_of_a_page_names_file_and_row_group(tiny, tmp_path):
+def test_a_flipped_bit_in_a_page_is_reported_with_file_and_row_group(tiny, tmp_path):
     records = read_data(written(tiny, tmp_path / "out")).labeled
     place = parse_shard_location(records[-1].path)
     group = pq.ParquetFile(place.file).metadata.row_group(place.group)
@@ -330,7 +330,7 @@ def test_a_flipped_bit_of_a_page_names_file_and_row_group(tiny, tmp_path):
     assert call("validate", f"data.train={tmp_path}/out").exit_code == 1
 
 
-def test_a_flipped_bit_of_the_footer_or_of_an_index_is_found(tiny, tmp_path):
+def test_a_flipped_bit_in_the_footer_or_an_index_is_detected(tiny, tmp_path):
     out = tmp_path / "out"
     records = read_data(written(tiny, out)).labeled
     damage(out / "train-00000.parquet", -10)
@@ -341,7 +341,7 @@ def test_a_flipped_bit_of_the_footer_or_of_an_index_is_found(tiny, tmp_path):
         dataset.read_shards(str(out), "train")
 
 
-def test_shards_written_anew_under_a_run_are_noticed(tiny, coco, tmp_path):
+def test_shards_that_were_rewritten_during_a_run_are_detected(tiny, coco, tmp_path):
     records = read_data(written(tiny, tmp_path / "out")).labeled
     for path in (tmp_path / "out").iterdir():
         path.unlink()
@@ -352,14 +352,14 @@ def test_shards_written_anew_under_a_run_are_noticed(tiny, coco, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": "other"}', '{"format": "pais-ray shards", "version": 1}'])
-def test_a_manifest_that_is_none_is_refused(tiny, tmp_path, content):
+def test_an_invalid_manifest_is_refused(tiny, tmp_path, content):
     written(tiny, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text(content)
     with pytest.raises(DataError, match="shard-manifest"):
         dataset.read_shards(str(tmp_path / "out"), "train")
 
 
-def test_another_version_of_the_format_is_refused_as_such(tiny, tmp_path):
+def test_another_version_of_the_format_is_refused(tiny, tmp_path):
     written(tiny, tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
@@ -370,14 +370,14 @@ def test_another_version_of_the_format_is_refused_as_such(tiny, tmp_path):
         dataset.read_shards(str(tmp_path / "out"), "val")
 
 
-def test_validate_finds_whole_shards_sound(tiny, tmp_path):
+def test_validate_accepts_complete_shards(tiny, tmp_path):
     written(tiny, tmp_path / "out")
     done = call("validate", f"data.train={tmp_path}/out", "--json", tmp_path / "report.json")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 16
 
 
-def test_the_verb_writes_and_tells(tiny, tmp_path):
+def test_the_command_writes_shards_and_reports_them(tiny, tmp_path):
     done = call("shard", *tiny, "data.labeled=0.5", "--out", tmp_path / "out", "--json", tmp_path / "made.json")
     assert done.exit_code == 0, done.output
     made = json.loads((tmp_path / "made.json").read_text())
@@ -405,7 +405,7 @@ def test_keys_in_a_url_are_refused_and_not_repeated(url, tiny):
         assert "hunter2" not in output
 
 
-def test_paths_of_images_are_taken_apart_as_they_were_put_together():
+def test_shard_locations_survive_a_round_trip_through_their_path():
     for file in (
         "/data/a #1/x.parquet",
         "s3://b/x%20y/t.parquet",
@@ -419,7 +419,7 @@ def test_paths_of_images_are_taken_apart_as_they_were_put_together():
         assert image_name(plain) == name
 
 
-def test_only_shards_may_leave_out_validation(tiny, tmp_path):
+def test_only_shards_do_not_need_a_validation_set(tiny, tmp_path):
     with pytest.raises(ValueError, match="val: expected a COCO JSON"):
         DataConfig(train="somewhere.json")
     assert written(tiny, tmp_path / "out").part("val") == (str(tmp_path / "out"), None)
@@ -446,7 +446,7 @@ def test_a_run_is_not_resumed_with_other_shards(tiny, tmp_path):
         directory.check_data(tmp_path / "run", other, force=False)
 
 
-def test_held_out_images_are_the_shards_validation(coco, folder, tmp_path):
+def test_held_out_images_are_the_validation_part_of_shards(coco, folder, tmp_path):
     words = [word for word in coco if "val" not in word] + ["data.holdout=0.5"]
     source, config = read_data(settings(words)), written(words, tmp_path / "out")
     made = read_data(config)

@@ -1,4 +1,4 @@
-"""Shards and plain images on a real S3-compatible server: the same as on disk, whatever the connection does."""
+"""Shards and plain images on an S3-compatible server: the same as on disk, also over a bad connection."""
 
 import logging
 from pathlib import Path
@@ -40,18 +40,18 @@ def bytes_read(records, **options) -> dict[int, bytes]:
     return dict(rows)
 
 
-def test_objects_are_the_files_that_a_disk_would_hold(bucket, source, tmp_path):
+def test_objects_equal_the_files_on_disk(bucket, source, tmp_path):
     write_shards(f"s3://{bucket}/a b/shards", source, **LAYOUT)
     write_shards(str(tmp_path), source, **LAYOUT)
     client = boto3.client("s3")
     keys = (item["Key"] for item in client.list_objects_v2(Bucket=bucket)["Contents"])
-    found = {key: key.split("/")[-1] for key in keys if not key.endswith("/")}  # some tools mark folders
+    found = {key: key.split("/")[-1] for key in keys if not key.endswith("/")}  # some tools create objects for folders
     assert set(found.values()) == {p.name for p in tmp_path.iterdir()}
     for key, name in found.items():
         assert client.get_object(Bucket=bucket, Key=key)["Body"].read() == (tmp_path / name).read_bytes()
 
 
-def test_read_from_s3_they_are_what_they_are_on_disk(bucket, source, tmp_path):
+def test_shards_read_from_s3_equal_those_on_disk(bucket, source, tmp_path):
     write_shards(f"s3://{bucket}/shards", source, **LAYOUT)
     write_shards(str(tmp_path), source, **LAYOUT)
     remote, local = (read_data(DataConfig(train=folder)) for folder in (f"s3://{bucket}/shards", str(tmp_path)))
@@ -62,7 +62,7 @@ def test_read_from_s3_they_are_what_they_are_on_disk(bucket, source, tmp_path):
         assert bytes_read(getattr(remote, part)) == bytes_read(getattr(local, part))
 
 
-def test_writing_goes_on_where_it_stopped(bucket, source, monkeypatch):
+def test_writing_continues_after_an_interruption(bucket, source, monkeypatch):
     out = f"s3://{bucket}/shards"
 
     def stop_at_val(out, name, *more):
@@ -81,18 +81,18 @@ def test_writing_goes_on_where_it_stopped(bucket, source, monkeypatch):
     assert set(storage.list_files(out)) == {dataset.MANIFEST, *(file.name for file in made.files)}
 
 
-@pytest.mark.parametrize("cuts", [3, pytest.param(40, marks=pytest.mark.slow, id="40, more than S3's client takes")])
-def test_a_connection_cut_in_the_middle_of_a_row_group_loses_and_doubles_nothing(bucket, source, proxy, cuts):
+@pytest.mark.parametrize("cuts", [3, pytest.param(40, marks=pytest.mark.slow, id="40, too many for the S3 client")])
+def test_no_image_is_lost_or_repeated_when_the_connection_is_cut_within_a_row_group(bucket, source, proxy, cuts):
     write_shards(f"s3://{bucket}/shards", source, **LAYOUT)
     records = read_data(DataConfig(train=proxy.url(bucket, "shards"))).unlabeled
     expected = {r.image_id: Path(r.path).read_bytes() for r in source.parts["unlabeled"]}
     proxy.cuts = cuts
     assert bytes_read(records) == expected
-    assert proxy.cuts == 0, "the connection was cut as often as announced"
+    assert proxy.cuts == 0, "the connection was cut as often as configured"
 
 
-def test_a_read_that_fails_is_repeated_and_counted(bucket, source, proxy, monkeypatch, caplog):
-    """403 is no error that the S3 client itself would wait for."""
+def test_failed_reads_are_retried_and_counted(bucket, source, proxy, monkeypatch, caplog):
+    """The S3 client itself does not retry after status 403."""
     write_shards(f"s3://{bucket}/shards", source, **LAYOUT)
     records = read_data(DataConfig(train=proxy.url(bucket, "shards"))).unlabeled
     pauses = []
@@ -105,7 +105,7 @@ def test_a_read_that_fails_is_repeated_and_counted(bucket, source, proxy, monkey
     assert [record.args[1:3] for record in caplog.records] == [(n, storage.ATTEMPTS) for n in (1, 2, 3)]
 
 
-def test_reading_gives_up_with_the_url_and_no_key(bucket, source, proxy, monkeypatch):
+def test_the_final_read_error_names_the_url_and_no_key(bucket, source, proxy, monkeypatch):
     write_shards(f"s3://{bucket}/shards", source, **LAYOUT)
     records = read_data(DataConfig(train=proxy.url(bucket, "shards"))).unlabeled
     pauses = []

@@ -1,4 +1,4 @@
-"""Laws of the generated data set: reproducible, exact, and awkward in every way real data is."""
+"""The generated data set: reproducible, with exact annotations, and with the difficulties of real data."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def mask_of(entry: dict) -> np.ndarray:
     return decode(entry["segmentation"], SIZE, SIZE)
 
 
-def test_same_seed_same_bytes_other_seed_others(folder, tmp_path):
+def test_the_bytes_depend_on_the_seed_only(folder, tmp_path):
     generator.generate(str(tmp_path / "again"), train=24, val=8, size=SIZE, seed=5)
     assert digests(tmp_path / "again") == digests(folder)
     generator.generate(str(tmp_path / "other"), train=2, val=1, size=SIZE, seed=6)
@@ -50,20 +50,20 @@ def test_same_seed_same_bytes_other_seed_others(folder, tmp_path):
     assert all(other[name] != own[name] for name in other)
 
 
-def test_an_image_does_not_depend_on_how_many_there_are(folder, tmp_path):
+def test_an_image_does_not_depend_on_the_number_of_images(folder, tmp_path):
     generator.generate(str(tmp_path / "fewer"), train=3, val=2, size=SIZE, seed=5)
     fewer, own = digests(tmp_path / "fewer"), digests(folder)
-    pictures = [name for name in fewer if name.startswith("images")]
-    assert len(pictures) == 5
-    assert all(fewer[name] == own[name] for name in pictures)
+    images = [name for name in fewer if name.startswith("images")]
+    assert len(images) == 5
+    assert all(fewer[name] == own[name] for name in images)
 
 
-def test_no_picture_occurs_twice(folder):
-    pictures = [digest for name, digest in digests(folder).items() if name.startswith("images")]
-    assert len(set(pictures)) == len(pictures) == 32
+def test_all_images_differ(folder):
+    images = [digest for name, digest in digests(folder).items() if name.startswith("images")]
+    assert len(set(images)) == len(images) == 32
 
 
-def test_generating_again_draws_nothing_and_another_set_replaces_it(tmp_path, monkeypatch):
+def test_the_same_data_set_is_kept_and_another_one_replaces_it(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     generator.generate(str(folder), train=1, val=1, size=64, seed=0)
     (folder / "mine.txt").write_text("kept as long as the set is the same")
@@ -74,10 +74,10 @@ def test_generating_again_draws_nothing_and_another_set_replaces_it(tmp_path, mo
     generator.generate(str(folder), train=2, val=1, size=64, seed=0)
     assert not (folder / "mine.txt").exists()
     assert len(json.loads((folder / "train.json").read_text())["images"]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["set"], "nothing is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"], "no partial folder is left"
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("a year of work")
     with pytest.raises(ValueError, match="choose another folder"):
         generator.generate(str(tmp_path), train=1, val=1, size=64)
@@ -102,7 +102,7 @@ def test_no_visible_pixel_belongs_to_two_instances(folder):
     assert max(count.max() for count in claimed.values()) == 1
 
 
-def test_every_awkward_kind_is_there(folder):
+def test_every_kind_of_annotation_occurs(folder):
     tree = json.loads((folder / "train.json").read_text())
     entries = tree["annotations"]
     ids = [category["id"] for category in tree["categories"]]
@@ -123,15 +123,15 @@ def test_every_awkward_kind_is_there(folder):
     assert (sides > 96 / 192).any()
 
 
-def test_image_ids_of_the_parts_are_disjoint_and_all_files_are_named(folder):
+def test_image_ids_of_the_parts_are_disjoint_and_every_file_is_listed(folder):
     train, val = (json.loads((folder / f"{part}.json").read_text())["images"] for part in ("train", "val"))
     ids = [image["id"] for image in train + val]
     assert len(set(ids)) == len(ids)
     assert {image["file_name"] for image in train + val} == {p.name for p in (folder / "images").iterdir()}
 
 
-def test_the_annotation_lies_where_the_shape_was_painted(folder):
-    """Pixels differ more across an instance's outline than beside it."""
+def test_annotations_match_the_painted_shapes(folder):
+    """Neighboring pixels differ more across the outline of an instance than elsewhere."""
     across, along = [], []
     for record in read_coco(str(folder / "train.json"), str(folder / "images")).records:
         gray = np.asarray(Image.open(record.path).convert("L")).astype(int)
@@ -143,7 +143,7 @@ def test_the_annotation_lies_where_the_shape_was_painted(folder):
     assert np.concatenate(across).mean() > 4 * np.concatenate(along).mean()
 
 
-def test_the_reader_takes_it(folder):
+def test_the_coco_reader_accepts_it(folder):
     dataset = read_coco(str(folder / "train.json"), str(folder / "images"))
     entries = annotations(folder)
     assert sum(len(record.labels) for record in dataset.records) == sum(not e["iscrowd"] for e in entries)
@@ -152,11 +152,11 @@ def test_the_reader_takes_it(folder):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_outlines_give_back_any_mask_without_holes(seed):
-    """Random specks touch at corners, which is where tracing goes wrong."""
+def test_outlines_represent_any_mask_without_holes(seed):
+    """Random specks touch at corners, which is the difficult case of tracing."""
     mask = np.random.default_rng(seed).random((12, 15)) < 0.25
     polygons = generator.outline(mask)
-    if polygons is None:  # by chance, it has a hole
+    if polygons is None:  # the random mask has a hole
         return
     assert (decode(polygons, 12, 15) == mask).all()
 
@@ -166,7 +166,7 @@ def test_parts_that_touch_at_a_corner_are_two_polygons():
         assert sorted(map(len, generator.outline(mask))) == [8, 8]
 
 
-def test_a_hole_has_no_polygon_but_run_lengths():
+def test_a_mask_with_a_hole_has_run_lengths_and_no_polygon():
     mask = np.zeros((8, 9), bool)
     mask[1:7, 0:8] = True
     mask[3:5, 3:6] = False
@@ -175,6 +175,6 @@ def test_a_hole_has_no_polygon_but_run_lengths():
     assert decode(generator.run_lengths(np.ones((3, 4), bool)), 3, 4).all()
 
 
-def test_wrong_arguments_are_refused(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="size >= 64"):
         generator.generate(str(tmp_path / "set"), size=10)

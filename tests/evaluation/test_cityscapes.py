@@ -191,7 +191,7 @@ def test_command_line_scores_folders_and_files(tmp_path):
         ("a.png car 0.5", "expected `mask.png label score`"),
         ("a.png 26 nan", "expected a finite score"),
         ("../../a.png 26 0.5", "expected a mask inside"),
-        ("none.png 26 0.5", "none.png: cannot read the file"),
+        ("none.png 26 0.5", "none.png: expected a readable file"),
         ("small.png 26 0.5", "expected a mask of 60 x 80 px, got 3 x 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Batch prediction on a cluster: killed and called again, it leaves what one process would."""
+"""Batch prediction on a cluster: after a kill and a second call, the results equal those of one process."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def manifests(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "parts").glob("*.manifest.json")}
 
 
-def same(results: list[dict], expected: list[dict]) -> None:
+def assert_same(results: list[dict], expected: list[dict]) -> None:
     assert len(results) == len(expected) > 0
     for one, other in zip(results, expected, strict=True):
         assert [one[k] for k in ("image_id", "category_id")] == [other[k] for k in ("image_id", "category_id")]
@@ -38,7 +38,7 @@ def same(results: list[dict], expected: list[dict]) -> None:
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
 
 
-def test_killed_and_called_again_it_equals_one_process(cluster, run, tiny_coco, tmp_path):
+def test_results_after_a_kill_equal_those_of_one_process(cluster, run, tiny_coco, tmp_path):
     out, summary = tmp_path / "out", tmp_path / "summary.json"
     words = ["batch-predict", str(run), f"{tiny_coco}/images", "--out", str(out), "--part-images", "2", "--merge"]
     env = {**os.environ, "RAY_ADDRESS": cluster["address"]}
@@ -54,11 +54,11 @@ def test_killed_and_called_again_it_equals_one_process(cluster, run, tiny_coco, 
     assert done.exit_code == 0, done.output
     last = manifests(out)
     assert {name for name in first if last[name] != first[name]} == {"part-000000.manifest.json"}
-    told = json.loads(summary.read_text())
-    assert (told["images"], told["parts"], told["unreadable"]) == (16, 8, [])
+    summary_json = json.loads(summary.read_text())
+    assert (summary_json["images"], summary_json["parts"], summary_json["unreadable"]) == (16, 8, [])
     predictor = Predictor.open(run)
     expected = predictor.results(image_records([tiny_coco / "images"]), "expected")
-    same(json.loads((out / "results.json").read_text()), expected)
+    assert_same(json.loads((out / "results.json").read_text()), expected)
     listed = json.loads((out / "images.json").read_text())
     assert [image["id"] for image in listed["images"]] == list(range(16))
     assert listed["categories"] == predictor.categories
@@ -68,7 +68,7 @@ def test_killed_and_called_again_it_equals_one_process(cluster, run, tiny_coco, 
 
 
 def test_a_bucket_and_a_list_of_its_images(cluster, run, tiny_coco, tmp_path):
-    """Through the file system interface of buckets; an image that cannot be read is named, the others are there."""
+    """With the file system interface of object stores: a damaged image is reported, and the others have results."""
     images = tmp_path / "bucket" / "images"
     shutil.copytree(tiny_coco / "images", images)
     tree = json.loads((tiny_coco / "val.json").read_text())
@@ -92,7 +92,7 @@ def test_listings(tiny_coco, tmp_path):
         batch.list_images(f"{tiny_coco}/val.json", None)
     with pytest.raises(ValueError, match="without credentials"):
         batch.list_images("s3://key:secret@bucket/images", None)
-    leads_out = tmp_path / "out.json"
-    leads_out.write_text(json.dumps({"images": [{"id": 1, "file_name": "../x.png"}]}))
+    outside = tmp_path / "out.json"
+    outside.write_text(json.dumps({"images": [{"id": 1, "file_name": "../x.png"}]}))
     with pytest.raises(DataError, match="image-path"):
-        batch.list_images(str(leads_out), "s3://bucket/images")
+        batch.list_images(str(outside), "s3://bucket/images")

@@ -1,5 +1,5 @@
-"""Pseudo-labels from a file through the main job: used, resumed, guarded, and made by another run. Validation images
-are held out of the annotated ones."""
+"""Pseudo-labels from a file in a training run: used, resumed, checked, and produced by another run. The validation
+images are held out from the annotated ones."""
 
 import json
 import os
@@ -25,7 +25,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def masks(tiny_coco, tmp_path_factory):
-    """The truth of every image as scored masks."""
+    """The ground truth of every image as scored masks."""
     path = tmp_path_factory.mktemp("masks") / "results.json"
     results_of(read_coco(str(tiny_coco / "train.json"), str(tiny_coco / "images")), path, score=0.9, iou=0.75)
     return path
@@ -33,7 +33,7 @@ def masks(tiny_coco, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(tiny_coco, tmp_path_factory, masks):
-    """Words of a run on them, by its name."""
+    """The config words of a run with these masks, by its name."""
     storage = tmp_path_factory.mktemp("scored_runs")
     more = (f"data.pseudo_labels={masks}", "method.burn_in=0", "optim.lr=0.001", "scaling.num_workers=1")
     more += ("data.val=null", "data.holdout=0.25", "data.labeled=0.4")
@@ -42,14 +42,14 @@ def given(tiny_coco, tmp_path_factory, masks):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, given):
-    config = compose(given("undisturbed"))
+def uninterrupted(cluster, given):
+    config = compose(given("uninterrupted"))
     assert launch.train(config).step == STEPS
-    return Path(config.run.storage_path) / "undisturbed"
+    return Path(config.run.storage_path) / "uninterrupted"
 
 
-def test_the_masks_of_the_file_are_learned_and_the_teacher_is_evaluated(undisturbed):
-    rows = metric_rows(undisturbed)
+def test_the_student_learns_from_the_masks_and_the_teacher_is_evaluated(uninterrupted):
+    rows = metric_rows(uninterrupted)
     logged = [row for row in rows if "loss" in row]
     with_masks = [row for row in logged if row["pseudo/kept_per_image"]]
     assert len(with_masks) > 1
@@ -61,24 +61,24 @@ def test_the_masks_of_the_file_are_learned_and_the_teacher_is_evaluated(undistur
         assert row["pseudo/class_weight_sum"] == pytest.approx(kept * 0.9**4)
         assert row["pseudo/mask_weight_sum"] == pytest.approx(kept * 0.75**4)
     assert any("teacher/segm_AP" in row for row in rows)
-    assert (undisturbed / "figures/pseudo_labels_00000003.png").exists()
+    assert (uninterrupted / "figures/pseudo_labels_00000003.png").exists()
 
 
-def test_a_run_is_evaluated_on_what_was_held_out(undisturbed, tmp_path):
-    lock_run = json.loads((undisturbed / "split.json").read_text())["held_out_ids"]
-    truth = json.loads((undisturbed / "ground_truth.json").read_text())
-    assert sorted(image["id"] for image in truth["images"]) == lock_run
-    assert len(lock_run) == 3
+def test_a_run_is_evaluated_on_the_held_out_images(uninterrupted, tmp_path):
+    held_out = json.loads((uninterrupted / "split.json").read_text())["held_out_ids"]
+    truth = json.loads((uninterrupted / "ground_truth.json").read_text())
+    assert sorted(image["id"] for image in truth["images"]) == held_out
+    assert len(held_out) == 3
     done = CliRunner().invoke(
-        main, ["evaluate", str(undisturbed), "--checkpoint", "last", "--json", f"{tmp_path}/e.json"]
+        main, ["evaluate", str(uninterrupted), "--checkpoint", "last", "--json", f"{tmp_path}/e.json"]
     )
     assert done.exit_code == 0, done.output
-    logged = [row["teacher/segm_AP"] for row in metric_rows(undisturbed) if "teacher/segm_AP" in row]
+    logged = [row["teacher/segm_AP"] for row in metric_rows(uninterrupted) if "teacher/segm_AP" in row]
     assert json.loads((tmp_path / "e.json").read_text())["segm"]["AP"] == pytest.approx(logged[-1], abs=1e-9)
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbed, given, masks):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_a_changed_file_is_refused(uninterrupted, given, masks):
     launch.train(compose(given("halves", "train.stop_at=2")))
     before = masks.read_text()
     masks.write_text(json.dumps([entry | {"score": 0.8} for entry in json.loads(before)]))
@@ -90,14 +90,14 @@ def test_stopped_and_resumed_is_one_run_and_a_changed_file_is_refused(undisturbe
     with pytest.raises(ValueError, match=r"other values of data\.pseudo_labels"):
         launch.train(compose(given("halves", "data.pseudo_labels=null")))
     assert launch.train(compose(given("halves"))).step == STEPS
-    a, b = weights(undisturbed, STEPS), weights(undisturbed.parent / "halves", STEPS)
+    a, b = weights(uninterrupted, STEPS), weights(uninterrupted.parent / "halves", STEPS)
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_what_one_run_predicts_another_run_learns_from(undisturbed, given, tmp_path):
-    """`predict --part unlabeled` gives the ids of the run; a plain folder has those of its own order."""
+def test_a_run_learns_from_the_predictions_of_another_run(uninterrupted, given, tmp_path):
+    """`predict --part unlabeled` uses the image ids of the run; for a plain folder they are positions."""
     out = tmp_path / "out"
-    command = ["predict", str(undisturbed), "--out", str(out), "--draw", "2"]
+    command = ["predict", str(uninterrupted), "--out", str(out), "--draw", "2"]
     done = CliRunner().invoke(main, [*command, "--part", "unlabeled"])
     assert done.exit_code == 0, done.output
     results = json.loads((out / "results.json").read_text())
@@ -114,5 +114,5 @@ def test_what_one_run_predicts_another_run_learns_from(undisturbed, given, tmp_p
     done = CliRunner().invoke(main, [*command, folder])
     assert done.exit_code == 0, done.output
     _, data = prepare.prepare(compose(given("next", *more, f"data.unlabeled={folder}")))
-    assert data.scored.elsewhere > 0, "labeled and validation images lie in the folder too"
+    assert data.scored.elsewhere > 0, "the folder also has the labeled and the validation images"
     assert sum(len(image.scores) for image in data.scored.images) > 0

@@ -1,4 +1,4 @@
-"""Shards on a real cluster: streamed from an S3 server, killed and resumed in the middle of a pass, trained from."""
+"""Shards on a real cluster: streamed from an S3 server, killed and resumed within a pass, and used for training."""
 
 import io
 import json
@@ -76,13 +76,13 @@ def ids(rows) -> list[int]:
 
 @ray.remote(num_cpus=0.1)
 class Consumer:
-    """A process that takes rows until it is killed."""
+    """A process that consumes rows until it is killed."""
 
     def __init__(self, feed: pipeline.Feed, steps: int) -> None:
         self.rows = batches.stream_decoded(feed, rank_rows(0, steps, 2, 1, 0))
 
     def take(self, count: int) -> tuple[int, list[int]]:
-        """(the row to go on with, images of the next ``count`` rows)."""
+        """(the row to continue with, image ids of the next ``count`` rows)."""
         rows = [next(self.rows) for _ in range(count)]
         return rows[-1].g + 1, ids(rows)
 
@@ -90,7 +90,7 @@ class Consumer:
 def test_after_a_kill_during_a_pass_the_next_1000_images_are_those_of_an_uninterrupted_stream(cluster, many):
     feed = feed_of(many, lanes=2)
     uninterrupted = ids(batches.stream_decoded(feed, rank_rows(0, 250, 2, 1, 0)))
-    assert sorted(uninterrupted[:IMAGES]) == list(range(IMAGES)), "a pass holds each image once"
+    assert sorted(uninterrupted[:IMAGES]) == list(range(IMAGES)), "a pass has each image once"
     consumer = Consumer.remote(feed, 250)
     g_next, seen = ray.get(consumer.take.remote(150))
     ray.kill(consumer)
@@ -100,7 +100,7 @@ def test_after_a_kill_during_a_pass_the_next_1000_images_are_those_of_an_uninter
     assert ids(rows) == uninterrupted[4 * g_next : 4 * g_next + 1000]
 
 
-def test_a_cut_connection_under_the_stream_loses_and_doubles_nothing(cluster, s3, many, bucket):
+def test_no_image_is_lost_or_repeated_when_the_connection_of_a_stream_is_cut(cluster, s3, many, bucket):
     with CuttingProxy(s3, after=2000) as proxy:
         feed = feed_of(proxy.url(bucket, "many"), lanes=1)
         proxy.cuts = 4
@@ -109,7 +109,7 @@ def test_a_cut_connection_under_the_stream_loses_and_doubles_nothing(cluster, s3
     assert Counter(seen) == Counter(range(IMAGES))
 
 
-def test_labels_of_shards_are_not_in_the_feed_and_those_read_are_the_sources(cluster, bucket, tiny_coco):
+def test_labels_of_shards_are_read_from_the_shards_and_equal_the_source(cluster, bucket, tiny_coco):
     plain = [f"data.{part}={tiny_coco}/{part}.json" for part in ("train", "val")] + [f"data.images={tiny_coco}/images"]
     source = source_of(tuple(plain))
     write_shards(f"s3://{bucket}/unsplit", source, rows_per_group=4)
@@ -143,7 +143,7 @@ def test_labels_of_shards_are_not_in_the_feed_and_those_read_are_the_sources(clu
         assert all(s.boxes is None and s.masks is None for s in row.unlabeled)
 
 
-def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
+def test_images_below_a_url_are_streamed_within_the_pixel_limit(cluster, bucket):
     client = boto3.client("s3")
     for i in range(3):
         data = io.BytesIO()
@@ -158,7 +158,7 @@ def test_images_of_a_prefix_are_streamed_under_the_pixel_cap(cluster, bucket):
 
 
 @pytest.mark.slow
-def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(cluster, bucket, tiny_coco, tmp_path):
+def test_a_resumed_run_from_s3_equals_an_uninterrupted_run_from_disk(cluster, bucket, tiny_coco, tmp_path):
     plain = [f"data.{part}={tiny_coco}/{part}.json" for part in ("train", "val")] + [f"data.images={tiny_coco}/images"]
     source = source_of((*plain, "data.labeled=0.25"))
     for out in (f"s3://{bucket}/set", str(tmp_path / "set")):
@@ -176,7 +176,7 @@ def test_trained_from_s3_stopped_and_resumed_ends_as_undisturbed_from_disk(clust
     assert whole.step == STEPS
     assert_same_end(tmp_path / "s3", tmp_path / "disk", STEPS)
     for name in ("config.yaml", "data.json", "split.json", "metrics.jsonl"):
-        assert "testing" not in (tmp_path / "s3" / name).read_text(), "no key is in the run's papers"
+        assert "testing" not in (tmp_path / "s3" / name).read_text(), "no key is in the files of the run"
     out = tmp_path / "evaluated.json"
     done = CliRunner().invoke(main, ["evaluate", str(tmp_path / "s3"), "--checkpoint", "last", "--json", str(out)])
     assert done.exit_code == 0, done.output
