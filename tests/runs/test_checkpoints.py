@@ -9,6 +9,7 @@ from pais_ray.runs.checkpoints import (
     FORMAT,
     CheckpointError,
     Snapshot,
+    best_checkpoint,
     checkpoint_folder,
     delete_old_checkpoints,
     find_resumable_checkpoint,
@@ -114,3 +115,20 @@ def test_a_later_damaged_checkpoint_does_not_displace_the_one_just_written(tmp_p
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
     delete_old_checkpoints(tmp_path, 1, (), step=2)
     assert steps_of(tmp_path) == [2, 9]
+
+
+def test_the_best_checkpoint_considers_scores_that_were_logged_after_the_newest_one(tmp_path):
+    newest = checkpoint_folder(tmp_path, 8)
+    for step in (4, 8):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    best = {"teacher": {"segm_AP": 0.2, "step": 4}}
+    (newest / "state.json").write_text(json.dumps({"format": 2, "step": 8, "best": best}))
+    assert best_checkpoint(tmp_path, newest, "teacher") == checkpoint_folder(tmp_path, 4)
+    assert best_checkpoint(tmp_path, newest, "student") is None
+    rows = [
+        {"step": 6, "teacher/segm_AP": 0.9},
+        {"step": 8, "teacher/segm_AP": 0.3},
+        {"step": 12, "teacher/segm_AP": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert best_checkpoint(tmp_path, newest, "teacher") == newest, "6 has no checkpoint, 12 is later"

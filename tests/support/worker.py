@@ -15,7 +15,7 @@ from pais_ray.train.guards import Guards
 from pais_ray.train.job import Job
 from pais_ray.train.state import TrainState
 from pais_ray.train.worker.checkpointing import Checkpointer
-from pais_ray.train.worker.evaluation import Evaluator
+from pais_ray.train.worker.evaluation import RunEvaluator
 from pais_ray.train.worker.logger import Logger
 from pais_ray.train.worker.recovery import Recovery
 
@@ -109,5 +109,5 @@ class Rank:
         )
         guards = Guards(self.config.guards)
         shared = (self.job, self.state, self.group)
-        self.evaluator = Evaluator(*shared, self.heartbeat, self.logger, self.checkpointer, guards)
+        self.evaluator = RunEvaluator(*shared, self.heartbeat, self.logger, self.checkpointer, guards)
         self.recovery = Recovery(*shared, self.logger, self.checkpointer, self.evaluator, guards)

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import ray.train
 
+from pais_ray.config.overlays import ConfigError
 from pais_ray.config.sections import GuardConfig
+from pais_ray.config.tree import compose
 from pais_ray.train.driver import monitor as monitor_module
-from pais_ray.train.driver import progress, run_loop, supervisor, watchdog
+from pais_ray.train.driver import progress, resources, run_loop, supervisor, watchdog
 from pais_ray.train.driver.monitor import Monitor
 from pais_ray.train.driver.supervisor import Supervisor
 from pais_ray.train.driver.watchdog import describe, find_stuck_rank
@@ -313,3 +315,12 @@ def test_a_stuck_rank_is_killed_and_reported(tmp_path, monkeypatch, make_supervi
     watcher.check()
     assert killed == [(stuck, [status(0), stuck])]
     assert "rank 1 hangs" in events[0].text
+
+
+def test_a_joined_cluster_may_be_too_small_because_it_can_grow(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})  # a head without CPUs, and no nodes yet
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    config = compose(["synthetic", "mask_rcnn", "pais", "scaling.num_workers=2", "scaling.use_gpu=true"])
+    assert resources.worker_resources(config, is_own_cluster=False) == (1.0, 1)
+    with pytest.raises(ConfigError, match="and 0 of 2 GPUs"):
+        resources.worker_resources(config, is_own_cluster=True)

@@ -32,7 +32,7 @@ class PendingScores(NamedTuple):
     task: "ray.ObjectRef[dict[str, float]]"
 
 
-class Evaluator:
+class RunEvaluator:
     """Evaluates teacher and student on the validation images. Rank 0 alone has the scores.
 
     Scores are collected at fixed steps, so that the contents of a checkpoint do not depend on timing.

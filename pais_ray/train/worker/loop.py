@@ -15,7 +15,7 @@ from pais_ray.train.job import Job
 from pais_ray.train.state import TrainState
 from pais_ray.train.step import BackwardOutOfMemoryError, StepSettings, train_step
 from pais_ray.train.worker.checkpointing import Checkpointer
-from pais_ray.train.worker.evaluation import Evaluator
+from pais_ray.train.worker.evaluation import RunEvaluator
 from pais_ray.train.worker.heartbeat import Heartbeat
 from pais_ray.train.worker.logger import Logger, MetricWindow, peak_memory_mib
 from pais_ray.train.worker.panel import write_panel
@@ -36,7 +36,7 @@ class TrainingLoop:
     heartbeat: Heartbeat
     logger: Logger
     checkpointer: Checkpointer
-    evaluator: Evaluator
+    evaluator: RunEvaluator
     recovery: Recovery
 
     @property

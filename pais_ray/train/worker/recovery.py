@@ -15,7 +15,7 @@ from pais_ray.train.job import Job
 from pais_ray.train.state import TrainState
 from pais_ray.train.step import BackwardOutOfMemoryError, StepResult
 from pais_ray.train.worker.checkpointing import Checkpointer
-from pais_ray.train.worker.evaluation import Evaluator, note_scores
+from pais_ray.train.worker.evaluation import RunEvaluator, note_scores
 from pais_ray.train.worker.logger import Logger, report_last_event
 
 
@@ -29,7 +29,7 @@ class Recovery:
         group: WorkerGroup,
         logger: Logger,
         checkpointer: Checkpointer,
-        evaluator: Evaluator,
+        evaluator: RunEvaluator,
         guards: Guards,
     ) -> None:
         self.job, self.config, self.state, self.group = job, job.config, state, group

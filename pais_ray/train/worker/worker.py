@@ -22,7 +22,7 @@ from pais_ray.train.job import Job
 from pais_ray.train.messages import FatalError
 from pais_ray.train.step import StepSettings
 from pais_ray.train.worker.checkpointing import Checkpointer
-from pais_ray.train.worker.evaluation import Evaluator
+from pais_ray.train.worker.evaluation import RunEvaluator
 from pais_ray.train.worker.heartbeat import Heartbeat
 from pais_ray.train.worker.logger import Logger, RunLogger, report_last_event
 from pais_ray.train.worker.loop import TrainingLoop
@@ -104,7 +104,7 @@ class Worker:
             on_event=lambda text, fields: self.logger.event(state.step, text, fields),
         )
         guards = Guards(config.guards)
-        evaluator = Evaluator(job, state, group, self.heartbeat, self.logger, self.checkpointer, guards)
+        evaluator = RunEvaluator(job, state, group, self.heartbeat, self.logger, self.checkpointer, guards)
         self.loop = TrainingLoop(
             job=job,
             resume=resume,
