@@ -33,7 +33,7 @@ def load_ground_truth(source: Json | str | Path, image_ids: Collection[int] | No
     categories = {entry.id for entry in walk.walk(check_list(data, "categories", path), "category", path)}
     wanted = set(images) if image_ids is None else set(image_ids)
     if unknown := sorted(wanted - set(images)):
-        message = f"expected the images asked for, got no image {unknown[0]}"
+        message = f"expected ids of images in this file, got {unknown[0]}"
         raise DataError("id-unknown", path, message, "request images of this file")
     annotations: list[Json] = []
     listed = check_list({"annotations": [], **data}, "annotations", path)

@@ -49,9 +49,8 @@ class CocoDataset:
     categories: tuple[Category, ...]
     records: tuple[LabeledRecord | ShardRecord, ...]  # in the order of the file
     sha256: str  # of the annotations
-    truth: (
-        str | dict[str, Any]
-    )  # ground truth for scoring, with crowds: the path of the COCO file, or its content if there is no file
+    # ground truth for scoring, with crowds: the path of the COCO file, or its content if there is no file
+    truth: str | dict[str, Any]
     num_crowd: int  # annotations that are left out because they are crowds
     num_dropped: int  # annotations that are left out because box or mask is empty within the image
 

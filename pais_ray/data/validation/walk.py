@@ -56,15 +56,17 @@ def walk(listed: Sequence[Any], kind: str, path: str, on_error: OnError = raise_
     seen: set[int] = set()
     for position, value in enumerate(listed):
         try:
-            entry_id: Any = entries.check_id(value, kind, path, seen)
+            entry_id = entries.check_id(value, kind, path, seen)
+            seen.add(entry_id)
+            place = f"{path}: {kind} {entry_id}"
         except DataError as error:
             value = on_error(error, value)
             if value is None:
                 continue
-            entry_id = value.get("id", position)
-        if type(entry_id) is int:
-            seen.add(entry_id)
-        yield Entry(value, f"{path}: {kind} {entry_id if type(entry_id) is int else short_repr(entry_id)}")
+            if type(value.get("id")) is int:
+                seen.add(value["id"])
+            place = f"{path}: {kind} {short_repr(value.get('id', position))}"
+        yield Entry(value, place)
 
 
 def category_name(entry: Entry) -> str:
