@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server that breaks its answers."""
+"""A TCP proxy that interrupts the responses of a server."""
 
 import contextlib
 import socket
@@ -9,8 +9,11 @@ REFUSAL = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n
 
 
 class CuttingProxy:
-    """Passes connections on to ``target``. ``cuts`` answers end, with their connection, behind their first ``after``
-    bytes; ``refusals`` requests are answered with 403. Both count down to zero."""
+    """Forwards connections to ``target``.
+
+    While ``cuts`` is positive, a response is cut off after ``after`` bytes and its connection is closed. While
+    ``refusals`` is positive, a request gets status 403. Both count down to zero.
+    """
 
     def __init__(self, target: tuple[str, int], after: int) -> None:
         self.target, self.after = target, after
@@ -27,12 +30,13 @@ class CuttingProxy:
         self.listener.close()
 
     def url(self, bucket: str, path: str) -> str:
+        """The URL of an object, read through the proxy."""
         return f"s3://{bucket}/{path}?endpoint_override={self.endpoint}&scheme=http"
 
-    def _take(self, what: str) -> bool:
+    def _count_down(self, name: str) -> bool:
         with self.lock:
-            left = getattr(self, what)
-            setattr(self, what, max(0, left - 1))
+            left = getattr(self, name)
+            setattr(self, name, max(0, left - 1))
             return left > 0
 
     def _accept(self) -> None:
@@ -40,24 +44,24 @@ class CuttingProxy:
             while True:
                 client, _ = self.listener.accept()
                 server = socket.create_connection(self.target)
-                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._answers, args=(server, client), daemon=True).start()
+                threading.Thread(target=self._forward_requests, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._forward_responses, args=(server, client), daemon=True).start()
 
-    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+    def _forward_requests(self, client: socket.socket, server: socket.socket) -> None:
         with client, server, contextlib.suppress(OSError):
             while data := client.recv(65536):
-                if self._take("refusals"):
+                if self._count_down("refusals"):
                     client.sendall(REFUSAL)
                     break
                 server.sendall(data)
             _end(client, server)
 
-    def _answers(self, server: socket.socket, client: socket.socket) -> None:
-        passed = 0
+    def _forward_responses(self, server: socket.socket, client: socket.socket) -> None:
+        forwarded = 0
         with client, server, contextlib.suppress(OSError):
             while data := server.recv(65536):
-                passed += len(data)
-                if passed > self.after and self._take("cuts"):
+                forwarded += len(data)
+                if forwarded > self.after and self._count_down("cuts"):
                     client.sendall(data[: len(data) // 2])
                     break
                 client.sendall(data)

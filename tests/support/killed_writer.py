@@ -1,4 +1,4 @@
-"""A writer of shards that is killed in the middle of a file; a module of its own, for a process without torch."""
+"""A writer of shards that is killed in the middle of a file. A separate module, so that its process needs no torch."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pais_ray.files import storage
 
 
 def write_and_die(out: str, source: writer.Source, whole: int, layout: dict[str, int]) -> None:
-    """Writes until ``whole`` files are whole, then half of the next one, and then no process any more."""
+    """Write ``whole`` complete files and a part of the next one, then kill this process."""
     write = writer._write_file
 
     def write_some(*arguments):

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: each its own processes, so that one can be killed whole."""
+"""A Ray cluster of several nodes on this machine. Each node has its own processes, so that one node can be killed."""
 
 import contextlib
 import ctypes
@@ -19,13 +19,13 @@ from pais_ray.cluster import token
 
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: killed tests leave no cluster behind
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: ends the cluster if the tests are killed
 MEMORY = f"--object-store-memory={200 * 2**20}"
 
 
 @dataclass
 class Nodes:
-    """A head and workers; ``address`` is the dashboard's."""
+    """The processes of a cluster, the head node first; ``address`` is that of the dashboard."""
 
     folder: Path
     env: dict[str, str]
@@ -34,6 +34,7 @@ class Nodes:
     running: list[subprocess.Popen]
 
     def add(self, *options: str) -> None:
+        """Start a node with the options of `ray start`."""
         log = (self.folder / f"node{len(self.running)}.log").open("w")
         command = [*RAY, "start", "--block", "--disable-usage-stats", *options]
         started = subprocess.Popen(
@@ -43,8 +44,8 @@ class Nodes:
         self.running.append(started)
 
     def join(self, cpus: int) -> None:
-        """One more node."""
-        for _ in range(3):  # on a busy machine Ray's own deadlines may pass
+        """Add a node with ``cpus`` CPUs and wait until the cluster counts it."""
+        for _ in range(3):  # on a busy machine Ray's own timeouts may expire
             ports = zip(("dashboard-agent-listen", "metrics-export"), free_ports(2), strict=True)
             own = [f"--{name}-port={port}" for name, port in ports]
             self.add(f"--address={self.gcs}", f"--num-cpus={cpus}", MEMORY, *own)
@@ -54,28 +55,28 @@ class Nodes:
         raise AssertionError((self.folder / f"node{len(self.running) - 1}.log").read_text())
 
     def kill(self, index: int) -> None:
-        """The whole node at once, as when a machine loses power."""
-        doomed = processes(self.running[index])
-        for process in doomed:
+        """Kill all processes of a node at once, as when a machine loses power."""
+        victims = processes(self.running[index])
+        for process in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()  # nobody shall see the others go
-        for process in doomed:
+                process.suspend()  # no process may react to the end of another
+        for process in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.running[index].wait()
 
     def wait(self) -> None:
-        """Until the cluster counts every node that has not ended."""
+        """Wait until the cluster counts every running node."""
         while self.alive() < sum(node.poll() is None for node in self.running):
             time.sleep(0.2)
 
     def node_id(self, index: int) -> str:
-        """Ray's name of a node, from the command line of its raylet."""
+        """Ray's id of a node, from the command line of its raylet."""
         words = [word for process in processes(self.running[index]) for word in command_line(process)]
         return next(word.partition("=")[2] for word in words if word.startswith("--node_id="))
 
     def alive(self) -> int:
-        """How many nodes the cluster counts."""
+        """The number of nodes that the cluster counts."""
         done = subprocess.run(
             [*RAY, "status", "--address", self.gcs], env=self.env, capture_output=True, text=True, check=False
         )
@@ -84,6 +85,7 @@ class Nodes:
 
 
 def processes(root: subprocess.Popen) -> list[psutil.Process]:
+    """The process and its descendants; empty if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(root.pid)
         return [process, *process.children(recursive=True)]
@@ -91,13 +93,14 @@ def processes(root: subprocess.Popen) -> list[psutil.Process]:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """Its words; none once it has ended."""
+    """The arguments of a process; empty if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
         return process.cmdline()
     return []
 
 
 def free_ports(number: int) -> list[int]:
+    """Different TCP ports of the loopback interface that are free now."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
         return [server.getsockname()[1] for server in servers]
@@ -105,14 +108,14 @@ def free_ports(number: int) -> list[int]:
 
 @contextlib.contextmanager
 def nodes(folder: Path, cpus: list[int], **more: str) -> Iterator[Nodes]:
-    """A cluster with ``cpus`` per node, the head first, behind a token of its own; ``more`` is environment."""
+    """Start a cluster with the given CPUs per node, the head first, with its own token; ``more`` is environment."""
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "OMP_NUM_THREADS": "1"}
-    env["RAY_num_workers_soft_limit"] = "4"  # as on a local cluster: reading tasks find a process that is there
+    env["RAY_num_workers_soft_limit"] = "4"  # as on a local cluster: reading tasks find an idle process
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", **more}  # jobs run its `python`
-    with_token(env)
-    # Beside the head's socket files; their paths have at most 107 characters.
+    create_token(env)
+    # The paths of the head's socket files may have at most 107 characters.
     cluster = Nodes(folder, env, f"127.0.0.1:{gcs_port}", f"http://127.0.0.1:{dashboard_port}", [])
     cluster.add(
         *("--head", f"--port={gcs_port}", f"--num-cpus={cpus[0]}", MEMORY, "--dashboard-host=127.0.0.1"),
@@ -122,7 +125,7 @@ def nodes(folder: Path, cpus: list[int], **more: str) -> Iterator[Nodes]:
     try:
         cluster.wait()
         assert cluster.running[0].poll() is None, (folder / "node0.log").read_text()
-        for count in cpus[1:]:  # one after the other: nodes that start together may take the same socket
+        for count in cpus[1:]:  # one after the other, because nodes that start together may use the same socket
             cluster.join(count)
         yield cluster
     finally:
@@ -130,7 +133,8 @@ def nodes(folder: Path, cpus: list[int], **more: str) -> Iterator[Nodes]:
             cluster.kill(index)
 
 
-def with_token(env: dict[str, str]) -> None:
+def create_token(env: dict[str, str]) -> None:
+    """Create the token file that ``env`` names."""
     before = os.environ.get("RAY_AUTH_TOKEN_PATH")
     os.environ["RAY_AUTH_TOKEN_PATH"] = env["RAY_AUTH_TOKEN_PATH"]
     try:

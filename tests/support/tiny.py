@@ -1,4 +1,4 @@
-"""A model, a state and batches small enough for laws: nano Mask R-CNN on 64 px images with two classes."""
+"""A small model, training state and batches for tests: nano Mask R-CNN on 64 px images with two classes."""
 
 import torch
 
@@ -27,7 +27,7 @@ def state_of(seed: int = 0) -> TrainState:
 
 
 def sample(g: int, slot: int, labeled: bool) -> Sample:
-    """A 64 px image of noise with one bright square, its truth where it is labeled."""
+    """A 64 px image of noise with one bright square, which is annotated if the image is labeled."""
     noise = torch.Generator().manual_seed(1000 * g + slot)
     image = torch.randint(0, 120, (3, 64, 64), generator=noise, dtype=torch.uint8)
     x, y, side = 8 + 5 * slot, 10 + g % 9, 28
@@ -41,7 +41,7 @@ def sample(g: int, slot: int, labeled: bool) -> Sample:
 
 
 def tiny_batch(g: int = 0, unlabeled: int = 2):
-    """Row g: one labeled and two unlabeled images."""
+    """The batch of row g: one labeled and ``unlabeled`` unlabeled images."""
     views = AugmentConfig().at_size(64)
     return make_batch(
         [sample(g, 0, True)], [sample(g, 1 + i, False) for i in range(unlabeled)], views, seed=0, device="cpu"

@@ -1,4 +1,4 @@
-"""A run directory as `pais-ray train` leaves it, of a network that was never trained: it predicts, without sense."""
+"""A run directory as `pais-ray train` leaves it, of a network that was not trained."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pais_ray.train.state import build_state
 
 
 def untrained_run(data: Path, storage: Path, name: str = "untrained", *more: str) -> Path:
-    """``data`` is the folder of the fixture tiny_coco; a quarter of its images are labeled."""
+    """Write the run directory. ``data`` is the folder of the fixture tiny_coco; a quarter of its images are labeled."""
     words = [
         *("synthetic", "mask_rcnn", "pais", "data.image_size=64", "data.labeled=0.25", "segmentor.weights=null"),
         *(f"data.train={data}/train.json", f"data.val={data}/val.json", f"data.images={data}/images"),
