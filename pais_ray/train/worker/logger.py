@@ -105,16 +105,18 @@ class MetricWindow:
         self.sums: Metrics = {}
         self.counts: dict[str, int] = {}
         self.data_wait_s = self.elapsed_s = 0.0
-        self.steps = 0
+        self.steps = self.images = 0
 
-    def add(self, metrics: Metrics, data_wait_s: float, elapsed_s: float) -> None:
-        """Add the metrics of a step that took ``elapsed_s``, of which it waited ``data_wait_s`` for its batches."""
+    def add(self, metrics: Metrics, data_wait_s: float, elapsed_s: float, images: int) -> None:
+        """Add the metrics of a step with ``images`` images over all ranks. It took ``elapsed_s``, of which it waited
+        ``data_wait_s`` for its batches."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         self.data_wait_s += data_wait_s
         self.elapsed_s += elapsed_s
         self.steps += 1
+        self.images += images
 
     def means(self, group: WorkerGroup) -> dict[str, float]:
         """Means over the steps and over all ranks; of the pseudo-labels, means per image and per prediction."""
@@ -126,11 +128,10 @@ class MetricWindow:
             flat /= group.world_size
         return with_pseudo_label_means(dict(zip(names, flat.tolist(), strict=True)))
 
-    def times(self, images_per_step: int) -> dict[str, float]:
-        step_s = self.elapsed_s / max(self.steps, 1)
+    def times(self) -> dict[str, float]:
         return {
-            "time/step_s": step_s,
-            "time/img_per_s": images_per_step / step_s,
+            "time/step_s": self.elapsed_s / max(self.steps, 1),
+            "time/img_per_s": self.images / self.elapsed_s,
             "time/data_wait_share": self.data_wait_s / self.elapsed_s,
         }
 

@@ -93,7 +93,7 @@ class TrainingLoop:
                 self.heartbeat.enter(state.step, "first_batch")
                 stream, window = self.stream(), MetricWindow()
                 continue
-            window.add(result.metrics, data_wait_s, time.perf_counter() - started)
+            window.add(result.metrics, data_wait_s, time.perf_counter() - started, self.count_images(batches))
             if state.step in (1, self.last_step) or stopped or state.step % config.log_every == 0:
                 self.log_metrics(window)
                 window = MetricWindow()
@@ -146,11 +146,16 @@ class TrainingLoop:
         )
         return stream_batches(self.job.feed, rows, config.scaled_views, self.group.device)
 
+    def count_images(self, batches: list[Batch | None]) -> int:
+        """Images of a step over all ranks. All ranks have the same kind of rows, and the last batch is never None."""
+        plan, batch = self.job.feed.plan, batches[-1]
+        has_unlabeled = batch is not None and batch.weak is not None
+        return self.rows_per_step * (plan.images_per_row if has_unlabeled else plan.labeled)
+
     def log_metrics(self, window: MetricWindow) -> None:
         """Write the means over the window, and check them. A collective call."""
-        images_per_step = self.rows_per_step * self.job.feed.plan.images_per_row
         values = window.means(self.group)
-        values |= window.times(images_per_step)
+        values |= window.times()
         values["system/peak_memory_mib"] = peak_memory_mib(self.group.device)
         values["pseudo/skipped_steps"] = float(self.state.skipped)
         self.logger.progress(self.state.step, values, self.last_step)
