@@ -1,8 +1,8 @@
-"""Step time of K-Net against Mask R-CNN on the same images in one run, and where K-Net's goes.
+"""Step time of K-Net and Mask R-CNN on the same images, and the shares of the parts of K-Net.
 
     python benchmarks/segmentors.py [--preset nano|r50] [--side 192] [--repeats 20] [--device cpu]
 
-Forward, backward and optimizer on 2 images with 10 objects each. Steps of both take turns; medians, and their ratio.
+Forward, backward and optimizer on 2 images with 10 objects each. The networks take turns; medians and their ratio.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pais_ray.modeling.segmentors import _knet_matching
+from pais_ray.modeling.segmentors import knet
 from pais_ray.modeling.segmentors.knet import KNet, KNetConfig
 from pais_ray.modeling.segmentors.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from pais_ray.structures.batch import Targets
@@ -40,7 +40,7 @@ def scene(side: int, device: str) -> tuple[torch.Tensor, list[Targets]]:
 
 
 class Clock:
-    """Seconds by name, of this step."""
+    """Seconds per part of the current step."""
 
     def __init__(self, device: str) -> None:
         self.device, self.spent = device, defaultdict(float)
@@ -76,14 +76,14 @@ def main() -> None:
         "knet": KNet(CLASSES, KNetConfig(**settings)).to(arguments.device),
     }
     clock = Clock(arguments.device)
-    box_free = networks["knet"]
-    box_free.backbone.forward = clock.wrap("backbone + pyramid, forward", box_free.backbone.forward)
-    box_free.fusion.forward = clock.wrap("fusion, forward", box_free.fusion.forward)
-    for stage in box_free.stages:
+    knet_network = networks["knet"]
+    knet_network.backbone.forward = clock.wrap("backbone + pyramid, forward", knet_network.backbone.forward)
+    knet_network.fusion.forward = clock.wrap("fusion, forward", knet_network.fusion.forward)
+    for stage in knet_network.stages:
         stage.forward = clock.wrap("3 update stages, forward", stage.forward)
-    box_free._match = clock.wrap("matching: costs and assignment", box_free._match)
-    _knet_matching.assign = clock.wrap("  of which transfer and scipy", _knet_matching.assign)
-    box_free._semantic_loss = clock.wrap("semantic loss, forward", box_free._semantic_loss)
+    knet_network._match = clock.wrap("matching: costs and assignment", knet_network._match)
+    knet.assign = clock.wrap("  transfer and scipy, within matching", knet.assign)
+    knet_network._semantic_loss = clock.wrap("semantic loss, forward", knet_network._semantic_loss)
     times: dict[str, list[float]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
     optimizers = {k: torch.optim.AdamW(n.parameters(), lr=1e-4, fused=True) for k, n in networks.items()}
@@ -97,18 +97,18 @@ def main() -> None:
             backward = clock.now()
             optimizers[name].step()
             optimizers[name].zero_grad(set_to_none=True)
-            if i < 2:  # the first steps allocate
+            if i < 2:  # the first steps allocate memory
                 continue
             times[name].append(clock.now() - started)
             if name == "knet":
                 for part, seconds in clock.spent.items():
                     parts[part].append(seconds)
-                parts["forward, all of it"].append(forward - started)
+                parts["forward, total"].append(forward - started)
                 parts["backward"].append(backward - forward)
     median = {k: statistics.median(v) for k, v in times.items()}
     print(f"{arguments.preset}, {IMAGES} images {tuple(images.shape[-2:])}, {OBJECTS} objects each, {arguments.device}")
     for name, seconds in median.items():
-        print(f"{name:10} {1000 * seconds:8.1f} ms a step ({1000 * min(times[name]):.1f} at best)")
+        print(f"{name:10} {1000 * seconds:8.1f} ms per step ({1000 * min(times[name]):.1f} at best)")
     print(f"knet / mask_rcnn: {median['knet'] / median['mask_rcnn']:.2f}")
     for part, seconds in sorted(parts.items(), key=lambda item: -statistics.median(item[1])):
         share = statistics.median(seconds) / median["knet"]

@@ -1,4 +1,4 @@
-"""The method contract, for every file in pais_ray/methods."""
+"""The contract of methods, for every file of pais_ray/modeling/methods."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def predictions(num):
 
 
 @every_method
-def test_is_its_hyper_parameters(method):
+def test_a_method_is_a_frozen_model_of_its_settings(method):
     assert isinstance(method, BaseModel)
     assert method.name in registry.method_names()
     assert type(method).model_validate_json(method.model_dump_json()) == method
@@ -39,13 +39,13 @@ def test_is_its_hyper_parameters(method):
 
 
 @every_method
-def test_every_number_says_where_it_comes_from(method):
+def test_every_setting_has_a_description(method):
     unexplained = [n for n, f in type(method).model_fields.items() if n != "name" and not f.description]
     assert unexplained == []
 
 
 @every_method
-def test_step_functions_are_bounded(method):
+def test_weights_and_decay_are_bounded_at_every_step(method):
     for step in (0, 1, 7, 1000, 10**7):
         assert 0 <= method.decay(step) <= 1
         for weight in (method.labeled_weight(step), method.unlabeled_weight(step)):
@@ -60,7 +60,7 @@ def test_step_functions_are_bounded(method):
 
 @every_method
 @pytest.mark.parametrize("num", [0, 1, 40])
-def test_pseudo_labels_are_weighted_targets(method, num):
+def test_pseudo_labels_are_targets_with_finite_weights(method, num):
     targets = method.pseudo_labels(predictions(num))
     assert len(targets) <= num
     for name in WEIGHTS:
@@ -72,7 +72,7 @@ def test_pseudo_labels_are_weighted_targets(method, num):
 
 
 @every_method
-def test_nothing_at_or_below_score_threshold_is_kept(method):
+def test_predictions_at_or_below_the_score_threshold_are_not_kept(method):
     found = predictions(40)
     dropped = found[found.scores > method.score_threshold]
     one, other = method.pseudo_labels(found), method.pseudo_labels(dropped)

@@ -1,4 +1,4 @@
-"""What every segmentor promises, run over the public files of ``pais_ray/segmentors``.
+"""The contract of segmentors, for every public file of ``pais_ray/modeling/segmentors``.
 
 A new segmentor is one file with one ``nn.Module`` class, whose ``Config`` knows the preset `nano`; it is
 tested by being there.
@@ -95,7 +95,7 @@ def test_losses_are_named_scalars(network, views):
     assert all(v.ndim == 0 and v.isfinite() and v.requires_grad for v in losses.values())
 
 
-def test_plain_tensors_are_views_of_themselves(network, views):
+def test_plain_tensors_are_accepted_as_views_without_padding(network, views):
     images = views.images[:1]
     assert values(run(network, images, scene()[:1])) == values(run(network, Views.of(images), scene()[:1]))
 
@@ -106,7 +106,7 @@ def test_losses_do_not_depend_on_the_mode(network, views):
     network.train()
 
 
-def test_each_weight_counts_exactly_its_own_instances(network, views):
+def test_a_weight_affects_only_its_own_instance(network, views):
     """Under `mean` the losses are linear: the parts of the first, the second and the background add up."""
     whole = values(run(network, views, scene()))
     first = values(run(network, views, scene(first=1, second=0, negative=0)))
@@ -122,20 +122,20 @@ def test_each_weight_counts_exactly_its_own_instances(network, views):
 
 
 @pytest.mark.parametrize("normalizer", ["mean", "pos", "pos_neg"])
-def test_twice_the_weight_is_twice_the_loss(network, views, normalizer):
+def test_losses_are_linear_in_the_weights(network, views, normalizer):
     once = values(run(network, views, scene(0.3, 0.8, 0.5, normalizer)))
     twice = values(run(network, views, scene(0.6, 1.6, 1.0, normalizer)))
     for name in once:
         assert twice[name] == pytest.approx((1 + (name in WEIGHTED)) * once[name], rel=1e-5), name
 
 
-def test_the_sum_of_weights_cancels_their_scale_in_the_class_loss(network, views):
+def test_weight_sum_makes_the_class_loss_independent_of_the_scale_of_the_weights(network, views):
     once = values(run(network, views, scene(0.3, 0.8, 0.5, "weight_sum")))
     twice = values(run(network, views, scene(0.6, 1.6, 1.0, "weight_sum")))
     assert twice["class"] == pytest.approx(once["class"], rel=1e-5)
 
 
-def test_eq_5_averages_background_apart(network, views):
+def test_pos_neg_averages_background_separately(network, views):
     """What the background adds under `pos_neg` does not depend on the positives' weights."""
 
     def added(first, second):
@@ -192,13 +192,13 @@ def test_losses_have_the_same_names_whatever_the_targets(network, views):
     assert set(run(network, views, [nothing(), nothing()])) == set(run(network, views, scene()))
 
 
-def test_one_normalizer_a_call(network, views):
+def test_targets_with_different_normalizers_are_refused(network, views):
     targets = [scene()[0], scene(normalizer="pos")[1]]
     with pytest.raises(ValueError, match="normalizer"):
         network(views, targets)
 
 
-def test_as_many_targets_as_images(network, views):
+def test_a_wrong_number_of_targets_is_refused(network, views):
     with pytest.raises(ValueError, match="expected 2 targets"):
         network(views, scene()[:1])
 
@@ -222,7 +222,7 @@ def test_predictions_are_ordered_bounded_and_inside_the_valid_view(found):
         assert not any(v.requires_grad for v in (scores, ious, boxes, soft))
 
 
-def test_a_network_predicts_the_same_in_either_mode(network, views, found):
+def test_predictions_do_not_depend_on_the_mode(network, views, found):
     evaluating = network.eval().predict(views)
     assert network.training is False
     network.train()
@@ -232,7 +232,7 @@ def test_a_network_predicts_the_same_in_either_mode(network, views, found):
         assert torch.equal(a.ious, b.ious)
 
 
-def test_a_threshold_drops_the_rest_and_changes_nothing(network, views, found):
+def test_a_threshold_drops_detections_and_keeps_the_others_unchanged(network, views, found):
     bar = found[0].scores[len(found[0]) // 3].item()
     for some, full in zip(network.predict(views, score_threshold=bar), found, strict=True):
         expected = full[full.scores >= bar]
@@ -242,7 +242,7 @@ def test_a_threshold_drops_the_rest_and_changes_nothing(network, views, found):
         torch.testing.assert_close(some.ious, expected.ious)
 
 
-def test_what_is_not_finite_is_told_although_a_threshold_drops_it(network, views, found):
+def test_finite_is_false_even_if_a_threshold_drops_the_detections(network, views, found):
     """A teacher that overflows would else propose nothing, and nobody would see why."""
     assert all(bool(p.finite) for p in found)
     images = views.images.clone()
@@ -253,7 +253,7 @@ def test_what_is_not_finite_is_told_although_a_threshold_drops_it(network, views
     assert not any(bool(p[:0].to("cpu").finite) for p in lost)
 
 
-def test_no_detection_is_a_prediction_too(network, views):
+def test_an_image_without_detections_has_empty_predictions(network, views):
     for predictions in network.predict(views, score_threshold=1.0):
         assert len(predictions) == 0
         assert predictions.masks.paste((HEIGHT, WIDTH)).shape == (0, HEIGHT, WIDTH)

@@ -1,4 +1,4 @@
-"""K-Net's parts, each against a slow reference written out here; its losses, masks and options."""
+"""K-Net: each part against a slow reference; losses, masks and options."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def shaken(module):
     return module
 
 
-def test_kernel_updater_is_the_two_gates_written_out():
+def test_kernel_updater_equals_the_two_gates_written_out():
     updater = shaken(KernelUpdater(D))
     feature, kernel = torch.randn(D).tolist(), torch.randn(D).tolist()
     f, k = linear(updater.of_features, feature), linear(updater.of_kernel, kernel)
@@ -77,7 +77,7 @@ def test_kernel_updater_is_the_two_gates_written_out():
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_group_features_sum_what_a_mask_covers():
+def test_group_features_sum_the_cells_inside_a_mask():
     masks, features = torch.randn(2, 3, 4, 5), torch.randn(2, D, 4, 5)
     found = group_features(masks, features)
     for b in range(2):
@@ -93,7 +93,7 @@ def test_group_features_do_not_overflow_under_fp16():
     assert (found == 8.0 * 16_800).all()
 
 
-def test_self_attention_is_softmax_of_products():
+def test_self_attention_equals_the_softmax_of_products():
     attention = SelfAttention(D, heads=2)
     kernels = torch.randn(1, 5, D)
     q, k, v = attention.inside(kernels[0]).chunk(3, dim=1)
@@ -105,7 +105,7 @@ def test_self_attention_is_softmax_of_products():
     torch.testing.assert_close(attention(kernels)[0], attention.outside(torch.cat(parts, dim=1)))
 
 
-def test_stage_masks_are_kernels_applied_to_every_cell():
+def test_stage_masks_are_products_of_kernels_and_features():
     stage = shaken(UpdateStage(D, 3, heads=2, ffn=16))
     features, kernels, masks = torch.randn(1, D, 4, 6), torch.randn(1, 5, D), torch.randn(1, 5, 4, 6)
     output, new = stage(features, kernels, masks)
@@ -117,13 +117,13 @@ def test_stage_masks_are_kernels_applied_to_every_cell():
     assert output.ious.shape == (1, 5)
 
 
-def test_classes_begin_at_the_prior():
+def test_initial_class_scores_equal_the_prior():
     head, stage = KernelHead(D, 4, 3), UpdateStage(D, 3, heads=2, ffn=16)
     for bias in (head.semantic.bias, stage.class_branch[-1].bias):
         torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, PRIOR))
 
 
-def test_kernel_head_adds_what_each_kernel_saw():
+def test_kernel_head_adds_the_features_inside_each_mask():
     head = KernelHead(D, 4, 3)
     for_masks, for_classes = torch.randn(2, D, 4, 6), torch.randn(2, D, 4, 6)
     first, kernels, features = head(for_masks, for_classes)
@@ -147,7 +147,7 @@ def test_fusion_brings_every_level_to_stride_8():
     ]
 
 
-def test_positions_differ_and_stay_bounded():
+def test_positional_encodings_are_distinct_and_bounded():
     where = sine_positions(3, 5, 16, torch.device("cpu"))
     assert where.shape == (16, 3, 5)
     assert where.abs().max() <= 1
@@ -207,7 +207,7 @@ def plain_losses(network, images, target):
     return total
 
 
-def test_unit_weights_are_the_plain_supervised_loss():
+def test_unit_weights_give_the_supervised_loss():
     network, images = tiny(), torch.rand(1, 3, 64, 96)
     found = network(images, [squares()])
     for name, expected in plain_losses(network, images, squares()).items():
@@ -215,7 +215,7 @@ def test_unit_weights_are_the_plain_supervised_loss():
 
 
 @pytest.mark.parametrize("normalizer", ["mean", "pos", "pos_neg"])
-def test_weights_of_zero_remove_exactly_the_positives(normalizer):
+def test_zero_weights_remove_exactly_the_positives(normalizer):
     network, images = tiny(), torch.rand(1, 3, 64, 96)
     without = network(images, [squares(normalizer, weight=0.0)])
     assert without["mask"] == 0
@@ -224,7 +224,7 @@ def test_weights_of_zero_remove_exactly_the_positives(normalizer):
     assert without["class"].item() == pytest.approx((whole["class"] - only_positives["class"]).item(), rel=1e-3)
 
 
-def test_daloss_weighs_the_matched_row_and_its_mask():
+def test_daloss_weights_apply_to_the_matched_kernel_and_its_mask():
     network, images = tiny(), torch.rand(1, 3, 64, 96)
     c, s = 0.8, 0.9
     truth, scores, ious = squares(), torch.full((2,), c), torch.full((2,), s)
@@ -236,7 +236,7 @@ def test_daloss_weighs_the_matched_row_and_its_mask():
     assert weighted["mask"].item() == pytest.approx(s**4 * plain["mask"].item(), rel=1e-4)
 
 
-def test_points_estimate_the_same_losses():
+def test_losses_at_random_points_approximate_the_dense_losses():
     dense, images = tiny(), torch.rand(1, 3, 64, 96)
     sampled = tiny(mask_points=6000)
     sampled.load_state_dict(dense.state_dict())
@@ -245,7 +245,7 @@ def test_points_estimate_the_same_losses():
     assert b["semantic"].item() == pytest.approx(a["semantic"].item(), rel=1e-5)
 
 
-def test_logits_are_read_at_stride_4():
+def test_mask_values_are_read_at_stride_4_or_at_points():
     masks = torch.randn(2, 3, 4, 6)
     assert mask_values(masks, None).shape == (2, 3, 8 * 12)
     middle = torch.zeros(2, 1, 2)  # the center of the view
@@ -253,7 +253,7 @@ def test_logits_are_read_at_stride_4():
     torch.testing.assert_close(mask_values(masks, middle)[..., 0], center)
 
 
-def test_a_kernel_is_one_object_unless_asked_otherwise():
+def test_a_kernel_gives_one_detection_or_one_per_class():
     best, images = tiny(), torch.rand(1, 3, 64, 96)
     released = tiny(classes_per_kernel="all", detections=24)
     released.load_state_dict(best.state_dict())
@@ -265,7 +265,7 @@ def test_a_kernel_is_one_object_unless_asked_otherwise():
     assert (same.sum(dim=0) >= 3).all()
 
 
-def test_boxes_are_those_of_the_masks():
+def test_boxes_enclose_the_masks():
     masks = torch.zeros(3, 6, 8, dtype=torch.bool)
     masks[0, 1:3, 2:5] = True
     masks[1, 5, 7] = True
@@ -275,7 +275,7 @@ def test_boxes_are_those_of_the_masks():
     assert [v.tolist() for v in extent(torch.tensor([[False, True, True, False]]))] == [[1], [3]]
 
 
-def test_masks_are_off_in_the_padding():
+def test_masks_are_zero_in_the_padding():
     network = tiny()
     views = Views.of(torch.rand(1, 3, 64, 96))
     views = type(views)(**{**vars(views), "sizes": torch.tensor([[40, 50]])})
@@ -291,19 +291,19 @@ def test_a_diverged_network_gives_a_loss_that_is_not_finite():
     assert not network(images, [squares()])["mask"].isfinite()
 
 
-def test_a_label_out_of_range_is_named():
+def test_a_label_out_of_range_is_refused():
     masks = Masks.full(torch.ones(1, 64, 96))
     target = Targets.ground_truth(boxes=torch.ones(1, 4), labels=torch.tensor([3]), masks=masks)
     with pytest.raises(ValueError, match=r"labels in 0..2, got 3"):
         tiny()(torch.rand(1, 3, 64, 96), [target])
 
 
-def test_channels_have_to_divide_among_heads():
+def test_channels_must_be_divisible_by_the_heads():
     with pytest.raises(ValueError, match="multiple of 4"):
         KNetConfig(preset="nano", attention_heads=5)
 
 
-def test_a_classifier_file_fills_the_backbone_alone(tmp_path):
+def test_a_classifier_file_initializes_only_the_backbone(tmp_path):
     import torchvision
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Matching against the formula written by hand and against every permutation."""
+"""Matching, against its formula and against every permutation."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def by_hand(class_logits, mask_logits, label, wanted):
     return 2.0 * focal + 4.0 * -(2 * dot / squares) + 1.0 * -agreement
 
 
-def test_cost_is_the_formula():
+def test_matching_cost_equals_the_formula():
     classes, masks, labels, wanted = scene()
     found = matching_cost(classes, masks, labels, wanted, WEIGHTS)
     for b, n, m in itertools.product(range(2), range(5), range(3)):
@@ -40,7 +40,7 @@ def test_cost_is_the_formula():
         assert found[b, n, m].item() == pytest.approx(expected, rel=1e-4), (b, n, m)
 
 
-def test_without_classes_the_masks_decide():
+def test_without_class_logits_there_is_no_class_cost():
     classes, masks, labels, wanted = scene()
     difference = matching_cost(classes, masks, labels, wanted, WEIGHTS) - matching_cost(
         None, masks, labels, wanted, WEIGHTS
@@ -48,7 +48,7 @@ def test_without_classes_the_masks_decide():
     torch.testing.assert_close(difference, 2 * class_cost(classes, labels))
 
 
-def test_a_perfect_mask_is_the_cheapest_there_is():
+def test_a_perfect_mask_has_the_lowest_cost():
     wanted = (torch.rand(1, 1, 50, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     dice, agreement = mask_costs(40 * (wanted - 0.5), wanted)
     assert dice.item() == pytest.approx(-1, abs=1e-3)
@@ -82,7 +82,7 @@ def test_the_assignment_is_the_best_of_all_permutations(seed):
         assert costs[b, kernels, targets].sum().item() == pytest.approx(best, abs=1e-5)
 
 
-def test_several_costs_are_several_matches():
+def test_several_costs_give_several_matchings():
     first, second = torch.tensor([[[0.0, 9], [9, 0]]]), torch.tensor([[[9.0, 0], [0, 9]]])
     one, two = assign([first, second], [2])
     assert one.kernel[one.target.argsort()].tolist() == [0, 1]
@@ -90,7 +90,7 @@ def test_several_costs_are_several_matches():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_papers_mask_iou_term_changes_no_assignment(seed):
+def test_the_mask_iou_term_of_eq_4_changes_no_assignment(seed):
     """Eq. 4 subtracts s_i, a constant of pseudo-label i."""
     classes, masks, labels, wanted = scene(num_kernels=9, seed=seed)
     plain = matching_cost(classes, masks, labels, wanted, WEIGHTS)
@@ -106,7 +106,7 @@ def test_more_targets_than_kernels_leave_some_unmatched():
     assert len(set(match.target.tolist())) == 2
 
 
-def test_no_targets_no_pairs():
+def test_images_without_targets_have_no_pairs():
     (match,) = assign([torch.zeros(2, 4, 0)], [0, 0])
     assert len(match) == 0
     assert match.kernel.dtype == torch.long

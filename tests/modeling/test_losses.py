@@ -1,4 +1,4 @@
-"""Laws of the weighted losses: each against the formula written by hand."""
+"""The weighted losses, each against its formula."""
 
 import math
 
@@ -40,7 +40,7 @@ def by_hand(logits, labels, weight, normalizer):
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_cross_entropy_is_the_formula(sample, normalizer):
+def test_cross_entropy_equals_the_formula(sample, normalizer):
     logits, labels, weight = sample
     value = losses.cross_entropy(logits, labels, weight, labels > 0, normalizer)
     assert value.item() == pytest.approx(by_hand(logits, labels, weight, normalizer), rel=1e-5)
@@ -48,7 +48,7 @@ def test_cross_entropy_is_the_formula(sample, normalizer):
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("rows", [[], [0, 1], [2, 3, 5]], ids=["none", "negatives", "positives"])
-def test_classes_that_are_absent_leave_a_finite_loss_and_the_graph(sample, normalizer, rows):
+def test_the_loss_is_finite_and_keeps_its_graph_without_positives_or_negatives(sample, normalizer, rows):
     logits, labels, weight = (v[rows] for v in sample)
     value = losses.cross_entropy(logits, labels, weight, labels > 0, normalizer)
     (gradient,) = torch.autograd.grad(value, sample[0])
@@ -63,7 +63,7 @@ def test_classes_that_are_absent_leave_a_finite_loss_and_the_graph(sample, norma
         torch.testing.assert_close(value, expected)
 
 
-def test_weights_that_are_all_zero_give_zero(sample):
+def test_zero_weights_give_a_zero_loss(sample):
     logits, labels, weight = sample
     for normalizer in NORMALIZERS:
         assert losses.cross_entropy(logits, labels, weight * 0, labels > 0, normalizer) == 0
@@ -75,7 +75,7 @@ def test_an_unknown_normalizer_is_refused(sample):
         losses.cross_entropy(logits, labels, weight, labels > 0, "median")
 
 
-def test_binary_cross_entropy_weighs_samples_not_pixels():
+def test_binary_cross_entropy_has_one_weight_per_sample():
     generator = torch.Generator().manual_seed(1)
     logits, targets = (torch.rand(3, 4, 5, generator=generator) for _ in range(2))
     weight = torch.tensor([0.0, 1.0, 3.0])
@@ -84,14 +84,14 @@ def test_binary_cross_entropy_weighs_samples_not_pixels():
     torch.testing.assert_close(value, (each[1] + 3 * each[2]) / 6)
 
 
-def test_binary_cross_entropy_of_scalars_is_torchs_mean():
+def test_binary_cross_entropy_of_scalars_equals_torch():
     logits, targets = torch.randn(5, generator=torch.Generator().manual_seed(2)), torch.ones(5)
     value = losses.binary_cross_entropy(logits, targets, torch.ones(5), 5)
     torch.testing.assert_close(value, F.binary_cross_entropy_with_logits(logits, targets))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1 / 9])
-def test_box_regression_is_smooth_l1_summed_over_four(beta):
+def test_box_regression_is_smooth_l1_summed_over_the_four_deltas(beta):
     deltas, targets = torch.tensor([[0.05, 1.0, 0.0, -2.0], [1.0, 1.0, 1.0, 1.0]]), torch.zeros(2, 4)
     value = losses.box_regression(deltas, targets, torch.tensor([2.0, 0.0]), 4, beta)
     small = 0.05 if beta == 0 else 0.5 * 0.05**2 / beta
@@ -99,7 +99,7 @@ def test_box_regression_is_smooth_l1_summed_over_four(beta):
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_losses_of_no_sample_are_zero_with_a_graph():
+def test_losses_without_samples_are_zero_and_keep_their_graph():
     masks = torch.zeros(0, 28, 28, requires_grad=True)
     ious = torch.zeros(0, requires_grad=True)
     boxes = torch.zeros(0, 4, requires_grad=True)
@@ -113,7 +113,7 @@ def test_losses_of_no_sample_are_zero_with_a_graph():
     assert all(v.grad is not None for v in (masks, ious, boxes))
 
 
-def test_mask_iou_target_is_the_iou_of_binary_masks():
+def test_mask_iou_target_is_the_iou_of_binarized_masks():
     logits = torch.full((3, 2, 4), -5.0)
     logits[:2, 0] = 5.0  # the upper half
     targets = torch.zeros(3, 2, 4)
@@ -123,7 +123,7 @@ def test_mask_iou_target_is_the_iou_of_binary_masks():
     torch.testing.assert_close(losses.mask_iou_target(logits, targets), torch.tensor([2 / 6, 0.0, 0.0]))
 
 
-def test_mask_iou_loss_teaches_only_the_iou():
+def test_mask_iou_loss_has_a_gradient_only_for_the_iou_logits():
     mask_logits = torch.full((1, 2, 4), 5.0, requires_grad=True)
     iou_logits = torch.zeros(1, requires_grad=True)
     targets = torch.ones(1, 2, 4)
@@ -142,7 +142,7 @@ def focal_by_hand(row, label):
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_focal_is_the_formula(normalizer):
+def test_focal_equals_the_formula(normalizer):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     labels, weight = torch.tensor([3, 0, 2, 3, 1, 3]), torch.tensor([0.5, 0.9, 0.1, 0.5, 0.3, 0.5])
     terms = [w * focal_by_hand(r, y) for r, y, w in zip(logits.tolist(), labels, weight.tolist(), strict=True)]
@@ -156,7 +156,7 @@ def test_focal_is_the_formula(normalizer):
     assert losses.focal(logits, labels, weight, normalizer).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_focal_without_positives_still_teaches_the_background():
+def test_focal_without_positives_keeps_the_background_term():
     """Released K-Net: the number of positives is at least one."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     background, weight = torch.full((4,), 3), torch.full((4,), 0.1225)
@@ -164,7 +164,7 @@ def test_focal_without_positives_still_teaches_the_background():
     assert losses.focal(logits, background, weight, "pos").item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_dice_is_its_definition():
+def test_dice_equals_its_definition():
     logits = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
     wanted, weight = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 0.5, 0.0])
     expected = 0.0
@@ -176,13 +176,13 @@ def test_dice_is_its_definition():
     assert losses.dice(logits, wanted, weight, 3).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_dice_of_the_truth_is_next_to_nothing():
+def test_dice_loss_of_a_perfect_mask_is_close_to_zero():
     wanted = (torch.rand(2, 30, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     assert losses.dice(60 * (wanted - 0.5), wanted, torch.ones(2), 2).item() == pytest.approx(0, abs=1e-3)
     assert losses.dice(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4), torch.zeros(0), 0) == 0
 
 
-def test_semantic_loss_counts_pixels_with_a_class():
+def test_semantic_loss_is_divided_by_the_pixels_with_a_class():
     logits = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     truth = torch.zeros(1, 2, 2, 2)
     truth[0, 1, 0] = 1  # two pixels of class 1

@@ -1,4 +1,4 @@
-"""Laws of Mask R-CNN: torchvision's losses and detections, Eq. 5 by hand, geometry, weights from files."""
+"""Mask R-CNN: torchvision's losses and detections, Eq. 5 by hand, geometry, weights from files."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def run(model, views, targets):
     return {name: value.item() for name, value in model(views, targets).items()}
 
 
-def test_unit_weights_reproduce_the_losses_of_torchvision(model, views, targets):
+def test_unit_weights_give_the_losses_of_torchvision(model, views, targets):
     twin = torchvision_twin(model, views).train()
     assert type(twin.rpn) is RegionProposalNetwork
     plain = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.grids.to(torch.uint8)} for t in targets]
@@ -126,7 +126,7 @@ def test_unit_weights_reproduce_the_losses_of_torchvision(model, views, targets)
         assert ours[name] == pytest.approx(expected[theirs].item(), rel=1e-6, abs=1e-6), name
 
 
-def test_predictions_are_those_of_torchvision(model, views):
+def test_predictions_equal_those_of_torchvision(model, views):
     twin = torchvision_twin(model, views).eval()
     with torch.no_grad():
         expected = twin(list(views.images))
@@ -138,7 +138,7 @@ def test_predictions_are_those_of_torchvision(model, views):
         torch.testing.assert_close(ours.masks.grids, theirs["masks"][:, 0])
 
 
-def test_pos_neg_is_eq_5_by_hand(model, views, targets):
+def test_pos_neg_equals_eq_5_computed_by_hand(model, views, targets):
     weights = [torch.tensor([0.2, 0.7, 0.4]), torch.tensor([0.9])]
     weighted = [
         dataclasses.replace(t, class_weight=w, negative_weight=0.6, normalizer="pos_neg")
@@ -166,7 +166,7 @@ def test_pos_neg_is_eq_5_by_hand(model, views, targets):
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_weightless_instance_sends_nothing_into_its_class(model, views, targets):
+def test_an_instance_of_zero_weight_has_no_gradient_in_its_class(model, views, targets):
     """The class logits see no positive term of an instance that weighs zero."""
     weightless = [dataclasses.replace(t, class_weight=(t.labels != 1).float()) for t in targets]
 
@@ -184,7 +184,7 @@ def test_a_weightless_instance_sends_nothing_into_its_class(model, views, target
     assert (bias_gradient(nothing + only, 0.0) == 0).all()
 
 
-def test_a_target_out_of_the_proposals_is_absent_for_the_rpn_alone(model, views, targets):
+def test_a_zero_proposal_weight_removes_a_target_from_the_rpn_only(model, views, targets):
     weight = torch.tensor([1.0, 0.0, 1.0])
     out = [dataclasses.replace(targets[0], proposal_weight=weight), targets[1]]
     fewer = [targets[0][torch.tensor([0, 2])], targets[1]]
@@ -194,7 +194,7 @@ def test_a_target_out_of_the_proposals_is_absent_for_the_rpn_alone(model, views,
     assert ours["mask"] != expected["mask"]
 
 
-def test_proposal_weights_scale_the_boxes_of_the_rpn(model, views, targets):
+def test_proposal_weights_scale_the_box_loss_of_the_rpn(model, views, targets):
     half = [dataclasses.replace(t, proposal_weight=t.proposal_weight * 0.5) for t in targets]
     ours, whole = run(model, views, half), run(model, views, targets)
     assert ours["proposal_box"] == pytest.approx(0.5 * whole["proposal_box"], rel=1e-5)
@@ -209,20 +209,20 @@ def test_boxes_are_averaged_over_all_sampled_rois_and_masks_over_positives(model
     assert by["pos"]["class"] > by["mean"]["class"]
 
 
-def test_the_weight_of_the_mask_iou_loss_is_in_it(model, views, targets):
+def test_the_mask_iou_loss_is_already_weighted(model, views, targets):
     heavy = build(mask_iou_loss_weight=0.5)
     ours, expected = run(heavy, views, targets), run(model, views, targets)
     assert ours["mask_iou"] == pytest.approx(2 * expected["mask_iou"], rel=1e-6)
 
 
-def test_padding_is_unseen(model, views, targets):
+def test_padding_does_not_affect_the_losses(model, views, targets):
     images = views.images.clone()
     images[1, :, SIZES[1][0] :] = 0.9
     images[1, :, :, SIZES[1][1] :] = 0.1
     assert run(model, dataclasses.replace(views, images=images), targets) == run(model, views, targets)
 
 
-def test_strides_do_not_depend_on_the_first_view_seen(model, views, targets):
+def test_strides_do_not_depend_on_the_size_of_the_first_view(model, views, targets):
     """MultiScaleRoIAlign derives them once; a small image in a large padding must not mislead it."""
     fresh = build()
     small = dataclasses.replace(views, sizes=torch.tensor([[24, 30], [20, 20]]))
@@ -242,7 +242,7 @@ def test_boxes_keep_their_precision_under_autocast(model, views, targets):
     assert predictions[0].masks.grids.dtype == predictions[0].ious.dtype == torch.float32
 
 
-def test_a_mask_target_and_a_predicted_mask_share_their_geometry(model, views):
+def test_mask_targets_and_predicted_masks_have_the_same_geometry(model, views):
     """What the mask head is taught for a box, pasted where predict puts its masks, is the mask again."""
     found = model.predict(views)[0]
     torch.testing.assert_close(found.masks.affine, Masks.in_boxes(found.masks.grids, found.boxes + 0.5).affine)
@@ -255,7 +255,7 @@ def test_a_mask_target_and_a_predicted_mask_share_their_geometry(model, views):
     assert iou > 0.97
 
 
-def test_the_cap_on_mask_rois_is_kept(views, targets):
+def test_max_mask_rois_limits_the_mask_losses(views, targets):
     capped = build(max_mask_rois=2)
     seen = []
     capped.roi_heads.mask_head.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
@@ -274,7 +274,7 @@ def test_dropped_detections_never_reach_the_mask_head(model, views):
     assert kept < seen[0]
 
 
-def test_flat_boxes_and_foreign_labels_are_refused(model, views, targets):
+def test_boxes_without_area_and_unknown_labels_are_refused(model, views, targets):
     flat = target([[4.0, 4.0, 4.0, 9.0]], [0])
     foreign = target([[4.0, 4.0, 8.0, 9.0]], [3])
     for bad in (flat, foreign):
@@ -282,7 +282,7 @@ def test_flat_boxes_and_foreign_labels_are_refused(model, views, targets):
             model(views, [targets[0], bad])
 
 
-def test_images_without_proposals_and_targets_teach_nothing(model, views, targets):
+def test_images_without_proposals_and_targets_have_zero_losses(model, views, targets):
     """Weights that run away may propose nothing at all."""
     with torch.no_grad():
         _, features = model.features(views)
@@ -291,7 +291,7 @@ def test_images_without_proposals_and_targets_teach_nothing(model, views, target
     assert {name: value.item() for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
 
 
-def test_presets_fill_only_what_is_not_given():
+def test_presets_apply_only_to_settings_not_given():
     nano = MaskRCNNConfig(preset="nano", fpn_channels=32)
     assert (nano.backbone, nano.fpn_channels, nano.norm, nano.frozen_stages) == ("resnet18", 32, "group", -1)
     released = MaskRCNNConfig()
@@ -301,7 +301,7 @@ def test_presets_fill_only_what_is_not_given():
     assert set(MaskRCNNConfig.PRESETS["nano"]) <= set(MaskRCNNConfig.model_fields)
 
 
-def test_without_weights_nothing_is_frozen_unless_asked():
+def test_without_weights_nothing_is_frozen_by_default():
     assert MaskRCNNConfig(weights=None).norm == "group"
     assert MaskRCNNConfig(preset="nano", weights="imagenet").norm == "frozen_bn"
     config = MaskRCNNConfig(weights=None, norm="frozen_bn", frozen_stages=2)
@@ -319,7 +319,7 @@ def test_without_weights_nothing_is_frozen_unless_asked():
         ({"preset": []}, "'r50' or 'nano'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         MaskRCNNConfig(**settings)
 
@@ -330,7 +330,7 @@ def test_frozen_stages_count_from_the_stem():
     assert trainable == {"layer2", "layer3", "layer4"}
 
 
-def test_a_classifier_file_fills_the_backbone(tmp_path):
+def test_a_classifier_file_initializes_the_backbone(tmp_path):
     torch.manual_seed(7)
     classifier = torchvision.models.resnet18(weights=None)
     classifier.bn1.running_mean.fill_(0.25)
@@ -343,7 +343,7 @@ def test_a_classifier_file_fills_the_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("branch", [True, False], ids=["whole", "without_mask_iou"])
-def test_a_checkpoint_of_other_classes_fills_all_but_the_class_layers(tmp_path, branch):
+def test_a_checkpoint_with_other_classes_initializes_all_but_the_class_layers(tmp_path, branch):
     torch.manual_seed(7)
     source = MaskRCNN(5, MaskRCNNConfig(**SMALL)).state_dict()
     state = {k: v for k, v in source.items() if branch or "mask_iou_head" not in k}

@@ -1,4 +1,4 @@
-"""What each method makes of a teacher's predictions."""
+"""The methods: kept predictions, weights of the pseudo-labels, teacher decay."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def predictions(scores=SCORES, ious=IOUS):
     return Predictions(boxes=boxes, labels=torch.arange(num), scores=scores, ious=ious, masks=masks)
 
 
-def test_defaults_are_the_paper_for_mask_rcnn():
+def test_defaults_are_the_constants_of_the_paper_for_mask_rcnn():
     expected = {
         name.removeprefix("method."): value
         for name, value in PAPER["mask_rcnn"].items()
@@ -31,14 +31,14 @@ def test_defaults_are_the_paper_for_mask_rcnn():
     assert {name: getattr(PAIS(), name) for name in expected} == expected
 
 
-def test_keeps_what_is_over_both_thresholds():
+def test_predictions_above_both_thresholds_are_kept():
     targets = PAIS().pseudo_labels(predictions())
     assert targets.labels.tolist() == [0, 1, 3]  # 2 fails tau_iou, 4 tau_cls (equal is not over), 5 tau_cls
     assert torch.equal(targets.boxes, predictions().boxes[[0, 1, 3]])
     assert torch.equal(targets.masks.grids, predictions().masks.grids[[0, 1, 3]])
 
 
-def test_weights_are_eq_5():
+def test_weights_equal_eq_5():
     targets = PAIS(alpha=4, beta=2).pseudo_labels(predictions())
     torch.testing.assert_close(targets.class_weight, torch.tensor([0.95**4, 0.80**4, 0.36**4]))
     torch.testing.assert_close(targets.mask_weight, torch.tensor([0.90**2, 0.31**2, 0.50**2]))
@@ -65,7 +65,7 @@ def test_tau_proposal_keeps_boxes_out_of_the_proposal_loss():
 
 
 @pytest.mark.parametrize("method", [PAIS(tau_cls=0.0, tau_iou=0.0), Supervised()])
-def test_targets_are_constants(method):
+def test_targets_have_no_gradient(method):
     scores, ious = SCORES.clone().requires_grad_(), IOUS.clone().requires_grad_()
     found = predictions(scores, ious)
     found.masks.grids.requires_grad_()
@@ -81,12 +81,12 @@ def test_targets_are_constants(method):
     assert not any(t.requires_grad for t in tensors)
 
 
-def test_half_precision_scores_give_full_precision_weights():
+def test_half_precision_scores_give_float32_weights():
     found = predictions(SCORES.half(), IOUS.half())
     assert PAIS().pseudo_labels(found).mask_weight.dtype == torch.float32
 
 
-def test_teacher_is_the_running_mean_until_ema():
+def test_the_teacher_is_the_running_mean_until_the_decay_reaches_ema():
     pais = PAIS(ema=0.9)
     assert [pais.decay(k) for k in range(3)] == [0.0, 0.5, pytest.approx(2 / 3)]
     assert pais.decay(9) == pytest.approx(0.9)
@@ -97,13 +97,13 @@ def test_teacher_is_the_running_mean_until_ema():
     assert mean == pytest.approx(6.0)
 
 
-def test_burn_in_silences_the_unlabeled_term_and_restarts_the_mean():
+def test_the_burn_in_has_no_unlabeled_term_and_the_mean_starts_after_it():
     pais = PAIS(burn_in=10, lambda_unlabeled=0.3)
     assert [pais.unlabeled_weight(k) for k in (0, 9, 10, 500)] == [0.0, 0.0, 0.3, 0.3]
     assert [pais.decay(k) for k in (0, 9, 10, 11)] == [0.0, 0.0, 0.0, 0.5]
 
 
-def test_mask_iou_branch_and_semantic_map_learn_from_labeled_data_only():
+def test_mask_iou_and_semantic_losses_are_off_on_unlabeled_images():
     off = {"mask_iou": 0.0, "semantic": 0.0}
     assert PAIS().unlabeled_weights == off
     assert PAIS(unlabeled_weights={"mask": 2.0}).unlabeled_weights == {**off, "mask": 2.0}
@@ -111,7 +111,7 @@ def test_mask_iou_branch_and_semantic_map_learn_from_labeled_data_only():
     assert "mask_iou" not in PAIS().labeled_weights
 
 
-def test_supervised_asks_for_nothing_unlabeled():
+def test_supervised_does_not_use_unlabeled_images():
     supervised = Supervised()
     assert not supervised.uses_unlabeled
     assert supervised.unlabeled_weight(0) == 0.0
@@ -130,6 +130,6 @@ def test_supervised_asks_for_nothing_unlabeled():
         {"ema": 2},
     ],
 )
-def test_wrong_settings_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         PAIS(**wrong)
