@@ -1,11 +1,11 @@
-"""What the strong view costs, against Kornia's AugmentationSequential doing the same kind of work.
+"""The cost of the strong view, compared with Kornia's AugmentationSequential for the same kind of augmentation.
 
     OMP_NUM_THREADS=1 python benchmarks/augment.py
 
-Both turn uint8 pictures of 480 x 640 px into strong views (scale jitter around 1, flip, one of nine color
-operations, one of four geometric ones, erasing) on one thread. Kornia's probabilities are those of the
-draws here, 1/9 for each color operation; it computes every operation on every picture all the same.
-Prints ms an image (median of the rounds, which alternate) and the ratio, to be at most 0.25.
+Both convert uint8 images of 480 x 640 px to strong views (scale jitter around 1, flip, one of nine color operations,
+one of four geometric operations, erasing) on one thread. Kornia has the same probabilities, such as 1/9 for each color
+operation, but computes every operation for every image. Prints ms per image (median of alternating rounds) and the
+ratio, which should be at most 0.25.
 """
 
 import statistics
@@ -70,11 +70,11 @@ def main() -> None:
         for name, run in (("pais_ray", ours_once), ("kornia", theirs_once)):
             start = time.perf_counter()
             run(i)
-            if i >= 0:  # the first two warm up
+            if i >= 0:  # the first two rounds are a warm-up
                 times[name].append(1e3 * (time.perf_counter() - start) / BATCH)
     for name, values in times.items():
         spread = f"min {min(values):.1f}, max {max(values):.1f}"
-        print(f"{name:>9}: {statistics.median(values):6.1f} ms an image ({spread})")
+        print(f"{name:>9}: {statistics.median(values):6.1f} ms per image ({spread})")
     ratio = statistics.median(times["pais_ray"]) / statistics.median(times["kornia"])
     print(f"    ratio: {ratio:.2f} (of mean: {sum(times['pais_ray']) / sum(times['kornia']):.2f})")
 

@@ -1,8 +1,8 @@
-"""What Ray keeps of a stream's data sets that have ended: a run makes one after the other, for days.
+"""Memory that Ray keeps for finished data sets: the stream of a long run creates one after the other.
 
     python benchmarks/renewal.py        (500 data sets of 16 rows, three minutes)
 
-Prints MiB of own resident memory of Ray's processes and of the reader, every hundredth data set.
+Prints the private resident memory in MiB of Ray's processes and of the reader after every hundredth data set.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MARKS = ("gcs_server", "raylet/raylet", "_StatsActor", "_AutoscalingCoordinatorA
 
 
 def resident() -> dict[str, float]:
-    """MiB by kind of process; this one, which reads, is the reader."""
+    """Memory in MiB by kind of process. This process is the reader."""
     found: dict[str, float] = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=500)
     args = parser.parse_args()
-    pipeline.TASKS_PER_DATASET = 1  # of many in a run: each data set ends after its first task
+    pipeline.TASKS_PER_DATASET = 1  # each data set ends after its first task
     with tempfile.TemporaryDirectory() as folder:
         generator.generate(folder, train=12, val=4, size=96, seed=3)
         records = list(coco.read_coco(f"{folder}/train.json", f"{folder}/images").records)

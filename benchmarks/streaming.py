@@ -1,12 +1,12 @@
-"""Images a second of the step-row stream against a torch DataLoader over the same files, and its memory.
+"""Throughput of the stream of step rows compared with a torch DataLoader over the same files, and its memory.
 
     python benchmarks/streaming.py
 
-480 x 640 px JPEGs, decoded by the same function to the same tensors; four images a row (and a batch), no network. The
-stream reads shards from an S3 server (moto's, in a process of its own on the same cores), shards from disk, and plain
-files. The DataLoader has the number of worker processes that is best of 0, 1 and 2. Rounds alternate; start-up is
-left out on both sides. Then 20,000 images of 0.06 MB, four times the read-ahead, go through one stream while the
-object store is sampled: the peak of each quarter.
+The images are JPEGs of 480 x 640 px, decoded by the same function to the same tensors, with four images per row or
+batch and no network. The stream reads shards from an S3 server (moto, in a separate process on the same cores), shards
+from disk, and plain files. For the DataLoader the best of 0, 1 and 2 worker processes counts. Rounds alternate, and
+start-up is excluded for both. Then 20,000 images of 0.06 MB, four times the read-ahead, pass through one stream while
+the object store is sampled; the peak of each quarter is printed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Files(Dataset):
 
 
 def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -> list[Record]:
-    """JPEGs of colored noise over a smooth ground; beyond ``distinct`` they are links to earlier ones."""
+    """JPEGs of colored noise over a smooth background; beyond ``distinct`` files, links to earlier ones."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     records = []
@@ -73,7 +73,7 @@ def pictures(folder: Path, count: int, height: int, width: int, distinct: int) -
 
 
 def sharded(out: str, records: list[Record]) -> tuple[Record, ...]:
-    """The records as they lie in shards."""
+    """Write the records as shards; returns the records in the shards."""
     nothing = CocoDataset(path="", categories=(), records=(), sha256="0" * 64, truth={}, num_crowd=0, num_dropped=0)
     labeled = LabeledRecord(**vars(records[0]), boxes=np.zeros((0, 4)), labels=np.zeros(0, np.int64), rles=())
     write_shards(out, Source(train=nothing, parts={"train": [labeled], "unlabeled": records}, truth={}, split=None))
@@ -81,7 +81,7 @@ def sharded(out: str, records: list[Record]) -> tuple[Record, ...]:
 
 
 def stream(records: tuple[Record, ...], images: int) -> Iterator[int]:
-    """Images decoded so far, row after row."""
+    """Yields the number of decoded images after each row."""
     records, groups = dataset.sort_by_group(records)
     plan = StepPlan(
         seed=0,
@@ -106,7 +106,7 @@ def loader(paths: list[str], images: int, workers: int) -> Iterator[int]:
 
 
 def rate(counts: Iterator[int]) -> float:
-    """Images a second behind the warm-up."""
+    """Images per second after the warm-up."""
     start, first, last = 0.0, 0, 0
     for last in counts:
         if last <= WARM_UP:
@@ -115,7 +115,7 @@ def rate(counts: Iterator[int]) -> float:
 
 
 def s3_server(folder: Path) -> tuple[subprocess.Popen, str]:
-    """moto's server in a process of its own, and a URL on it."""
+    """A moto server in a separate process, and a URL on it."""
     import socket
 
     import boto3
@@ -168,7 +168,7 @@ def throughput(folder: Path, images: int, rounds: int) -> None:
 
 
 def memory(folder: Path, images: int) -> None:
-    """Peak bytes of the object store in each quarter of a stream over ``images`` images."""
+    """Print the peak size of the object store in each quarter of a stream over ``images`` images."""
     files = pictures(folder / "small", images, 240, 320, 500)
     records = sharded(str(folder / "small_shards"), files)
     size = sum(os.path.getsize(record.path) for record in files)
@@ -200,9 +200,9 @@ def memory(folder: Path, images: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2400, help="a measurement")
+    parser.add_argument("--images", type=int, default=2400, help="images per measurement of throughput")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--stream", type=int, default=20_000, help="images of the measurement of memory")
+    parser.add_argument("--stream", type=int, default=20_000, help="images in the measurement of memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.rounds:

@@ -20,8 +20,8 @@ from pais_ray.config.identity import flatten
 from pais_ray.config.tree import Config, compose, run_schedule
 from pais_ray.data.annotations import coco, ground_truth, rle, splits
 from pais_ray.data.annotations.records import LabeledRecord
-from pais_ray.data.images.images import decode
 from pais_ray.data.stream.plan import StepPlan
+from pais_ray.data.stream.samples import read_image
 from pais_ray.evaluation import pseudo_labels
 from pais_ray.evaluation.scoring import score
 from pais_ray.inference.predictor import predict_sample
@@ -33,19 +33,11 @@ from pais_ray.train.step import StepSettings, train_step
 
 
 def sample_of(record: LabeledRecord, labeled: bool) -> Sample:
-    image = torch.from_numpy(decode(Path(record.path).read_bytes(), record.path)).permute(2, 0, 1).contiguous()
+    pixels = read_image(record)
     if not labeled:
-        return Sample(image=image, image_id=record.image_id, row=0, slot=0)
+        return Sample.of(pixels, image_id=record.image_id)
     masks = rle.decode_rle(record.rles, record.height, record.width)
-    return Sample(
-        image=image,
-        image_id=record.image_id,
-        row=0,
-        slot=0,
-        boxes=torch.from_numpy(record.boxes),
-        labels=torch.from_numpy(record.labels),
-        masks=torch.from_numpy(masks),
-    )
+    return Sample.of(pixels, image_id=record.image_id, boxes=record.boxes, labels=record.labels, masks=masks)
 
 
 def at(sample: Sample, row: int, slot: int) -> Sample:
