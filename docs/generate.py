@@ -170,7 +170,12 @@ def api_page() -> str:
         "## `pais_ray`",
     ]
     homes = vars(pais_ray)["_HOMES"]
-    parts += [f"::: {homes[name]}.{name}\n    options:\n      heading_level: 3" for name in sorted(homes)]
+    for name in sorted(homes):
+        # The settings have a page of their own, and the layers of the networks are internal.
+        fields = "false" if name in ("Config", "KNet", "KNetConfig", "MaskRCNN", "MaskRCNNConfig") else "true"
+        parts.append(
+            f"::: {homes[name]}.{name}\n    options:\n      heading_level: 3\n      show_if_no_docstring: {fields}"
+        )
     parts.append("## Modules")
     parts += [f"::: {module}\n    options:\n      heading_level: 3" for module in MODULES]
     return "\n\n".join(parts) + "\n"
