@@ -1,4 +1,4 @@
-"""What a run says of itself: its data by hash, its tags, the commit of its own code and nobody else's."""
+"""The description of a run: its data by hash, its tags, and the commit of its own code."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ def words(data: Path, *more: str) -> list[str]:
     return ["synthetic", "mask_rcnn", "pais", *paths, "data.labeled=0.25", *more]
 
 
-def test_data_are_named_by_hash_and_counted(tiny_coco):
+def test_data_are_identified_by_hash_and_counted(tiny_coco):
     config, data = prepare(compose(words(tiny_coco)))
     training, validation = data.facts["training"], data.facts["validation"]
     assert data.facts.keys() == {"training", "validation"}
@@ -28,14 +28,14 @@ def test_data_are_named_by_hash_and_counted(tiny_coco):
     assert tags["val_sha256"] == validation["sha256"]
 
 
-def test_unlabeled_images_of_their_own_are_a_data_set(tiny_coco):
+def test_separate_unlabeled_images_are_listed_as_a_data_set(tiny_coco):
     _, data = prepare(compose(words(tiny_coco, f"data.unlabeled={tiny_coco}/images")))
     assert data.facts["unlabeled"]["images"] == len(data.unlabeled) > 0
     assert "unlabeled" not in data.facts["training"]
 
 
-def test_images_that_are_learned_from_and_evaluated_on_are_found(tiny_coco, tmp_path):
-    (tmp_path / "link").symlink_to(tiny_coco)  # the same files, whatever leads to them
+def test_validation_images_that_are_also_training_images_are_found(tiny_coco, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_coco)  # the same files by another path
     both = ("data.images=null", f"data.val={tmp_path}/link/train.json", f"data.val_images={tmp_path}/link/images")
     named = (f"data.train_images={tiny_coco}/images",)
     found = find_trained_validation_images(prepare(compose(words(tiny_coco, *both, *named)))[1])
@@ -44,7 +44,7 @@ def test_images_that_are_learned_from_and_evaluated_on_are_found(tiny_coco, tmp_
     assert find_trained_validation_images(prepare(compose(words(tiny_coco)))[1]) == []
 
 
-def test_other_images_held_out_are_another_validation_set(tiny_coco):
+def test_a_different_holdout_is_a_different_validation_set(tiny_coco):
     def held_out(share: float) -> str:
         paths = (f"data.train={tiny_coco}/train.json", f"data.images={tiny_coco}/images", f"data.holdout={share}")
         words = ["synthetic", "mask_rcnn", "pais", *paths, "data.labeled=0.5"]
@@ -53,7 +53,7 @@ def test_other_images_held_out_are_another_validation_set(tiny_coco):
     assert held_out(0.25) == held_out(0.25) != held_out(0.5)
 
 
-def test_the_commit_is_of_this_code(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
     commit = describe.git_commit()
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
     package = tmp_path / "package"
@@ -61,11 +61,11 @@ def test_the_commit_is_of_this_code(tmp_path, monkeypatch):
     shutil.copy(describe.__file__, package / "train")
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(describe, "__file__", str(package / "train" / "describe.py"))
-    assert describe.git_commit() is None, "no checkout"
+    assert describe.git_commit() is None, "not a checkout"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "another project's"], check=True)
-    assert describe.git_commit() is None, "installed within another project's checkout"
+    assert describe.git_commit() is None, "installed inside the checkout of another project"
     subprocess.run([*git, "add", "package/__init__.py"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
