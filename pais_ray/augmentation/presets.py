@@ -174,8 +174,8 @@ class AugmentConfig(BaseModel):
             return given  # pydantic reports the error
         merged = dict(given)
         for kind, view in PRESETS[given.get("preset", "coco")].items():
-            words = given.get(kind, {})
-            merged[kind] = {**view.model_dump(), **words} if isinstance(words, dict) else words
+            values = given.get(kind, {})
+            merged[kind] = {**view.model_dump(), **values} if isinstance(values, dict) else values
         return merged
 
     def at_size(self, image_size: int | None) -> ViewSet:

@@ -70,28 +70,32 @@ def check_results(entries: Iterable[Any], place: str, truth: Json, needs_masks: 
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}
     for index, entry in enumerate(entries):
-        here = f"{place}: entry {index}"
+        entry_place = f"{place}: entry {index}"
         if not isinstance(entry, dict):
-            raise DataError("key-type", here, f"expected an object, got {short_repr(entry)}")
-        here = f"{here} (image {short_repr(entry.get('image_id'))})"
+            raise DataError("key-type", entry_place, f"expected an object, got {short_repr(entry)}")
+        entry_place = f"{entry_place} (image {short_repr(entry.get('image_id'))})"
         if missing := {"image_id", "category_id", "score"} - set(entry):
-            raise DataError("key-missing", here, f"expected a value {sorted(missing)[0]!r}, got none")
+            raise DataError("key-missing", entry_place, f"expected a value {sorted(missing)[0]!r}, got none")
         if type(entry["image_id"]) is not int or entry["image_id"] not in sizes:
             remedy = "use the annotations that the predictions were made for"
-            raise DataError("id-unknown", here, "the ground truth has no such image", remedy)
+            raise DataError("id-unknown", entry_place, "the ground truth has no such image", remedy)
         if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
             known = ", ".join(map(str, sorted(categories)[:10])) + ", ..." * (len(categories) > 10)
-            message = f"expected one of the ground truth's category_id {known}, got {short_repr(entry['category_id'])}"
-            raise DataError("id-unknown", here, message, "use the ids of that file, not labels 0..C-1")
+            message = (
+                f"expected one of the category ids of the ground truth {known}, got {short_repr(entry['category_id'])}"
+            )
+            raise DataError("id-unknown", entry_place, message, "use the ids of that file, not labels 0..C-1")
         if type(entry["score"]) not in (int, float) or not math.isfinite(entry["score"]):
-            raise DataError("key-type", here, f"expected a finite score, got {short_repr(entry['score'])}", "drop it")
+            raise DataError(
+                "key-type", entry_place, f"expected a finite score, got {short_repr(entry['score'])}", "drop it"
+            )
         if "bbox" in entry:
-            check_box(entry["bbox"], here)
+            check_box(entry["bbox"], entry_place)
         if "segmentation" in entry:
             if not isinstance(entry["segmentation"], Mapping):
                 message = f"expected RLE as segmentation of a result, got {short_repr(entry['segmentation'])}"
-                raise DataError("segmentation-type", here, message, "write an object with size and counts")
-            check_rle(entry["segmentation"], *sizes[entry["image_id"]], here)
+                raise DataError("segmentation-type", entry_place, message, "write an object with size and counts")
+            check_rle(entry["segmentation"], *sizes[entry["image_id"]], entry_place)
         elif needs_masks or "bbox" not in entry:
             remedy = "add the mask" if needs_masks else "add a box or a mask"
-            raise DataError("key-missing", here, "expected a value 'segmentation', got none", remedy)
+            raise DataError("key-missing", entry_place, "expected a value 'segmentation', got none", remedy)

@@ -137,7 +137,7 @@ def test_ground_truth_can_be_restricted_to_images(truth, perfect):
     only = load_ground_truth(truth, image_ids=[3, 4])
     assert {a["image_id"] for a in only["annotations"]} == {3}
     assert score(only, perfect[-1:])["segm"]["AP"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="no image 8"):
+    with pytest.raises(ValueError, match="expected ids of images in this file, got 8"):
         load_ground_truth(truth, image_ids=[8])
 
 
@@ -189,7 +189,7 @@ GOOD = {"size": list(SIZE), "counts": [4800]}
     [
         ({"image_id": 99}, "no such image"),
         ({"image_id": None}, "no such image"),
-        ({"category_id": 1}, "category_id 0, 9, 20, got 1"),
+        ({"category_id": 1}, "category ids of the ground truth 0, 9, 20, got 1"),
         ({"score": float("nan")}, "score"),
         ({"score": "high"}, "score"),
         ({"bbox": [0, 0, float("inf"), 1]}, "box-finite"),

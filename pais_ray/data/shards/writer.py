@@ -76,9 +76,9 @@ def write_shards(
         categories=source.train.categories,
         files=(),
     )
-    there = storage.list_files(out)
-    if _claim(out, there, draft):
-        files = _write_parts(out, there, parts, source.limits, draft, progress)
+    existing = storage.list_files(out)
+    if _claim(out, existing, draft):
+        files = _write_parts(out, existing, parts, source.limits, draft, progress)
         files.append(_write(out, TRUTH, truth.encode(), "val"))
         if source.split is not None:
             files.append(_write(out, SPLIT, source.split.to_json().encode()))
@@ -92,7 +92,7 @@ def write_shards(
 
 def _write_parts(
     out: str,
-    there: Mapping[str, int],
+    existing: Mapping[str, int],
     parts: Mapping[str, Sequence[Record]],
     limits: Limits,
     draft: Manifest,
@@ -104,7 +104,7 @@ def _write_parts(
         for part, records in parts.items()
         for start in range(0, len(records), draft.rows_per_file)
     }
-    notes = {name: _read_note(out, name, there) for _, name in cut}
+    notes = {name: _read_note(out, name, existing) for _, name in cut}
     todo = [r for (_, name), records in cut.items() if notes[name] is None for r in records]
     images = iter(progress(storage.map_in_order(lambda r: _encoded(r, limits), todo, THREADS, AHEAD), len(todo)))
     tables: dict[str, list[pa.Table]] = {part: [] for part in parts}
@@ -145,15 +145,15 @@ def _write_file(out: str, name: str, part: str, images: Iterator[dict[str, Any]]
     return pq.read_table(pa.BufferReader(note))  # read back, so that it equals what a later call reads
 
 
-def _read_note(out: str, name: str, there: Mapping[str, int]) -> pa.Table | None:
+def _read_note(out: str, name: str, existing: Mapping[str, int]) -> pa.Table | None:
     """The note of a file, or None if the file or its note is missing or incomplete."""
-    if name + NOTE not in there or name not in there:
+    if name + NOTE not in existing or name not in existing:
         return None
     try:
         note = pq.read_table(pa.BufferReader(reading.read_bytes(storage.join(out, name + NOTE))))
     except pa.ArrowException:  # incomplete remote note
         return None
-    return note if int(note.schema.metadata[b"bytes"]) == there[name] else None
+    return note if int(note.schema.metadata[b"bytes"]) == existing[name] else None
 
 
 def _encoded(record: Record, limits: Limits) -> dict[str, Any]:
@@ -190,18 +190,18 @@ def _made_of(source: Source, parts: Mapping[str, Sequence[Record]], truth: str, 
     return sha256(json.dumps(tree).encode()).hexdigest()
 
 
-def _claim(out: str, there: Mapping[str, int], draft: Manifest) -> bool:
+def _claim(out: str, existing: Mapping[str, int], draft: Manifest) -> bool:
     """Mark the folder as being written; returns False if it is complete. Raises DataError if it has other content."""
     remedy = "use another folder, or the same data and options as before"
-    if MANIFEST in there:
+    if MANIFEST in existing:
         if read_manifest(out).made_of != draft.made_of:
             raise DataError("shard-manifest", out, "expected an empty folder, got shards of other data", remedy)
         return False
-    if DRAFT in there:
+    if DRAFT in existing:
         if reading.read_bytes(storage.join(out, DRAFT)).decode(errors="replace") != draft.to_json():
             message = "expected an empty folder, got unfinished shards of other data"
             raise DataError("shard-manifest", out, message, remedy)
-    elif others := sorted(name for name in there if not name.endswith(atomic.PARTIAL)):
+    elif others := sorted(name for name in existing if not name.endswith(atomic.PARTIAL)):
         raise DataError("shard-manifest", out, f"expected an empty folder, got {others[0]}", "use an empty folder")
     else:
         _write(out, DRAFT, draft.to_json().encode())

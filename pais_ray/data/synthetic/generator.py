@@ -107,11 +107,11 @@ def _write_part(folder: str, name: str, places: list[tuple[int, int, int]], size
         suffix = "png" if position % 10 == 0 else "jpg"
         file_name = f"{name}_{position:06d}.{suffix}"
         buffer = io.BytesIO()
-        picture = Image.fromarray(scene.pixels)
+        image = Image.fromarray(scene.pixels)
         if suffix == "png":
-            picture.save(buffer, "PNG", compress_level=1)
+            image.save(buffer, "PNG", compress_level=1)
         else:
-            picture.save(buffer, "JPEG", quality=93)
+            image.save(buffer, "JPEG", quality=93)
         with open(os.path.join(folder, "images", file_name), "wb") as file:
             file.write(buffer.getvalue())
         images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
