@@ -1,4 +1,4 @@
-"""3x3 matrices between pixel frames, and boxes and points carried by them.
+"""3x3 matrices between pixel frames, and the points and boxes that they transform.
 
 Coordinates are continuous: pixel (row i, column j) covers [j, j+1) x [i, i+1) and its center is
 (j + 0.5, i + 0.5), so a flip is x -> W - x. Matrices act on column vectors (x, y, 1) and are named by
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def identity() -> Tensor:
-    """The 3x3 matrix that changes nothing, float64."""
+    """The 3x3 identity matrix, float64."""
     return torch.eye(3, dtype=torch.float64)
 
 
@@ -22,21 +22,21 @@ def scale(sx: float, sy: float) -> Tensor:
 
 
 def translate(tx: float, ty: float) -> Tensor:
-    """Moves by (tx, ty) px."""
+    """x -> x + tx, y -> y + ty, in px."""
     matrix = identity()
     matrix[0, 2], matrix[1, 2] = tx, ty
     return matrix
 
 
 def flip_horizontal(width: float) -> Tensor:
-    """x -> width - x: its own inverse."""
+    """x -> width - x. The matrix is its own inverse."""
     matrix = identity()
     matrix[0, 0], matrix[0, 2] = -1.0, width
     return matrix
 
 
 def rotate(degrees: float, center: tuple[float, float]) -> Tensor:
-    """Rotates about ``center`` (x, y); positive turns clockwise on the screen (y points down)."""
+    """Rotation about ``center`` (x, y); positive is clockwise on the screen, because y points down."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = torch.tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
     return about(turn, center)
@@ -50,18 +50,18 @@ def shear(factor_x: float, factor_y: float, center: tuple[float, float]) -> Tens
 
 
 def about(matrix: Tensor, center: tuple[float, float]) -> Tensor:
-    """``matrix`` with its origin moved to ``center`` (x, y)."""
+    """``matrix`` applied about ``center`` (x, y) instead of the origin."""
     return translate(*center) @ matrix @ translate(-center[0], -center[1])
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """``first @ second`` of matrices (..., 3, 3) in their own precision: autocast and TF32 would cut ``@`` down to
-    three digits, which is several pixels."""
+    """``first @ second`` of matrices (..., 3, 3) in their own precision. Autocast and TF32 would reduce ``@`` to three
+    digits, which is an error of several pixels."""
     return (first[..., :, :, None] * second[..., None, :, :]).sum(dim=-2)
 
 
 def invert(matrix: Tensor) -> Tensor:
-    """Inverse of affine matrices (..., 3, 3), in closed form: no solver call, no device sync."""
+    """Inverse of affine matrices (..., 3, 3), in closed form, without a solver call or a wait for the device."""
     a, b, tx = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 0, 2]
     c, d, ty = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
     det = a * d - b * c
@@ -73,13 +73,13 @@ def invert(matrix: Tensor) -> Tensor:
 
 
 def transform_points(points: Tensor, matrix: Tensor) -> Tensor:
-    """Points (..., 2) xy carried by one matrix (3, 3) or by matrices that broadcast as (..., 3, 3)."""
+    """Points (..., 2) xy transformed by one matrix (3, 3) or by matrices that broadcast as (..., 3, 3)."""
     matrix = matrix.to(points)
     return (matrix[..., :2, :2] * points[..., None, :]).sum(dim=-1) + matrix[..., :2, 2]
 
 
 def transform_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
-    """Axis-aligned envelope (N, 4) of the boxes' four transformed corners (method 1.3)."""
+    """Axis-aligned envelope (N, 4) of the four transformed corners of each box, as in the released code."""
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
     moved = transform_points(corners, matrix)
     return torch.cat([moved.amin(dim=1), moved.amax(dim=1)], dim=1)

@@ -81,9 +81,9 @@ class KNet(Segmentor):
             torch.arange(len(targets)), torch.tensor([len(t) for t in targets]), output_size=len(grids)
         ).to(grids.device)
         points = self._points(len(targets), grids.device)
-        wanted = grids.flatten(1) if points is None else sample_points(grids[:, None], points[image])[:, 0]
+        mask_targets = grids.flatten(1) if points is None else sample_points(grids[:, None], points[image])[:, 0]
         return {
-            **self._matched_losses(outputs, targets, wanted, points),
+            **self._matched_losses(outputs, targets, mask_targets, points),
             "semantic": self._semantic_loss(semantic, targets, grids, image),
         }
 
@@ -119,7 +119,7 @@ class KNet(Segmentor):
         return torch.rand(num, self.config.mask_points, 2, device=device) * 2 - 1
 
     def _match(
-        self, outputs: list[StageOutput], targets: list[Targets], wanted: Tensor, points: Tensor | None
+        self, outputs: list[StageOutput], targets: list[Targets], mask_targets: Tensor, points: Tensor | None
     ) -> list[Matching]:
         """Match targets to the kernels of each of ``outputs``, by the output before it; the kernel head by its own.
 
@@ -127,11 +127,11 @@ class KNet(Segmentor):
         """
         counts = [len(t) for t in targets]
         slots = [torch.arange(n) for n in counts]
-        image = torch.cat([torch.full((n,), b) for b, n in enumerate(counts)]).to(wanted.device)
-        slot = torch.cat(slots).to(wanted.device)
-        masks = wanted.new_zeros(len(targets), max(counts), wanted.shape[1])
-        masks[image, slot] = wanted
-        labels = torch.zeros(masks.shape[:2], dtype=torch.long, device=wanted.device)
+        image = torch.cat([torch.full((n,), b) for b, n in enumerate(counts)]).to(mask_targets.device)
+        slot = torch.cat(slots).to(mask_targets.device)
+        masks = mask_targets.new_zeros(len(targets), max(counts), mask_targets.shape[1])
+        masks[image, slot] = mask_targets
+        labels = torch.zeros(masks.shape[:2], dtype=torch.long, device=mask_targets.device)
         labels[image, slot] = torch.cat([t.labels for t in targets])
         config = self.config
         weights = (config.class_weight, config.dice_weight, config.mask_weight)
@@ -143,44 +143,44 @@ class KNet(Segmentor):
         return [matches[0], *matches]
 
     def _matched_losses(
-        self, outputs: list[StageOutput], targets: list[Targets], wanted: Tensor, points: Tensor | None
+        self, outputs: list[StageOutput], targets: list[Targets], mask_targets: Tensor, points: Tensor | None
     ) -> dict[str, Tensor]:
-        config, device = self.config, wanted.device
-        shared = torch.cat([t.labels for t in targets])
+        config, device = self.config, mask_targets.device
+        all_labels = torch.cat([t.labels for t in targets])
         class_weight = torch.cat([t.class_weight for t in targets])
         mask_weight = torch.cat([t.mask_weight for t in targets])
         negative = torch.tensor([t.negative_weight for t in targets]).to(device)
         total: dict[str, list[Tensor]] = {"class": [], "mask": [], "mask_iou": []}
-        matches = self._match(outputs, targets, wanted, points)
+        matches = self._match(outputs, targets, mask_targets, points)
         for output, match in zip(outputs, matches, strict=True):
             paired = match.image, match.kernel
-            own = points[match.image] if points is not None else None
-            logits = mask_values(output.masks[paired][:, None], own)[:, 0]  # (P, X)
-            truth, weight = wanted[match.target], mask_weight[match.target]
+            pair_points = points[match.image] if points is not None else None
+            logits = mask_values(output.masks[paired][:, None], pair_points)[:, 0]  # (P, X)
+            expected, weight = mask_targets[match.target], mask_weight[match.target]
             total["mask"] += [
-                losses.binary_cross_entropy(logits, truth, weight, len(match)) * config.mask_weight,
-                losses.dice(logits, truth, weight, len(match)) * config.dice_weight,
+                losses.binary_cross_entropy(logits, expected, weight, len(match)) * config.mask_weight,
+                losses.dice(logits, expected, weight, len(match)) * config.dice_weight,
             ]
             if output.classes is None or output.ious is None:
                 continue
             labels = torch.full(output.classes.shape[:2], self.num_classes, device=device)
-            labels[paired] = shared[match.target]
+            labels[paired] = all_labels[match.target]
             weights = negative[:, None].repeat(1, labels.shape[1])
             weights[paired] = class_weight[match.target]
             class_loss = losses.focal(
                 output.classes.flatten(0, 1), labels.flatten(), weights.flatten(), targets[0].normalizer
             )
             total["class"].append(class_loss * config.class_weight)
-            total["mask_iou"].append(losses.mask_iou(output.ious[paired], logits, truth) * config.mask_iou_weight)
+            total["mask_iou"].append(losses.mask_iou(output.ious[paired], logits, expected) * config.mask_iou_weight)
         return {name: torch.stack(values).sum() for name, values in total.items()}
 
     def _semantic_loss(self, features: Tensor, targets: list[Targets], grids: Tensor, image: Tensor) -> Tensor:
         """The semantic loss at the features' own stride of 8; the released code upsamples the map first."""
         logits = self.kernel_head.semantic(features).float()
         coarse = (F.avg_pool2d(grids[:, None], 2)[:, 0] > 0.5).float()  # (T, h, w)
-        truth = torch.zeros_like(logits)
-        truth.index_put_((image, torch.cat([t.labels for t in targets])), coarse, accumulate=True)
-        return losses.semantic(logits, truth.clamp_(max=1)) * self.config.semantic_weight
+        expected = torch.zeros_like(logits)
+        expected.index_put_((image, torch.cat([t.labels for t in targets])), coarse, accumulate=True)
+        return losses.semantic(logits, expected.clamp_(max=1)) * self.config.semantic_weight
 
 
 def _check(views: Views, targets: list[Targets], num_classes: int) -> None:
