@@ -104,7 +104,9 @@ def config_page() -> str:
         "A run is described by typed settings in sections. `pais-ray train` takes *config names*, which are files of "
         "`configs/`, from left to right, and then *overrides* of the form `section.setting=value`. "
         "`pais-ray show coco mask_rcnn pais` prints the resolved settings, and `pais-ray show --describe train.steps` "
-        "explains a setting.",
+        "explains a setting. `pais-ray show --schema` prints a JSON schema of config files for editors.",
+        "A config file may begin with `base: NAME`. The config `NAME` is then merged directly before it, so the file "
+        "lists only what differs. A base has no base itself.",
         "*Free* settings may change when a run is resumed. A change of any other setting is refused, unless `--force` "
         "is given. This page is generated from the types of the settings.",
         "## Config names",
