@@ -107,6 +107,9 @@ def config_page() -> str:
         "explains a setting. `pais-ray show --schema` prints a JSON schema of config files for editors.",
         "A config file may begin with `base: NAME`. The config `NAME` is then merged directly before it, so the file "
         "lists only what differs. A base has no base itself.",
+        "A description ends with the default or its source: `paper 4.2` is section 4.2 of the PAIS paper, the "
+        "*released code* is what the authors of the paper published, and a value *chosen by this project* has no "
+        "published source.",
         "*Free* settings may change when a run is resumed. A change of any other setting is refused, unless `--force` "
         "is given. This page is generated from the types of the settings.",
         "## Config names",

@@ -30,91 +30,95 @@ class ViewConfig(BaseModel):
 
     short_side: Ints = Field(
         default=(400, 1200),
-        description="Range of the short side of a view, in pixels; a uniform random integer. Default: released code "
-        "on COCO.",
+        description="Range from which the short side of a view is drawn, in pixels: a uniform random integer. "
+        "Default: from the released code for COCO.",
     )
     long_side: int = Field(
         default=1333,
         ge=1,
-        description="Maximum long side of a view, in pixels. It takes precedence over short_side. Default: released "
-        "code on COCO; 2048 on Cityscapes.",
+        description="Maximum long side of a view, in pixels. It takes precedence over short_side. Default: from the "
+        "released code for COCO; the released code uses 2048 for Cityscapes.",
     )
     flip: float = Field(
-        default=0.5, ge=0, le=1, description="Probability of a horizontal flip. Default: released code."
+        default=0.5, ge=0, le=1, description="Probability of a horizontal flip. Default: from the released code."
     )
     photometric: Literal["cityscapes"] | None = Field(
         default=None,
-        description="Name of a photometric augmentation by albumentations, applied to decoded images of the labeled "
-        "view only. Default: null, which means none; the released code has one for Cityscapes.",
+        description="Name of a photometric augmentation from albumentations. It is applied to the decoded images of "
+        "the labeled view only. Default: null, which means none; the released code has one for Cityscapes.",
     )
     color: bool = Field(
         default=False,
-        description="Whether one of nine random color operations is applied. Default: off, as in the weak view.",
+        description="Whether a color operation, one of nine chosen at random, is applied. Default: from the released "
+        "code; it depends on the view.",
     )
     color_level: Ints = Field(
         default=(1, 9),
-        description="Range of the strength of the color operation; a uniform random integer. Default: released code, "
-        "randint(1, 10).",
+        description="Range from which the strength of the color operation is drawn: a uniform random integer. "
+        "Default: from the released code, whose randint(1, 10) excludes 10.",
     )
     geometric: bool = Field(
         default=False,
-        description="Whether one random operation of horizontal translation, vertical translation, rotation and shear "
-        "is applied. Default: off, as in the weak view.",
+        description="Whether a geometric operation is applied, chosen at random from horizontal translation, vertical "
+        "translation, rotation and shear. Default: from the released code; it depends on the view.",
     )
     translate: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="Maximum translation in either direction, as a share of the side. Default: released code.",
+        description="Maximum translation in either direction, as a share of the side. Default: from the released code.",
     )
     rotate: float = Field(
         default=30.0,
         ge=0,
         le=180,
-        description="Maximum rotation about the center in either direction, in degrees. Default: released code.",
+        description="Maximum rotation about the center in either direction, in degrees. Default: from the released "
+        "code.",
     )
     shear: float = Field(
         default=30.0,
         ge=0,
         lt=90,
         description="Maximum shear in either direction, in degrees. The factor is tanh of the angle in radians, as in "
-        "the released code. Default: released code.",
+        "the released code. Default: from the released code.",
     )
     fill: float = Field(
         default=125 / 255,
         ge=0,
         le=1,
         description="Value of all three channels outside the image after a geometric operation, from 0 to 1. Default: "
-        "released code, 125 of 255.",
+        "from the released code: 125 / 255.",
     )
     erase: bool = Field(
         default=False,
-        description="Whether patches of the view are painted over. Masks are kept, so objects must be completed. "
-        "Default: off, as in the weak view.",
+        description="Whether patches of the view are painted over. The masks do not change, so the network must "
+        "complete the hidden parts of objects. Default: from the released code; it depends on the view.",
     )
     erase_count: Ints = Field(
         default=(1, 4),
-        description="Range of the number of patches; a uniform random integer. Default: released code, randint(1, 5).",
+        description="Range from which the number of patches is drawn: a uniform random integer. Default: from the "
+        "released code, whose randint(1, 5) excludes 5.",
     )
     erase_ratio: Floats = Field(
         default=(0.0, 0.2),
-        description="Range of the patch side as a share of the view side; one uniform random number for both sides. "
-        "Default: released code.",
+        description="Range from which the size of a patch is drawn, as a share of the sides of the view: one uniform "
+        "random number for width and height. Default: from the released code.",
     )
     erase_holes: tuple[tuple[int, int], ...] = Field(
         default=(),
-        description="Patch sizes (width, height) in pixels to choose from, cut at the border, instead of erase_ratio. "
-        "Default: none; the released code uses them for CutOut on Cityscapes.",
+        description="Patch sizes (width, height) in pixels to choose from instead of erase_ratio. Patches are cut off "
+        "at the border of the view. Default: none; the released code uses such sizes for CutOut on Cityscapes.",
     )
     erase_fill: tuple[float, float, float] = Field(
         default=(125 / 255, 125 / 255, 125 / 255),
-        description="Red, green and blue of the patches, from 0 to 1. Default: released code, 125 of 255; the ImageNet "
-        "mean on Cityscapes.",
+        description="Red, green and blue of the patches, from 0 to 1. Default: from the released code: 125 / 255 for "
+        "COCO, the ImageNet mean for Cityscapes.",
     )
     order: Literal["random", "erase_last"] = Field(
         default="erase_last",
-        description="Order of the operations: random shuffles all three, erase_last only color and geometric. Default: "
-        "released code, except for its K-Net configuration with DALoss.",
+        description="Order of the operations color, geometric and erase: random shuffles all three; erase_last "
+        "shuffles the first two. Default: from the released code, except for its K-Net configuration with DALoss, "
+        "which shuffles all three.",
     )
 
 

@@ -18,7 +18,7 @@ class DataConfig(Section):
     train: str | None = Field(
         default=None,
         description="Annotated training images: a COCO JSON, the folder gtFine/train of Cityscapes, or the folder or "
-        "URL of shards. Default: null, which means the embedded, generated data set.",
+        "URL of shards. Default: null, which means the built-in, generated data set.",
     )
     train_images: str | None = Field(
         default=None,
@@ -45,34 +45,34 @@ class DataConfig(Section):
     )
     images: str | None = Field(
         default=None,
-        description="Common default of data.train_images, data.val_images and data.unlabeled_images. Default: null, "
-        "which means that each of them is set or implied by the layout of the data set.",
+        description="Folder of images that is used where data.train_images, data.val_images or data.unlabeled_images "
+        "is null. Default: null, which means that each of them is set, or implied by the layout of the data set.",
     )
     image_size: int | None = Field(
         default=None,
         ge=16,
         description="Short side of the test view, in pixels. The other views are scaled by the same ratio. Default: "
-        "null, which means the sizes in the section views. The paper trains at full size only.",
+        "null, which means the sizes in the section views, as in the paper.",
     )
     labeled: float = Field(
         default=1.0,
         gt=0,
         le=1,
         description="Share of the training images that keep their labels. The others become unlabeled images. The "
-        "paper uses 0.01, 0.05 and 0.1 on COCO. Default: ours, all of them.",
+        "paper uses 0.01, 0.05 and 0.1 on COCO. Default: all of them.",
     )
     fold: int = Field(
         default=1,
         ge=0,
-        description="Number of the random draw of labeled images. Each number gives another, reproducible draw. The "
-        "usual folds on COCO are 1 to 5. Default: the first of them.",
+        description="Number that selects the random draw of labeled images. Each number gives a different, "
+        "reproducible draw. The usual folds on COCO are 1 to 5. Default: the first of these.",
     )
     holdout: float | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Share of the training images that are reserved for validation before labeled images are drawn. "
-        "It excludes data.val. Default: null, which means none.",
+        "It cannot be combined with data.val. Default: null, which means none.",
     )
     split: str | None = Field(
         default=None,
@@ -88,22 +88,22 @@ class DataConfig(Section):
         default=MAX_PIXELS,
         ge=1,
         le=2 * MAX_PIXELS,
-        description="Maximum number of pixels per image; larger images are refused. Default: Pillow's limit against "
-        "decompression bombs, which allows at most twice as many.",
+        description="Maximum number of pixels per image; larger images are refused. Default: the number above which "
+        "Pillow warns of a decompression bomb. Twice that number is the upper limit, because Pillow decodes no more.",
         json_schema_extra=FREE,
     )
     max_instances: int = Field(
         default=LIMITS.max_instances,
         ge=1,
-        description="Maximum number of annotations per image; images with more are refused. Default: ours; the "
-        "densest aerial images have about 8000.",
+        description="Maximum number of annotations per image; images with more are refused. Default: chosen by this "
+        "project; the densest aerial images have about 8000.",
         json_schema_extra=FREE,
     )
     max_json_gib: float = Field(
         default=LIMITS.max_json_gib,
         gt=0,
         description="Maximum memory of a parsed annotation file, in GiB; it is estimated before parsing. Default: "
-        "ours; COCO train2017 takes 6.",
+        "chosen by this project; COCO train2017 takes 6 GiB.",
         json_schema_extra=FREE,
     )
 

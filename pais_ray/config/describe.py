@@ -45,7 +45,7 @@ class FieldDescription:
         lines = [
             *textwrap.wrap(self.description, 96),
             f"Type: {self.type}",
-            f"Default: {self.default}{presets}",
+            f"Default value: {self.default}{presets}",
             f"On resume: {'may change' if self.may_change else 'must stay the same (unless --force is given)'}",
         ]
         return "\n".join([f"{self.name}{owner}", *(f"    {line}" for line in lines)])

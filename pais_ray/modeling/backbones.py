@@ -28,26 +28,28 @@ class BackboneConfig(SegmentorConfig):
     """The settings of the backbone, which every segmentor has."""
 
     preset: str = Field(default="r50", description="Name of the group of defaults for the settings not given.")
-    backbone: str = Field(default="resnet50", description="Name of a torchvision ResNet. Default: paper 4.2.")
+    backbone: str = Field(default="resnet50", description="Name of a torchvision ResNet. Default: from paper 4.2.")
     weights: str | None = Field(
         default="imagenet",
         description="Initial weights: `imagenet`, a local .safetensors or .pth file, or null for random weights. Mask "
-        "R-CNN also accepts `coco`. Default: ImageNet (paper 4.2).",
+        "R-CNN also accepts `coco`. Default: imagenet, from paper 4.2.",
     )
     norm: Literal["frozen_bn", "group"] = Field(
         default="frozen_bn",
-        description="Normalization layers of the backbone: batch norm with frozen statistics, or group norm. "
-        "Default: frozen_bn (torchvision), or group if weights is null.",
+        description="Normalization layers of the backbone: batch norm with frozen statistics, or group norm. Default: "
+        "frozen_bn, from torchvision, or group if weights is null.",
     )
     frozen_stages: int = Field(
         default=1,
         ge=-1,
         le=4,
-        description="Backbone stages that are not trained: -1 none, 0 the stem, n the stem and layers 1 to n. "
-        "Default: 1 (released code), or -1 if weights is null.",
+        description="Backbone stages that are not trained: -1 for none, 0 for the stem, n for the stem and layers 1 "
+        "to n. Default: 1, from the released code, or -1 if weights is null.",
     )
     fpn_channels: int = Field(
-        default=256, gt=0, description="Number of channels of the feature pyramid. Default: torchvision, released code."
+        default=256,
+        gt=0,
+        description="Number of channels of the feature pyramid. Default: from torchvision and the released code.",
     )
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset -> its differences from the defaults of the fields

@@ -33,30 +33,31 @@ class ReferenceSchedule(BaseModel):
         default=0.01,
         gt=0,
         description="Learning rate at that batch size. A run scales it to its own batch size: linearly for SGD, with "
-        "the square root for AdamW. Default: paper 4.2, Mask R-CNN.",
+        "the square root for AdamW. Default: from paper 4.2 for Mask R-CNN.",
     )
     steps: int = Field(
         default=220_000,
         gt=0,
-        description="Length in steps at that batch size. A run takes as many steps as it needs for the same number of "
-        "images, unless train.steps is set. Default: paper 4.2.",
+        description="Length of the published run, in steps at that batch size. A run takes as many steps as it needs "
+        "for the same number of images, unless train.steps is set. Default: from paper 4.2.",
     )
     warmup: int = Field(
         default=1000,
         ge=0,
-        description="Steps of linear warm-up at that batch size. A run keeps the number of images, but warms up for at "
-        "most a twentieth of its steps. Default: released code.",
+        description="Steps of linear warm-up at that batch size. A run warms up over the same number of images, but "
+        "for at most a twentieth of its steps. Default: from the released code.",
     )
     milestones: tuple[int, ...] = Field(
         default=(160_000, 200_000),
-        description="Steps at which the multistep schedule multiplies the learning rate by gamma. A run keeps their "
-        "share of its length. Default: released K-Net code; the paper names none.",
+        description="Steps at which the multistep schedule multiplies the learning rate by gamma. A run places them "
+        "at the same shares of its own length. Default: from the released code for K-Net; the paper gives none.",
     )
     gamma: float = Field(
         default=0.1,
         gt=0,
         le=1,
-        description="Factor of the learning rate at each milestone of the multistep schedule. Default: released code.",
+        description="Factor of the learning rate at each milestone of the multistep schedule. Default: from the "
+        "released code.",
     )
 
     @model_validator(mode="after")
@@ -73,46 +74,51 @@ class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["sgd", "adamw"] = Field(
-        default="sgd", description="The optimizer. Default: the paper's for Mask R-CNN (4.2); for K-Net it is AdamW."
+        default="sgd",
+        description="The optimizer. Default: from paper 4.2 for Mask R-CNN; the paper uses AdamW for K-Net.",
     )
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="Learning rate of this run after the warm-up. Default: null, which scales reference.lr.",
+        description="Learning rate of this run after the warm-up. Default: null, which means reference.lr scaled to "
+        "the batch size of this run.",
     )
     momentum: float = Field(
-        default=0.9, ge=0, lt=1, description="Momentum of SGD; AdamW ignores it. Default: released code."
+        default=0.9, ge=0, lt=1, description="Momentum of SGD. AdamW ignores it. Default: from the released code."
     )
     weight_decay: float = Field(
-        default=1e-4, ge=0, description="Weight decay. Default: released code for Mask R-CNN; K-Net uses 0.05."
+        default=1e-4,
+        ge=0,
+        description="Weight decay of the optimizer. Default: from the released code for Mask R-CNN; for K-Net that "
+        "code uses 0.05.",
     )
     decay_norms_and_biases: bool = Field(
         default=True,
-        description="Whether weight decay also applies to parameters with a single axis (norms and biases). "
-        "Default: released code.",
+        description="Whether weight decay also applies to parameters with a single axis (norms and biases). Default: "
+        "from the released code.",
     )
     backbone_lr_factor: float = Field(
         default=1.0,
         ge=0,
-        description="Factor of the learning rate for the backbone without its feature pyramid. "
-        "Default: released code for Mask R-CNN; K-Net uses 0.25.",
+        description="Factor of the learning rate for the backbone without its feature pyramid. Default: from the "
+        "released code for Mask R-CNN; for K-Net that code uses 0.25.",
     )
     clip_norm: float | None = Field(
         default=None,
         gt=0,
-        description="Largest global norm of the gradients; larger gradients are scaled down to it. null does not clip. "
-        "Default: released code for Mask R-CNN; K-Net uses 1.",
+        description="Largest global norm of the gradients; larger gradients are scaled down to it. With null, "
+        "gradients are not clipped. Default: from the released code for Mask R-CNN; for K-Net that code uses 1.",
     )
     schedule: Literal["multistep", "cosine", "constant"] = Field(
         default="multistep",
         description="Shape of the learning rate after the warm-up: steps down at the milestones, a half cosine to "
-        "zero, or constant. Default: released code.",
+        "zero, or constant. Default: from the released code.",
     )
     warmup_ratio: float = Field(
         default=0.001,
         ge=0,
         le=1,
-        description="Fraction of the learning rate at which the warm-up begins. Default: released code.",
+        description="Fraction of the learning rate at which the warm-up begins. Default: from the released code.",
     )
     reference: ReferenceSchedule = Field(
         default=ReferenceSchedule(), description="The published schedule that this run scales."

@@ -18,22 +18,23 @@ class TrackingConfig(BaseModel):
     enabled: bool = Field(
         default=True,
         description="Whether the run is tracked in MLflow. If false, metrics.jsonl in the run directory is the only "
-        "record of metrics. Default: ours.",
+        "record of metrics. Default: chosen by this project.",
     )
     uri: str | None = Field(
         default=None,
-        description="The MLflow tracking URI: http(s)://SERVER, sqlite:///FILE, or another database. Default: null, "
-        "which means the SQLite file mlflow.db in run.storage_path. It must not contain a password.",
+        description="The MLflow tracking URI: http(s)://SERVER, sqlite:///FILE, or that of another database. It must "
+        "not contain a password. Default: null, which means the SQLite file mlflow.db in run.storage_path.",
     )
     experiment: str = Field(
         default="pais_ray",
-        description="The MLflow experiment that the run belongs to. It is created if it does not exist. Default: ours.",
+        description="The MLflow experiment that the run belongs to. It is created if it does not exist. Default: "
+        "chosen by this project.",
     )
     system_metrics_interval_s: float | None = Field(
         default=30.0,
         gt=0,
-        description="Interval between samples of each node's CPU, memory, disk, network and GPU, in seconds. Null "
-        "disables the samples. Default: ours.",
+        description="Interval between samples of each node's CPU, memory, disk, network and GPU, in seconds. With "
+        "null, no samples are taken. Default: chosen by this project.",
     )
 
     @field_validator("uri")

@@ -124,7 +124,7 @@ def test_show_describes_a_setting(tmp_path):
     done = call("show", "--describe", "train.log_every", "--json", str(out))
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0] == "train.log_every"
-    for line in ("Type: integer, at least 1", "Default: 50", "On resume: may change"):
+    for line in ("Type: integer, at least 1", "Default value: 50", "On resume: may change"):
         assert f"    {line}\n" in done.stdout
     assert [s["name"] for s in json.loads(out.read_text())["settings"]] == ["train.log_every"]
     assert call("show", "coco", "--describe", "train").exit_code == 2

@@ -31,85 +31,94 @@ class PAIS(BaseModel):
         default=0.35,
         ge=0,
         le=1,
-        description="Predictions become pseudo-labels only if their class score c is above this. "
-        "Default: paper 4.2, Table 7.",
+        description="Predictions become pseudo-labels only if their class score c is above this. Default: from paper "
+        "4.2, Table 7.",
     )
     tau_iou: float = Field(
         default=0.30,
         ge=0,
         le=1,
-        description="Predictions become pseudo-labels only if their predicted mask IoU s is above this. "
-        "Default: paper 4.2, Table 8.",
+        description="Predictions become pseudo-labels only if their predicted mask IoU s is above this. Default: from "
+        "paper 4.2, Table 8.",
     )
     alpha: float = Field(
         default=4.0,
         ge=0,
-        description="Exponent of the class score c in the class weight c^alpha; 0 gives all the same weight. "
-        "Default: paper Table 6.",
+        description="Exponent of the class score c in the class weight c^alpha; 0 gives all pseudo-labels the same "
+        "weight. Default: from Table 6 of the paper.",
     )
     beta: float = Field(
         default=4.0,
         ge=0,
-        description="Exponent of the mask IoU s in the mask weight s^beta; 0 gives all the same weight. "
-        "Default: paper Table 6.",
+        description="Exponent of the predicted mask IoU s in the mask weight s^beta; 0 gives all pseudo-labels the "
+        "same weight. Default: from Table 6 of the paper.",
     )
     lambda_labeled: float = Field(
-        default=1.0, ge=0, description="Weight of the labeled term in the total loss. Default: released code."
+        default=1.0, ge=0, description="Weight of the labeled term in the total loss. Default: from the released code."
     )
     lambda_unlabeled: float = Field(
         default=1.5,
         ge=0,
-        description="Weight of the unlabeled term in the total loss. Default: paper 4.2, Mask R-CNN; 0.3 for K-Net.",
+        description="Weight of the unlabeled term in the total loss. Default: from paper 4.2 for Mask R-CNN; the "
+        "paper uses 0.3 for K-Net.",
     )
     ema: float = Field(
         default=0.999,
         ge=0,
         le=1,
         description="Largest EMA decay of the teacher per step. Before that decay is reached, the teacher is the mean "
-        "of the student over the steps since the burn-in. Default: paper 4.2.",
+        "of the student over the steps since the burn-in. Default: from paper 4.2.",
     )
     burn_in: int = Field(
-        default=0, ge=0, description="Number of steps at the start without the unlabeled term. Default: none (paper)."
+        default=0,
+        ge=0,
+        description="Number of steps at the start without the unlabeled term. Default: none, from the paper.",
     )
     normalizer: Normalizer = Field(
         default="pos_neg",
         description="Divisor of the weighted class loss: the number of samples (mean) or of positives (pos), those of "
-        "positives and negatives separately (pos_neg), or the sum of the weights (weight_sum). Default: Eq. 5.",
+        "positives and negatives separately (pos_neg), or the sum of the weights (weight_sum). Default: from Eq. 5 of "
+        "the paper.",
     )
     class_scale: float = Field(
-        default=1.0, ge=0, description="Factor of the class weight c^alpha. Default: Eq. 5; released K-Net code: 12."
+        default=1.0,
+        ge=0,
+        description="Factor of the class weight c^alpha. Default: from Eq. 5 of the paper; the released code uses 12 "
+        "for K-Net.",
     )
     class_cap: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Largest c in the class weight: min(c, class_cap)^alpha. "
-        "Default: no cap (Eq. 5); released K-Net code: 0.5.",
+        description="Largest c in the class weight: min(c, class_cap)^alpha. Default: no cap, from Eq. 5 of the "
+        "paper; the released code uses 0.5 for K-Net.",
     )
     mask_scale: float = Field(
-        default=1.0, ge=0, description="Factor of the mask weight s^beta. Default: Eq. 5; released code: 2.5."
+        default=1.0,
+        ge=0,
+        description="Factor of the mask weight s^beta. Default: from Eq. 5 of the paper; the released code uses 2.5.",
     )
     negative_weight: float = Field(
         default=1.0,
         ge=0,
-        description="Weight of every background sample in the class loss of unlabeled images. "
-        "Default: Eq. 5; released K-Net code: 0.35^2.",
+        description="Weight of every background sample in the class loss of unlabeled images. Default: from Eq. 5 of "
+        "the paper; the released code uses 0.35^2 for K-Net.",
     )
     tau_proposal: float | None = Field(
         default=None,
         ge=0,
         le=1,
         description="Only pseudo-labels with a class score c above this are targets of the region proposal network. "
-        "Default: null, which means tau_cls (released code).",
+        "Default: null, which means tau_cls, from the released code.",
     )
     labeled_weights: dict[str, float] = Field(
         default={},
-        description="Multiplier of each labeled loss by its name; 1 for losses not listed. Default: ours.",
+        description="Multiplier of each labeled loss by its name; 1 for losses not listed. Default: no loss is listed.",
     )
     unlabeled_weights: dict[str, float] = Field(
         default=LABELED_ONLY,
-        description="Multiplier of each unlabeled loss by its name; 1 for losses not listed, except 0 for mask_iou "
-        "(paper) and semantic (released code). Default: only these two exceptions.",
+        description="Multiplier of each unlabeled loss by its name; 1 for losses not listed, except for mask_iou and "
+        "semantic, where it is 0. Default: 0 for mask_iou, from the paper, and for semantic, from the released code.",
     )
 
     @field_validator("unlabeled_weights")

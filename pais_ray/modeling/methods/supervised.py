@@ -24,10 +24,11 @@ class Supervised(BaseModel):
         ge=0,
         le=1,
         description="Largest EMA decay of the teacher per step. The teacher is only evaluated; the student does not "
-        "learn from it. Default: released code.",
+        "learn from it. Default: from the released code.",
     )
     labeled_weights: dict[str, float] = Field(
-        default={}, description="Multiplier of each loss by its name; 1 for losses not listed. Default: ours."
+        default={},
+        description="Multiplier of each loss by its name; 1 for losses not listed. Default: no loss is listed.",
     )
 
     @property
