@@ -11,6 +11,7 @@ BRITISH = re.compile(
     r"|catalogue|labell|cancell(?!ation)|centre|artefact|grey)\w*\b",
     re.IGNORECASE,
 )
+DATA_NAMES = '"unlabelled"'  # folders of users have this name too, see data/sources/discover.py
 UNCLEAR = re.compile(  # phrases of earlier versions that readers did not understand
     r"\b(images?|rows?|steps?|CPUs?|workers?|threads?|trials?|seconds|instances) an? "
     r"(image|row|step|worker|rank|GPU|node|trial|box|second|epoch|class|checkpoint)\b"
@@ -33,6 +34,8 @@ def test_names_comments_and_pages_have_american_spelling():
         f"{path.relative_to(ROOT)}:{number}: {match.group(0)}"
         for path in [*files, ROOT / "README.md"]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if (match := BRITISH.search(line)) and "renamed" not in path.name and "upgrad" not in path.name.lower()
+        if (match := BRITISH.search(line.replace(DATA_NAMES, "")))
+        and "renamed" not in path.name
+        and "upgrad" not in path.name.lower()
     ]
     assert found == []

@@ -156,6 +156,15 @@ def test_the_layout_of_coco_2017(tmp_path):
     assert found(tmp_path) == coco2017
 
 
+@pytest.mark.parametrize("name", ["unlabeled", "unlabelled"])
+def test_a_folder_of_unlabeled_images_has_either_spelling(tmp_path, name):
+    for part in ("train", "val"):
+        picture(tmp_path / part / f"{part}.png")
+        coco(tmp_path / f"{part}.json", [f"{part}.png"])
+    picture(tmp_path / name / "u.png")
+    assert found(tmp_path)["unlabeled"] == f"{tmp_path}/{name}"
+
+
 def test_files_beside_their_images(tmp_path):
     for name in ("train/a.png", "train/b.png", "val/c.png"):
         picture(tmp_path / name)

@@ -24,7 +24,7 @@ MAX_FILES = 64  # JSON files that are searched, the largest ones: other formats 
 NUM_PROBES = 8  # file names that decide whether a folder holds the images of a JSON file
 
 PARTS = {  # words in file names; the first match counts: `instances_train2017-unlabeled.json` is unlabeled
-    "unlabeled": ("unlabeled", "unlabeled"),
+    "unlabeled": ("unlabeled", "unlabelled"),  # either spelling
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
