@@ -1,6 +1,6 @@
 """Settings that were renamed: the one table behind error messages and behind reading runs of earlier versions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -27,6 +27,11 @@ HINTS = {"views.image_size": "views.image_size: set data.image_size instead, whi
 def explain_unknown(dotted: str) -> str | None:
     """The message for a setting ``dotted`` that does not exist, if its replacement is known."""
     return f"{dotted} was renamed to {RENAMED[dotted]}" if dotted in RENAMED else HINTS.get(dotted)
+
+
+def present_name(dotted: str, known: Collection[str]) -> str:
+    """The present name of a setting that an earlier version recorded as ``dotted``; a name in ``known`` is kept."""
+    return dotted if dotted in known else RENAMED.get(dotted, dotted)
 
 
 def translate(tree: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> dict[str, Any]:

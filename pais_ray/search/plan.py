@@ -10,6 +10,7 @@ from typing import Any
 
 from pais_ray.config.identity import changed_identity
 from pais_ray.config.overlays import ConfigError, resolve
+from pais_ray.config.renamed import present_name
 from pais_ray.config.tree import Config, dump, load, run_schedule
 from pais_ray.files.atomic import replace_text
 from pais_ray.search import asha, samplers
@@ -123,11 +124,23 @@ class SearchPlan:
             **{f"--over {path}": str(domain) for path, domain in self.space.items()},
         }
 
+    def present_settings(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a search.json, perhaps of an earlier version, with the present names of settings."""
+        names = {key: present_name(key.removeprefix("--over "), self.space) for key in recorded}
+        return {f"--over {names[k]}" if k.startswith("--over ") else k: value for k, value in recorded.items()}
+
+    def open_store(self) -> TrialStore:
+        """The trials of earlier starts, perhaps of an earlier version, with the present names of settings."""
+        store = TrialStore(self.root / TRIALS_FILE)
+        for trial in store.trials:
+            trial.params = {present_name(path, self.space): value for path, value in trial.params.items()}
+        return store
+
     def check_unchanged(self) -> None:
         """Raises ConfigError if the folder holds a run, or a search of other settings."""
         recorded, config = self.root / SEARCH_FILE, self.root / "config.yaml"
         if recorded.exists():
-            before, now = json.loads(recorded.read_text()), self.recorded_settings()
+            before, now = self.present_settings(json.loads(recorded.read_text())), self.recorded_settings()
             changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changed = ["--sampler" if key == "--search" else key for key in changed]
             changed += changed_identity(load(config), self.base)

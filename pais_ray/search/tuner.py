@@ -34,7 +34,7 @@ from pais_ray.search.plan import SearchOptions, SearchPlan, import_trials, make_
 from pais_ray.search.scheduler import METRIC, TrialScheduler
 from pais_ray.search.space import Params, compose_with
 from pais_ray.search.tracking import SearchTracker
-from pais_ray.search.trials import TRIALS_FILE, RankedConfiguration, TrialStore
+from pais_ray.search.trials import RankedConfiguration, TrialStore
 from pais_ray.tracking import record
 from pais_ray.tracking.settings import tracking_uri
 from pais_ray.train.driver import launch, resources, run_loop
@@ -65,7 +65,7 @@ def run_search(
 ) -> dict[str, Any]:
     """Runs the trials that are left, writes the results and trains the best configuration if requested."""
     paths = data_paths(prepared)
-    store = TrialStore(plan.root / TRIALS_FILE)
+    store = plan.open_store()
     if options.warm_start:
         count = import_trials(plan, store, base_of_trials(plan, prepared), Path(options.warm_start))
         echo(f"{count} trials imported from {options.warm_start}")

@@ -44,7 +44,7 @@ def scheduler_of(plan, lines=None):
     closed = []
     scheduler = TrialScheduler(
         plan,
-        TrialStore(plan.root / "trials.json"),
+        plan.open_store(),
         {"run.storage_path": str(plan.root / "trials")},
         lambda trial, status: closed.append((trial.id, status)),
         (lines if lines is not None else []).append,
@@ -55,6 +55,24 @@ def scheduler_of(plan, lines=None):
 def report_scores(scheduler, trial, **aps):
     """Reports the AP at steps, such as `s10=0.1`; returns whether the trial must stop."""
     return [scheduler.on_score(trial, int(step[1:]), ap) for step, ap in aps.items()][-1]
+
+
+def test_a_search_over_a_setting_that_was_renamed_since_resumes(tmp_path):
+    """search.json and trials.json of version 0.1.0 have the old names."""
+    over = "method.normalizer=pos,mean"
+    plan = plan_of(tmp_path, over)
+    scheduler, _ = scheduler_of(plan)
+    report_scores(scheduler, scheduler.next_trial().id, s30=0.1)
+    for name in ("search.json", "trials.json"):
+        path = plan.root / name
+        path.write_text(path.read_text().replace("method.normalizer", "method.normaliser"))
+
+    scheduler, _ = scheduler_of(plan_of(tmp_path, over))
+    resumed, added = scheduler.next_trial(), scheduler.next_trial()
+    assert (resumed.id, resumed.scores) == ("000s0", {30: 0.1})
+    assert added.id == "001s0"
+    assert load(plan.trial_root(resumed.id) / "config.yaml").method.normalizer == "pos"
+    assert [s.params for s in scheduler.store.ranking()] == [{"method.normalizer": v} for v in ("pos", "mean")]
 
 
 def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
