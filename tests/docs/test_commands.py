@@ -4,12 +4,15 @@ import re
 
 import click
 import pytest
+import torch
 
 from pais_ray.cli import main
 from pais_ray.cli.cluster import JOB_VERBS
 from pais_ray.config.describe import all_settings
 from pais_ray.config.overlays import resolve
 from pais_ray.config.tree import build
+from pais_ray.modeling import registry
+from pais_ray.structures import Masks, Predictions
 from tests.docs.pages import blocks, commands, pages
 
 COMPOSED = {"train", "tune", "show"}  # commands whose words are a complete configuration
@@ -71,6 +74,21 @@ def my_package(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder.parent)
         yield
+
+
+def test_the_method_of_the_architecture_page_makes_targets():
+    method = registry.method("my_package.hard_labels")()
+    masks = Masks.full(torch.ones(2, 8, 8))
+    found = Predictions(
+        boxes=torch.tensor([[0.0, 0.0, 8.0, 8.0]] * 2),
+        labels=torch.tensor([0, 1]),
+        scores=torch.tensor([0.9, 0.1]),
+        ious=torch.tensor([0.8, 0.8]),
+        masks=masks,
+    )
+    targets = method.pseudo_labels(found)
+    assert targets.labels.tolist() == [0]
+    assert targets.class_weight.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(("place", "words"), [pytest.param(p, w, id=f"{p}: {' '.join(w)[:60]}") for p, w in commands()])
