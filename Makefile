@@ -29,7 +29,7 @@ env: .venv/.installed ## Install the locked dependencies and the package into .v
 	fi
 	@touch $@
 
-demo: env ## Train on the embedded data set, evaluate teacher and student, draw predictions (5 minutes).
+demo: env ## Train on the built-in data set, evaluate teacher and student, draw predictions (5 minutes).
 	$(BIN)/pais-ray train quickstart run.name=demo
 	$(BIN)/pais-ray predict runs/demo --out runs/demo/predictions
 

@@ -30,7 +30,7 @@ JOB_VERBS = {  # name of a job -> verb of `pais-ray`
     envvar="RAY_API_SERVER_ADDRESS",
     default="http://127.0.0.1:8265",
     show_default=True,
-    help="Address of the dashboard on the cluster's head.",
+    help="Address of the dashboard on the cluster's head node.",
 )
 @click.option(
     "--include",
@@ -42,7 +42,7 @@ JOB_VERBS = {  # name of a job -> verb of `pais-ray`
 @click.option(
     "--num-gpus",
     type=float,
-    help="Number of GPUs for the program itself, which audit uses. Workers reserve their own.",
+    help="Number of GPUs for the program itself; audit uses one. Workers reserve their own.",
 )
 @verb
 def submit(job: str, words: tuple[str, ...], address: str, include: tuple[Path, ...], num_gpus: float) -> None:
@@ -121,10 +121,12 @@ def check_words(job: str, words: tuple[str, ...]) -> None:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Number of actors. Default: one per GPU with --use-gpu, else one per CPU except for one CPU.",
+    help="Number of actors. Default: one per GPU with --use-gpu, else one fewer than the number of CPUs.",
 )
 @click.option("--use-gpu", is_flag=True, help="Reserve one GPU for each actor.")
-@click.option("--merge", is_flag=True, help="Also write OUT/results.json of all parts, with OUT/images.json.")
+@click.option(
+    "--merge", is_flag=True, help="Also write OUT/results.json, which combines all parts, and OUT/images.json."
+)
 @json_option
 @verb
 def batch_predict(run: Path, source: str, out: Path, json_path: str | None, **options: Any) -> None:

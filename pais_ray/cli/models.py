@@ -43,13 +43,13 @@ def evaluate(
     """Compute the COCO AP of a checkpoint of RUN, or of a results file.
 
     A checkpoint is evaluated on the validation images of its run, or on --annotations with --images. A results file
-    needs no RUN: --annotations GT.json --predictions RESULTS.json. On Cityscapes, the instance AP of its own
-    evaluation script is added."""
+    needs no RUN: --annotations GT.json --predictions RESULTS.json. For Cityscapes, the instance AP
+    of the Cityscapes evaluation script is computed as well."""
     from pais_ray.evaluation.scoring import format_table, score
 
     if predictions is not None:
         if annotations is None or run is not None:
-            raise click.UsageError("--predictions requires --annotations and excludes RUN")
+            raise click.UsageError("--predictions requires --annotations and cannot be combined with RUN")
         scores = score(*read_truth_and_results(annotations, predictions))
     elif run is not None:
         from pais_ray.inference.predictor import Predictor
@@ -70,7 +70,7 @@ def evaluate(
     type=click.Choice(["val", "unlabeled"]),
     default="val",
     show_default=True,
-    help="The images of the run to use if no IMAGES are given.",
+    help="Which images of the run to use if no IMAGES are given.",
 )
 @click.option(
     "--out", metavar="FOLDER", type=click.Path(file_okay=False), required=True, help="Folder for results and overlays."
@@ -86,7 +86,7 @@ def evaluate(
     metavar="SCORE",
     default=0.5,
     show_default=True,
-    help="Minimum score of a detection to be drawn. Every detection is written.",
+    help="Minimum score of a detection to be drawn. The results contain all detections.",
 )
 @role_option
 @checkpoint_option
@@ -150,7 +150,7 @@ def read_truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any
     type=click.Choice(["onnx", "safetensors"]),
     default="onnx",
     show_default=True,
-    help="What to write. The choice safetensors writes weights and config only; onnx writes these too.",
+    help="What to write: safetensors writes only weights and config; onnx writes the ONNX model as well.",
 )
 @click.option(
     "--images",
@@ -163,7 +163,7 @@ def read_truth_and_results(annotations: str, predictions: str) -> tuple[Any, Any
 def export(
     run: str, out: str, role: str, checkpoint: str, kind: str, images: int | None, json_path: str | None
 ) -> None:
-    """Export a checkpoint of RUN as OUT/model.onnx, which accepts images of any size, with safetensors and config.
+    """Export a checkpoint of RUN as OUT/model.onnx, which accepts images of any size, with its weights and config.
 
     OUT/run.py runs the model with numpy, Pillow and onnxruntime only. At the end, the results of ONNX and PyTorch on
     the validation images of the run are compared. The exit code is 1 if they differ by more than the tolerance."""

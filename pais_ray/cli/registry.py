@@ -37,7 +37,7 @@ def one_line_store_errors() -> Iterator[None]:
 def sync(run: str, json_path: str | None) -> None:
     """Send MLflow what it is missing of RUN: metrics, figures, metadata and checkpoints.
 
-    Nothing in MLflow is changed or sent twice."""
+    Nothing in MLflow is changed, and nothing is sent twice."""
     from pais_ray.config.tree import load
     from pais_ray.tracking import tracker
 
@@ -79,14 +79,14 @@ def register(run: str, name: str, role: str, checkpoint: str, json_path: str | N
     envvar="MLFLOW_TRACKING_URI",
     default="sqlite:///runs/mlflow.db",
     show_default=True,
-    help="The MLflow tracking URI of the registry. The environment variable MLFLOW_TRACKING_URI sets it too.",
+    help="The MLflow tracking URI of the registry. The environment variable MLFLOW_TRACKING_URI also sets it.",
 )
 @json_option
 @verb
 def promote(name: str, version: str | None, uri: str, json_path: str | None) -> None:
     """Make VERSION of the model NAME the champion. Without VERSION, the candidate is promoted.
 
-    The promotion is refused if the present champion has a higher AP, or if the two were trained or evaluated on
+    The promotion is refused if the current champion has a higher AP, or if the two were trained or evaluated on
     different data."""
     from pais_ray.inference.serving import registry
     from pais_ray.tracking.settings import TrackingConfig

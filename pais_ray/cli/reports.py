@@ -10,7 +10,10 @@ from pais_ray.cli.options import checkpoint_option, device_option, echo, json_op
 @click.command(short_help="Measure the quality of the pseudo-labels of a run.")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--out", metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path), help="Output. Default: RUN/audit."
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results. Default: RUN/audit.",
 )
 @click.option(
     "--annotations",
@@ -19,7 +22,10 @@ from pais_ray.cli.options import checkpoint_option, device_option, echo, json_op
     help="Annotated images to use instead of the run's own unlabeled images, whose annotations are hidden in training.",
 )
 @click.option(
-    "--images", metavar="FOLDER", type=click.Path(exists=True, file_okay=False), help="The images of --annotations."
+    "--images",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of the images of --annotations.",
 )
 @click.option("--number", type=click.IntRange(min=1), default=200, show_default=True, help="Maximum number of images.")
 @role_option
@@ -59,7 +65,7 @@ def audit(
     metavar="NAME",
     default="segm_AP",
     show_default=True,
-    help="The metric to tabulate, as named in metrics.jsonl: segm_AP50, bbox_AP and others.",
+    help="The metric to tabulate, by its name in metrics.jsonl without teacher/ or student/, such as bbox_AP.",
 )
 @click.option(
     "--markdown",
@@ -96,7 +102,7 @@ def tables(
     text = table.to_markdown(cells, f"{role} {metric}")
     echo(text.rstrip())
     if unfinished:
-        echo(f"left out, because their last step has no {role}/{metric}: {', '.join(unfinished)}")
+        echo(f"left out because their last step has no {role}/{metric}: {', '.join(unfinished)}")
     for path, content in ((markdown, text), (csv_path, table.to_csv(cells))):
         if path is not None:
             path.write_text(content, encoding="utf-8")

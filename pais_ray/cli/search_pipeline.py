@@ -17,7 +17,7 @@ from pais_ray.cli.training import tune
     hidden=True,
     context_settings={"ignore_unknown_options": True},
     help="Run `pais-ray tune WORDS --retrain-best`, then `pais-ray register` on the best run.\n\n"
-    "WORDS and all other options are those of `pais-ray tune`. The same command resumes.",
+    "WORDS and all other options are those of `pais-ray tune`. The same command resumes an interrupted search.",
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @click.option("--model", metavar="NAME", required=True, help="Name of the registered model.")

@@ -23,7 +23,7 @@ SAMPLERS = ("grid", "random", "optuna")
 )
 @click.argument("words", nargs=-1)
 @click.option(
-    "--force", is_flag=True, help="Resume although settings that define the run differ from those at its start."
+    "--force", is_flag=True, help="Resume even if settings that define the run have changed since it started."
 )
 @json_option
 @verb
@@ -59,9 +59,9 @@ def train(words: tuple[str, ...], force: bool, json_path: str | None) -> None:
     "--describe",
     "key",
     metavar="KEY",
-    help="Explain the setting KEY (train.steps), or all settings of the section KEY (train), instead.",
+    help="Instead, explain KEY: one setting, such as train.steps, or all settings of a section, such as train.",
 )
-@click.option("--schema", is_flag=True, help="Print the JSON schema of config files, for editors, instead.")
+@click.option("--schema", is_flag=True, help="Instead, print the JSON schema of config files, for editors.")
 @json_option
 @verb
 def show(words: tuple[str, ...], key: str | None, schema: bool, json_path: str | None) -> None:
@@ -120,32 +120,32 @@ def describe_settings(key: str) -> dict[str, Any]:
     "--name",
     metavar="NAME",
     help="Name of the search and of its folder. The name of an existing search resumes it."
-    " Default: run.name, or a name made of the time.",
+    " Default: run.name, or a name made from the current time.",
 )
 @click.option(
     "--sampler",
     type=click.Choice(SAMPLERS),
-    help="How configurations are chosen. Default: grid if all settings are lists, else optuna (TPE).",
+    help="How configurations are chosen. Default: grid if --over lists values for all settings, else optuna (TPE).",
 )
 @click.option("--search", type=click.Choice(SAMPLERS), hidden=True)  # the earlier name of --sampler
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    help="Number of configurations to try. A grid always tries all of its own.  [default: 20]",
+    help="Number of configurations to try. A grid always tries all combinations.  [default: 20]",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Number of trials per configuration, each with another train.seed.",
+    help="Number of trials per configuration, each with a different train.seed.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Length of a trial in steps, instead of train.steps.")
+@click.option("--steps", type=click.IntRange(min=1), help="Length of a trial in steps; it replaces train.steps.")
 @click.option(
     "--rungs",
     metavar="STEPS",
-    help="Steps after which only the best third of the trials continues, such as 40,80; or none. Default: a ninth and"
-    " a third of the length, each moved to the next evaluation.",
+    help="Steps after which only the best third of the trials continue, such as 40,80; or none. Default: a ninth and"
+    " a third of the length, each rounded up to the next evaluation.",
 )
 @click.option(
     "--time-budget",
@@ -160,7 +160,7 @@ def describe_settings(key: str) -> dict[str, Any]:
 )
 @click.option("--warm-start", metavar="FOLDER", help="Folder of an earlier search whose trials are reused.")
 @click.option(
-    "--retrain-best", "retrain", is_flag=True, help="Afterwards train WORDS with the best settings as run NAME-best."
+    "--retrain-best", "retrain", is_flag=True, help="Afterwards, train WORDS with the best settings as run NAME-best."
 )
 @json_option
 @verb

@@ -149,5 +149,7 @@ class DataConfig(Section):
                 "validation with data.holdout=0.2"
             )
         if self.val is not None and self.holdout is not None:
-            raise ValueError(f"holdout: excludes val, got {self.holdout} and {self.val}; set one of them to null")
+            raise ValueError(
+                f"holdout: cannot be combined with val, got {self.holdout} and {self.val}; set one of them to null"
+            )
         return self

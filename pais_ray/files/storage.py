@@ -229,7 +229,7 @@ def _retry(path: str, action: Callable[[], Result]) -> Result:
             reason = str(error).strip() or type(error).__name__
             if attempt == ATTEMPTS:
                 raise StorageError(
-                    path, f"expected a readable file, reading failed {ATTEMPTS} times, at last with: {reason}"
+                    path, f"expected a readable file, but reading failed {ATTEMPTS} times, the last time with: {reason}"
                 ) from error
             pause = FIRST_PAUSE_S * 2 ** (attempt - 1)
             log.warning("%s: attempt %d of %d failed (%s); retrying in %g s", path, attempt, ATTEMPTS, reason, pause)

@@ -194,7 +194,7 @@ def load_weights(
         raise ValueError(
             f"segmentor.weights: {source!r} does not fit this network: "
             f"{len(missing)} tensors missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}; "
+            f"{len(unknown)} unknown {unknown[:3]}, {len(wrong)} of a different shape {wrong[:3]}; "
             "check segmentor.backbone, norm and fpn_channels"
         )
     model.load_state_dict({k: v for k, v in fits.items() if k in own}, strict=False)

@@ -35,7 +35,9 @@ def of_runs(roots: Sequence[Path], images: int, role: str, draw_above: float) ->
     first, dataset = next(iter(datasets.items()))
     for name, other in datasets.items():
         if other.sha256 != dataset.sha256:
-            raise ValueError(f"{name}: expected the validation annotations of {first}, got others; omit --out")
+            raise ValueError(
+                f"{name}: expected the same validation annotations as {first}, got different ones; omit --out"
+            )
     return gallery(predictors, choose_records(annotated(dataset), images), draw_above)
 
 

@@ -31,7 +31,7 @@ def local_batches(config: Config, device: torch.device | str = "cpu") -> Iterato
     """The micro-batches of every step of a run, from its first step on, for ``train_step``.
 
     The images are read in this process, without Ray: for notebooks, debugging and tests. The batches are those of a run
-    with one worker. Generates the embedded data set if the configuration has no data. Raises ConfigError or DataError.
+    with one worker. Generates the built-in data set if the configuration has no data. Raises ConfigError or DataError.
     """
     config, data = prepare(config)
     schedule = run_schedule(config)

@@ -95,4 +95,4 @@ def describe_write_error(path: Path, size: int, error: Exception) -> str:
         )
     if code == errno.EROFS:
         return f"{path}: the file system is read-only, and {mib:.0f} MiB must be written; mount it writable"
-    return f"{path}: could not be written ({error}); {mib:.0f} MiB are needed, check that the storage is available"
+    return f"{path}: could not be written ({error}); {mib:.0f} MiB are needed; check that the storage is available"

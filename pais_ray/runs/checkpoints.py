@@ -92,7 +92,7 @@ def verify(folder: Path) -> None:
         for name, facts in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
-                raise CheckpointError(f"{path}: does not match its manifest, it is damaged; use another checkpoint")
+                raise CheckpointError(f"{path}: does not match its manifest, so it is damaged; use another checkpoint")
     except CheckpointError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:  # missing, no JSON, another structure

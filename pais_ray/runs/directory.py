@@ -39,11 +39,11 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
     changed = changed_identity(load(path), config)
     if changed and not force:
         raise ConfigError(
-            f"{path}: this run was started with other values of {', '.join(changed)}; restore them, choose another "
+            f"{path}: this run was started with different values of {', '.join(changed)}; restore them, choose another "
             "run.name, delete the run, or override with --force"
         )
     for key in changed:
-        echo(f"forced: {key} differs from the start of the run")
+        echo(f"forced: {key} has changed since the start of the run")
     before, now = flatten(load(path)), flatten(config)
     for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
         echo(f"changed since the start of the run: {key}: {before.get(key)} -> {now[key]}")
@@ -54,8 +54,8 @@ def check_workers(config: Config, schedule: Schedule) -> None:
     rows = rows_per_step(schedule, config)
     if config.scaling.most > rows:
         raise ConfigError(
-            f"scaling.num_workers: expected at most {rows}, the rows per step that this run was started with, got "
-            f"{config.scaling.most}; lower scaling.num_workers, or start a new run"
+            f"scaling.num_workers: expected at most {rows}, the number of rows per step that this run was started "
+            f"with, got {config.scaling.most}; lower scaling.num_workers, or start a new run"
         )
 
 
@@ -105,7 +105,7 @@ def recorded_schedule(root: Path, config: Config) -> Schedule:
         return schedule
     recorded = Schedule.from_json(json.loads(path.read_text()))
     if recorded != schedule:
-        echo(f"the schedule of the start of the run is kept ({schedule.images_per_step} images per step now):")
+        echo(f"the schedule from the start of the run is kept ({schedule.images_per_step} images per step now):")
     return recorded
 
 

@@ -39,7 +39,7 @@ def lock_run(root: Path) -> Iterator[None]:
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise RunLockedError(
-                    f"{root}: locked by another process ({file.read() or 'unknown'}); wait for its end, stop it, or "
+                    f"{root}: locked by another process ({file.read() or 'unknown'}); wait until it ends, stop it, or "
                     "choose another run.name"
                 )
             time.sleep(0.1)

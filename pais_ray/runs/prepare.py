@@ -52,7 +52,7 @@ def prepare(config: Config) -> tuple[Config, Data]:
     config = config.model_copy(update={"data": config.data.model_copy(update=applied)})
     if config.method.uses_unlabeled and not data.unlabeled:
         remedy = "set data.unlabeled, or label fewer images with data.labeled or data.split"
-        raise ConfigError(f"data: {config.method.name} requires unlabeled images and there are none; {remedy}")
+        raise ConfigError(f"data: {config.method.name} requires unlabeled images, but there are none; {remedy}")
     return config, data
 
 
@@ -118,7 +118,7 @@ def make_manifest(
         return splits.for_run(train, data.labeled, data.fold, data.split, others)
     made, split = train.split, train.split.split
     if data.split is not None and splits.read_manifest(data.split).split.sha256 != split.sha256:
-        raise ConfigError(f"data.split: {train.path} was written with another split; leave data.split unset")
+        raise ConfigError(f"data.split: {train.path} was written with a different split; leave data.split unset")
     if data.labeled < 1 and (data.labeled, data.fold) != (split.labeled, split.fold):
         raise ConfigError(
             f"data.labeled: {train.path} was written with labeled={split.labeled:g}, fold={split.fold}, got "

@@ -146,7 +146,7 @@ class SearchPlan:
             changed += changed_identity(load(config), self.base)
             if changed:
                 raise ConfigError(
-                    f"{recorded}: this search was started with another {', '.join(changed)}; restore the earlier "
+                    f"{recorded}: this search was started with a different {', '.join(changed)}; restore the earlier "
                     f"value, or choose another --name (with --warm-start {self.root} to keep the results)"
                 )
         elif config.exists():
@@ -171,7 +171,7 @@ def make_plan(words: Sequence[str], options: SearchOptions) -> SearchPlan:
     check_space(trial_words, space)
     sampler = options.sampler or ("grid" if all(isinstance(d, Choice) for d in space.values()) else "optuna")
     if sampler == "grid" and options.samples is not None:
-        raise ConfigError("--samples: a grid has all its combinations; remove --samples, or use --sampler random")
+        raise ConfigError("--samples: a grid always tries all combinations; remove --samples, or use --sampler random")
     is_grid = sampler == "grid"
     name = options.name or base.run.name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
     storage = compose_with(trial_words, {"run.name": name}).run.storage_path

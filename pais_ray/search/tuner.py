@@ -72,7 +72,8 @@ def run_search(
     echo(f"search {plan.root.name}: {plan.sampler}, {plan.samples} configurations x {len(plan.seeds)} seeds over")
     for path, domain in plan.space.items():
         echo(f"  {path}: {domain}")
-    echo(f"rungs: {', '.join(map(str, plan.rungs)) or 'none; they need train.eval_every'} of {plan.steps} steps")
+    rungs = f"after {', '.join(map(str, plan.rungs))} of {plan.steps} steps" if plan.rungs else "none"
+    echo(f"rungs: {rungs}" + ("; they require train.eval_every" if plan.base.train.eval_every is None else ""))
     is_own_cluster = connect.connect()
     try:
         concurrent, cpus, threads = divide_cluster(plan.base, options.max_concurrent, is_own_cluster)

@@ -279,7 +279,7 @@ def test_image_size_reaches_the_views():
         (["data.labeled=1"], ["data.labeled: pais needs unlabeled images"]),
         (["views.image_size=200"], ["views.image_size: set data.image_size instead"]),
         (["data.val=null"], ["data.val: expected a COCO JSON because train is set", "data.holdout=0.2"]),
-        (["data.holdout=0.2"], ["data.holdout: excludes val, got 0.2"]),
+        (["data.holdout=0.2"], ["data.holdout: cannot be combined with val, got 0.2"]),
         (["data.train=null"], ["data.train: expected a COCO JSON because val is set"]),
         (["optim.reference.milestones=[9, 1]"], ["optim.reference.milestones: expected ascending"]),
         (["run.name=a/b"], ["run.name: expected letters"]),

@@ -87,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_a_changed_file_is_refused
             launch.train(compose(given("halves")))
     finally:
         masks.write_text(before)
-    with pytest.raises(ValueError, match=r"other values of data\.pseudo_labels"):
+    with pytest.raises(ValueError, match=r"different values of data\.pseudo_labels"):
         launch.train(compose(given("halves", "data.pseudo_labels=null")))
     assert launch.train(compose(given("halves"))).step == STEPS
     a, b = weights(uninterrupted, STEPS), weights(uninterrupted.parent / "halves", STEPS)

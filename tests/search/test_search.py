@@ -404,7 +404,7 @@ def test_a_search_with_changed_settings_is_refused(tmp_path):
         ({"sampler": "random"}, "--sampler"),
         ({"words": (*WORDS, "method.alpha=2")}, "method.alpha"),
     ):
-        with pytest.raises(ConfigError, match=f"another {line};"):
+        with pytest.raises(ConfigError, match=f"different {line};"):
             plan_of(tmp_path, *changed.pop("over", ()), **changed)
     plan_of(tmp_path, words=(*WORDS, "train.log_every=1"))  # not part of the identity of a search
 

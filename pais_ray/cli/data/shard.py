@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     short_help="Write a data set as shards that training streams.",
     help="Write the data set of WORDS as shards: Parquet files that training streams from a disk or an object store"
     " with data.train=URL. Only the section data: of WORDS is used. If it defines a split (data.labeled, data.split),"
-    " the shards contain that split. The same command resumes an interrupted one. See docs/guides/shards.md.\n\n"
+    " the shards contain that split. If it is interrupted, the same command resumes it. See docs/guides/shards.md.\n\n"
     + WORDS,
 )
 @click.argument("words", nargs=-1, required=True)
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--rows-per-group",
     type=click.IntRange(min=1),
-    help="Number of images that are read together. Default: as many as take 5 MiB, at most 32.",
+    help="Number of images that are read together. Default: as many as fit in 5 MiB, at most 32.",
 )
 @click.option(
     "--rows-per-file", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of images per file."

@@ -29,7 +29,11 @@ class DataFirst(click.Group):
     type=click.Path(),
     help="Annotations of the training images: a COCO JSON, or the folder gtFine/train of Cityscapes.",
 )
-@click.option("--data", metavar="FOLDER", help="Folder of a data set, instead of --annotations; also data=FOLDER.")
+@click.option(
+    "--data",
+    metavar="FOLDER",
+    help="Folder of a data set, instead of --annotations. It can also be written data=FOLDER.",
+)
 @click.option(
     "--protocol", type=click.Choice(["coco", "cityscapes"]), help="Use the shares and folds of the paper's protocol."
 )
@@ -45,18 +49,18 @@ class DataFirst(click.Group):
     metavar="NUMBER",
     type=int,
     multiple=True,
-    help="Number of the random draw. Repeatable. Default: those of the protocol, or 1.",
+    help="Number that selects the random draw. Repeatable. Default: those of the protocol, or 1.",
 )
 @click.option(
     "--unlabeled",
     metavar="PATH",
-    help="COCO JSON or folder of other images that are unlabeled. All images of --annotations are then labeled.",
+    help="COCO JSON or folder of additional images, which are unlabeled. All images of --annotations are then labeled.",
 )
 @click.option(
     "--holdout",
     metavar="SHARE",
     type=float,
-    help="Share of the images to reserve for validation first, such as 0.2.",
+    help="Share of the images that are reserved for validation before the draw, such as 0.2.",
 )
 @click.option("--cover", is_flag=True, help="Draw so that every class is labeled, instead of uniformly at random.")
 @click.option("--out", metavar="FOLDER", type=click.Path(file_okay=False), help="Folder for the manifests.")
@@ -180,7 +184,9 @@ def split_diff(a: str, b: str, json_path: str | None) -> None:
     tree = difference(read_manifest(a), read_manifest(b))
     write_json(json_path, tree)
     echo(f"A {a}\nB {b}")
-    echo("annotations: " + ("the same" if tree["same_source"] else "different, so the same id can mean another image"))
+    echo(
+        "annotations: " + ("the same" if tree["same_source"] else "different, so the same id can mean different images")
+    )
     for part in ("labeled_ids", "unlabeled_ids", "held_out_ids"):
         found = tree[part]
         numbers = f"{found['both']} in both, {len(found['only_a'])} in A only, {len(found['only_b'])} in B only"

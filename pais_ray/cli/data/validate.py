@@ -10,10 +10,10 @@ from pais_ray.cli.options import FAILED, WORDS, echo, json_option, progress, ver
 
 
 @click.command(
-    short_help="Find the errors of a data set before training.",
-    help="Find the errors of a data set before they cost GPU time: of the section data: of WORDS, or of one COCO file."
-    " The exit code is 0 without errors, 1 with errors, 2 for wrong usage. See docs/reference/data_rules.md.\n\n"
-    + WORDS,
+    short_help="Find errors in a data set before training.",
+    help="Find errors in a data set before they cost GPU time: in the data set of WORDS (section data:), or"
+    " in one COCO file. The exit code is 0 without errors, 1 with errors, and 2 for wrong usage. See"
+    " docs/reference/data_rules.md.\n\n" + WORDS,
 )
 @click.argument("words", nargs=-1)
 @click.option(
@@ -26,7 +26,7 @@ from pais_ray.cli.options import FAILED, WORDS, echo, json_option, progress, ver
     "--images",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, readable=False),
-    help="The images of --annotations. Without it, only the annotations are checked.",
+    help="Folder of the images of --annotations. Without it, only the annotations are checked.",
 )
 @click.option("--fix", metavar="FILE", type=click.Path(dir_okay=False), help="Write a repaired copy of --annotations.")
 @click.option(

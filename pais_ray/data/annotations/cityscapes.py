@@ -109,7 +109,7 @@ def read_cityscapes(annotations: str, images: str, limits: Limits = LIMITS) -> C
         size = upright_size(path, max_pixels=limits.max_pixels)
         if size != (image["height"], image["width"]):
             message = f"expected {image['height']} x {image['width']} px as annotated, got {size[0]} x {size[1]} px"
-            raise DataError("image-size", path, message, "download image and annotation of the same release")
+            raise DataError("image-size", path, message, "download the image and its annotation from the same release")
     return build_dataset(tree, annotations, images, sha256, truth=tree, limits=limits)
 
 

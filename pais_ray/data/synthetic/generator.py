@@ -1,4 +1,4 @@
-"""Generate a COCO data set of textured shapes that occlude each other: the embedded default and a test fixture.
+"""Generate a COCO data set of textured shapes that occlude each other: the built-in default and a test fixture.
 
 Every image is a pure function of (seed, part, position). Pixels are computed with sums, products and square roots only,
 because numpy's sin and cos differ in the last bit between processors. The same library versions therefore produce the

@@ -44,7 +44,7 @@ def repair(
     if nothing can be repaired: no COCO file, no category, or no image left. Raises ValueError if ``out`` is the source.
     """
     if os.path.exists(out) and os.path.samefile(path, out):
-        raise ValueError(f"--fix: expected another file than the source, got {out}; choose another path")
+        raise ValueError(f"--fix: expected a file other than the source, got {out}; choose another path")
     with entries.no_collection():
         tree, _ = entries.read_tree(path, limits)
         listed = {key: entries.check_list(tree, key, path) for key in ("categories", "images", "annotations")}

@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected format {FORMAT}, got {version}; use the run.py beside the model")
     with (folder / MODEL).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{folder / MODEL}: differs from its manifest; the file is damaged, export again")
+            raise ValueError(f"{folder / MODEL}: differs from its manifest, so it is damaged; export again")
     return manifest
 
 

@@ -95,8 +95,8 @@ class Recovery:
         self.evaluator.drop_scores_after(state.step)
         self.logger.rewind(state.step)
         text = (
-            f"back from step {failed_step} to {target.name}, rollback {made + 1} of {limit}; the data continue after "
-            f"the skipped steps: {reason}"
+            f"back from step {failed_step} to {target.name}, rollback {made + 1} of {limit}; training "
+            f"continues with the data after the skipped steps: {reason}"
         )
         self.logger.event(state.step, text, {"event": "rollback", "from": failed_step})
 
