@@ -88,7 +88,7 @@ def score_metrics(ground_truth: Json | str | Path, results: list[Json] | str | P
         f"{name}_{metric}": value
         for name, metrics in scores.items()
         for metric, value in metrics.items()
-        if isinstance(value, float)
+        if isinstance(value, float | int)
     }
     classes = scores[LOGGED_CLASSES]["per_class"] if LOGGED_CLASSES in scores else {}
     for class_name, ap in classes.items():

@@ -156,15 +156,17 @@ class Schedule:
     def explain(self) -> str:
         """The derivation as two lines of text."""
         origin = self.origin
-        lr = f"lr {origin.reference_lr:g} -> {self.lr:g} ({'as given' if origin.lr_given else origin.rule})"
-        steps = f"steps {origin.reference_steps} -> {self.steps}" + (" (as given)" if origin.steps_given else "")
-        first = f"batch {self.images_per_step} of reference {origin.reference_batch}: {lr}, {steps}"
+        lr = f"{self.lr:g} ({'as given' if origin.lr_given else origin.rule}, reference {origin.reference_lr:g})"
+        steps = f"{self.steps} ({'as given, ' if origin.steps_given else ''}reference {origin.reference_steps})"
+        images = f"{self.images_per_step} (reference {origin.reference_batch})"
+        first = f"schedule: images per step {images}, learning rate {lr}, steps {steps}"
         shape = {
-            "multistep": f"times {self.gamma:g} at {', '.join(map(str, self.milestones)) or 'no step'}",
-            "cosine": "a half cosine to zero",
+            "multistep": f"multiplied by {self.gamma:g} at {', '.join(map(str, self.milestones)) or 'no step'}",
+            "cosine": "decayed to zero as a half cosine",
             "constant": "constant",
         }[self.kind]
-        return f"{first}\nwarm-up {self.warmup} steps from {self.warmup_ratio:g} of the rate, then {shape}"
+        warmup = f"warm-up of {self.warmup} steps from {self.warmup_ratio:g} of the learning rate"
+        return f"{first}\n{warmup}, then {shape}"
 
     def to_json(self) -> dict[str, Any]:
         """One flat object, the content of a run's schedule.json."""

@@ -37,14 +37,15 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
     if not checkpoints(root):
         return
     changed = changed_identity(load(path), config)
+    before, now = flatten(load(path)), flatten(config)
     if changed and not force:
+        values = ", ".join(f"{key} ({before.get(key)}, now {now.get(key)})" for key in changed)
         raise ConfigError(
-            f"{path}: this run was started with different values of {', '.join(changed)}; restore them, choose another "
+            f"{path}: this run was started with different values of {values}; restore them, choose another "
             "run.name, delete the run, or override with --force"
         )
     for key in changed:
         echo(f"forced: {key} has changed since the start of the run")
-    before, now = flatten(load(path)), flatten(config)
     for key in sorted(k for k in now if before.get(k) != now[k] and k not in changed):
         echo(f"changed since the start of the run: {key}: {before.get(key)} -> {now[key]}")
 

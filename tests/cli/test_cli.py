@@ -47,7 +47,10 @@ def test_show_prints_settings_and_schedule(tmp_path):
     out = tmp_path / "show.json"
     done = call("show", "coco", "mask_rcnn", "pais", "--json", str(out))
     assert done.exit_code == 0, done.output
-    assert "batch 4 of reference 16: lr 0.01 -> 0.0025 (linear), steps 220000 -> 880000" in done.output
+    assert (
+        "images per step 4 (reference 16), learning rate 0.0025 (linear, reference 0.01), "
+        "steps 880000 (reference 220000)" in done.output
+    )
     shown = json.loads(out.read_text())
     assert shown["config"]["method"]["lambda_unlabeled"] == 1.5
     assert (shown["schedule"]["steps"], shown["schedule"]["reference_steps"]) == (880000, 220000)

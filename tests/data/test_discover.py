@@ -197,13 +197,15 @@ def test_shards_are_recognized_by_their_manifest(tmp_path):
 def test_images_without_annotations_are_an_error_with_remedies(photos):
     (photos / "labels.json").unlink()
     message = refused(photos)
-    assert message.startswith(f"{photos}: expected a COCO JSON file for training, got 10 images and none; label some")
+    assert message.startswith(
+        f"{photos}: expected a COCO JSON file for training, got 10 images and no such file; label some"
+    )
     assert f"data.unlabeled={photos}" in message
     done = call("train", f"data={photos}")
     assert done.exit_code == 2
     assert "[data-layout]" in done.stderr
     (photos / "other.json").write_text('{"note": "images"}')
-    assert f"got 10 images and none (not usable: {photos}/other.json); label" in refused(photos)
+    assert f"got 10 images and no such file (not usable: {photos}/other.json); label" in refused(photos)
 
 
 @pytest.mark.parametrize("length", [0, 1, 60, 400, -1])

@@ -61,10 +61,13 @@ def test_an_explicit_learning_rate_is_not_scaled():
 
 def test_explain_shows_the_derivation():
     text = plan_schedule(SGD, REFERENCE, None, 4).explain()
-    assert "batch 4 of reference 16: lr 0.01 -> 0.0025 (linear), steps 220000 -> 880000" in text
+    assert (
+        "images per step 4 (reference 16), learning rate 0.0025 (linear, reference 0.01), "
+        "steps 880000 (reference 220000)" in text
+    )
     assert "640000, 800000" in text
     given = plan_schedule(OptimConfig(lr=0.3), REFERENCE, 20, 4).explain()
-    assert "lr 0.01 -> 0.3 (as given), steps 220000 -> 20 (as given)" in given
+    assert "learning rate 0.3 (as given, reference 0.01), steps 20 (as given, reference 220000)" in given
 
 
 def test_schedule_json_is_flat_and_is_read_back():

@@ -39,7 +39,7 @@ def test_the_table_of_a_folder_of_runs(tmp_path):
         "| mask_rcnn pais method.alpha=0.0 method.beta=0.0 | 19.0 (1) | - |",
         "| mask_rcnn pais method.alpha=4.0 method.beta=4.0 | 21.0 ± 1.4 (2) | 31.0 (1) |",
     ]
-    assert "left out, because their last step has no teacher/segm_AP: young" in done.output
+    assert "left out because their last step has no teacher/segm_AP: young" in done.output
     rows = list(csv.DictReader(out["csv"].open()))
     assert [(r["labeled"], r["runs"], r["names"]) for r in rows][1] == ("0.01", "2", "a1 a2")
     assert float(rows[1]["spread"]) == pytest.approx(0.0141421356)

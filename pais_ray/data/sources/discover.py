@@ -228,12 +228,17 @@ def _train(root: str, files: Sequence[JsonFile], source: str | None) -> JsonFile
         return train
     images = sum(name.lower().endswith(SUFFIXES) for _, _, names in os.walk(root) for name in names)
     jsons = f" (not usable: {', '.join(file.path for file in files[:3])})" if files else ""
-    remedy = (
-        "label some of the images and save them here as COCO JSON with masks; or use these as the unlabeled images of "
-        f"another data set: data.train=... data.unlabeled={root}"
-    )
+    remedy = "check the path; the folder must contain images and their annotations"
+    if images:
+        remedy = (
+            "label some of the images and save them here as COCO JSON with masks; or use these as the unlabeled images "
+            f"of another data set: data.train=... data.unlabeled={root}"
+        )
     raise DataError(
-        "data-layout", root, f"expected a COCO JSON file for training, got {images} images and none{jsons}", remedy
+        "data-layout",
+        root,
+        f"expected a COCO JSON file for training, got {images} images and no such file{jsons}",
+        remedy,
     )
 
 
