@@ -36,8 +36,9 @@ def check_resume(root: Path, config: Config, force: bool) -> None:
     path = root / "config.yaml"
     if not checkpoints(root):
         return
-    changed = changed_identity(load(path), config)
-    before, now = flatten(load(path)), flatten(config)
+    recorded = load(path)
+    changed = changed_identity(recorded, config)
+    before, now = flatten(recorded), flatten(config)
     if changed and not force:
         values = ", ".join(f"{key} ({before.get(key)}, now {now.get(key)})" for key in changed)
         raise ConfigError(

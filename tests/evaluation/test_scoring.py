@@ -44,6 +44,7 @@ def test_a_file_adds_an_evaluator_to_scores_log_and_table(truth, results, tmp_pa
 
                 def evaluate(self, truth, results):
                     yield "ratio", len(results) / len(truth["annotations"])
+                    yield "results", len(results)
 
             EVALUATORS = (Counting(),)
             """
@@ -54,8 +55,9 @@ def test_a_file_adds_an_evaluator_to_scores_log_and_table(truth, results, tmp_pa
     try:
         scores = scoring.score(truth, results)
         assert list(scores) == ["segm", "bbox", "count"]
-        assert scores["count"] == {"ratio": 1.0, "per_class": {}}
-        assert scoring.score_metrics(truth, results)["count_ratio"] == 1.0
+        assert scores["count"] == {"ratio": 1.0, "results": len(results), "per_class": {}}
+        logged = scoring.score_metrics(truth, results)
+        assert (logged["count_ratio"], logged["count_results"]) == (1.0, len(results)), "integers are logged, too"
         assert "ratio" in scoring.format_table(scores)
         assert list(scoring.score(truth, results, ["count"])) == ["count"]
     finally:

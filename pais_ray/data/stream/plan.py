@@ -3,7 +3,8 @@
 Row g of a run has ``labeled`` labeled and ``unlabeled`` unlabeled images. Each of the two parts is traversed in passes.
 Every pass has its own order, and the passes follow each other without a gap: no image is skipped or repeated within a
 pass, and the small labeled part is repeated more often. A step takes the next R rows, where R is fixed for the run; in
-round i, rank r of W takes row ``g_next + i * W + r``. A checkpoint stores ``g_next``, which does not depend on W: for
+round i, rank r of W takes row ``g_next + i * W + r``; if W does not divide R, some ranks have no row in the first
+round, and the rows shift accordingly. A checkpoint stores ``g_next``, which does not depend on W: for
 any sequence of world sizes the steps see the same rows.
 
 A part in shards is traversed in file order: the row groups are permuted per pass, and the rows are permuted within
