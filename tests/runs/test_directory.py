@@ -118,3 +118,12 @@ def test_a_lowered_limit_of_pseudo_labels_holds_for_later_starts_but_not_for_a_n
     checkpoint_folder(tmp_path, 4).rmdir()
     directory.write_run_directory(tmp_path, config, data, run_schedule(config))
     assert directory.read_pseudo_label_limit(tmp_path, 100) == 100
+
+
+def test_a_resumed_run_with_other_settings_is_refused_with_both_values(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(dump(compose(["quickstart"])))
+    changed = compose(["quickstart", "train.seed=3"])
+    with pytest.raises(ConfigError, match=r"different values of train\.seed \(0, now 3\); restore"):
+        directory.check_resume(tmp_path, changed, force=False)
+    directory.check_resume(tmp_path, changed, force=True)
